@@ -1,0 +1,67 @@
+"""Dynamic curriculum for imbalanced multimodal learning, for any training loop.
+
+``DynCIMLoss`` wraps a criterion, ``GatedFusion`` fuses features, ``CurriculumState``
+remembers. The quantities that they compute are pure functions, public here;
+``dyncim_core.reference`` is their executable specification in NumPy.
+"""
+
+from dyncim_core.fusion import FusionOutput, GatedFusion
+from dyncim_core.gates import disagreement, gate_logits, reliability_gates
+from dyncim_core.heads import HeadStatistics, head_statistics
+from dyncim_core.loss import DynCIMLoss
+from dyncim_core.modality import (
+    augmentation_rates,
+    balance_factor,
+    geometric_mean_ratio,
+    harmonic_mean_improvement_rate,
+    improvement_ratios,
+    modality_coefficients,
+    modality_weights,
+    quality,
+)
+from dyncim_core.signals import (
+    contradiction,
+    difficulty,
+    noise_pressure,
+    prediction_consistency,
+    prediction_deviation,
+    prediction_stability,
+    relative_change,
+    sample_weights,
+    surprise,
+    volatility_weights,
+)
+from dyncim_core.state import CurriculumState, Suspects
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CurriculumState",
+    "DynCIMLoss",
+    "FusionOutput",
+    "GatedFusion",
+    "HeadStatistics",
+    "Suspects",
+    "augmentation_rates",
+    "balance_factor",
+    "contradiction",
+    "difficulty",
+    "disagreement",
+    "gate_logits",
+    "geometric_mean_ratio",
+    "harmonic_mean_improvement_rate",
+    "head_statistics",
+    "improvement_ratios",
+    "modality_coefficients",
+    "modality_weights",
+    "noise_pressure",
+    "prediction_consistency",
+    "prediction_deviation",
+    "prediction_stability",
+    "quality",
+    "relative_change",
+    "reliability_gates",
+    "sample_weights",
+    "surprise",
+    "volatility_weights",
+]

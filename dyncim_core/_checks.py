@@ -1,0 +1,199 @@
+"""What the public calls accept. Nothing here reads a value from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "as_list",
+    "check_choice",
+    "check_class_weight",
+    "check_count",
+    "check_device",
+    "check_features",
+    "check_heads",
+    "check_index",
+    "check_present",
+    "check_range",
+    "check_unimodal",
+    "modality_names",
+]
+
+
+def check_range(
+    name: str, value: float, low: float, high: float, *, high_excluded: bool = False
+) -> None:
+    """A real number in [low, high], or in [low, high) with ``high_excluded``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (low <= value < high if high_excluded else low <= value <= high):
+        bracket = ")" if high_excluded else "]"
+        raise ValueError(f"{name}: expected a value in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """A whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of the given words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+
+
+def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
+    """Names, made up from positions where only a number is given."""
+    if isinstance(modalities, int):
+        check_count("modalities", modalities)
+        return tuple(str(m) for m in range(modalities))
+    names = tuple(modalities)
+    if isinstance(modalities, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"modalities: expected a number or a sequence of names, got {modalities!r}")
+    if not names:
+        raise ValueError("modalities: expected at least 1, got none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"modalities: expected distinct names, got {list(names)}")
+    return names
+
+
+def check_features(features: Sequence[Tensor], widths: Sequence[int], names: Sequence[str]) -> None:
+    """Features ``[B, D_m]`` or ``[B, T, D_m]``, alike but for the last size."""
+    for feature, width, modality in zip(features, widths, names, strict=True):
+        name = f"features of {modality}"
+        _check_tensor(name, feature, "floating-point", torch.is_floating_point)
+        if feature.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape [B, D] or [B, T, D], got {_shape(feature)}")
+        _check_shape(name, feature, (*features[0].shape[:-1], width))
+        check_device(name, feature, features[0].device)
+
+
+def check_unimodal(
+    logits: Sequence[Tensor], names: Sequence[str], batch: int, device: torch.device
+) -> None:
+    """One ``[B, C]`` tensor of logits per modality, alike in shape."""
+    for head, modality in zip(logits, names, strict=True):
+        name = f"unimodal logits of {modality}"
+        _check_tensor(name, head, "floating-point", torch.is_floating_point)
+        if head.dim() != 2 or head.shape[1] == 0:
+            raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
+        _check_shape(name, head, (batch, logits[0].shape[1]))
+        check_device(name, head, device)
+
+
+def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
+    """Logits of every head ``[B, C]``, alike in shape and device; a target that fits them."""
+    if not heads:
+        raise ValueError("logits: expected at least one head, got none")
+    for h, head in enumerate(heads):
+        name = "logits" if h == 0 else f"unimodal logits of modality {h - 1}"
+        _check_tensor(name, head, "floating-point", torch.is_floating_point)
+        if head.dim() != 2 or head.shape[1] == 0:
+            raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
+        if head.shape != heads[0].shape:
+            raise ValueError(
+                f"{name}: expected the shape of the fused logits, {_shape(heads[0])}, "
+                f"got {_shape(head)}"
+            )
+        check_device(name, head, heads[0].device)
+    _check_target(target, heads[0])
+
+
+def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:
+    """Class weights ``[C]`` on the logits' device."""
+    if weight is None:
+        return
+    _check_tensor("weight", weight, "floating-point", torch.is_floating_point)
+    _check_shape("weight", weight, (logits.shape[1],))
+    check_device("weight", weight, logits.device)
+
+
+def check_present(present: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    """A bool mask of the given shape."""
+    if present is None:
+        return
+    _check_tensor("present", present, "bool", lambda x: x.dtype == torch.bool)
+    _check_shape("present", present, shape)
+    check_device("present", present, device)
+
+
+def check_index(index: Tensor | None, num_samples: int | None, logits: Tensor) -> None:
+    """Sample indices ``[B]`` for a memory that exists."""
+    if index is None:
+        return
+    if num_samples is None:
+        raise ValueError(
+            "index: expected None without a per-sample memory, got a tensor; "
+            "construct with num_samples= to keep one"
+        )
+    _check_tensor("index", index, "int64", lambda x: x.dtype == torch.int64)
+    _check_shape("index", index, (logits.shape[0],))
+    check_device("index", index, logits.device)
+
+
+def as_list(
+    name: str, values: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None
+) -> list[Any]:
+    """Values by name or by position, in the order of ``names``."""
+    if isinstance(values, Mapping):
+        if names is not None and set(values) != set(names):
+            raise ValueError(f"{name}: expected the modalities {list(names)}, got {list(values)}")
+        return list(values.values()) if names is None else [values[key] for key in names]
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name}: expected a mapping or a sequence with one entry per modality, "
+            f"got {type(values).__name__}"
+        )
+    if names is not None and len(values) != len(names):
+        raise ValueError(
+            f"{name}: expected {len(names)} modalities {list(names)}, got {len(values)}"
+        )
+    return list(values)
+
+
+def _check_target(target: Tensor, logits: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if target.is_floating_point():
+        _check_shape("target of class probabilities", target, tuple(logits.shape))
+        if target.requires_grad:
+            raise ValueError(
+                "target: expected no requires_grad, since the curriculum gives the target "
+                "no gradient; got requires_grad=True, so pass target.detach()"
+            )
+    elif target.dtype == torch.int64:
+        _check_shape("target of class indices", target, (logits.shape[0],))
+    else:
+        raise TypeError(
+            "target: expected int64 class indices or floating-point class probabilities, "
+            f"got {target.dtype}"
+        )
+    check_device("target", target, logits.device)
+
+
+def _check_tensor(name: str, value: Any, kind: str, is_kind: Callable[[Tensor], bool]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {kind} tensor, got {type(value).__name__}")
+    if not is_kind(value):
+        raise TypeError(f"{name}: expected a {kind} tensor, got {value.dtype}")
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {_shape(value)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} of the logits, got {value.device}")
+
+
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)

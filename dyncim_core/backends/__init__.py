@@ -1,0 +1,1 @@
+"""Implementations of the head statistics: same inputs, same outputs, nothing else."""

@@ -1,0 +1,130 @@
+"""Reliability gates: how much of each modality a sample's fusion should take.
+
+Label-free, so that they work at inference. Layout is head-major without the fused
+head, ``[M, B]``; ``present`` (bool, same shape) marks the modalities that a sample has.
+
+The paper (arXiv 2503.06456) names a gating-based dynamic fusion that suppresses
+redundancy. The formulas are definitions chosen here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dyncim_core._units import per_log_classes
+
+__all__ = ["disagreement", "gate_logits", "reliability_gates"]
+
+_QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
+
+
+def disagreement(
+    probs: Tensor, quality: Tensor | None = None, present: Tensor | None = None
+) -> Tensor:
+    """Distance of each modality's prediction from the consensus of the others.
+
+    The consensus of modality m is the mean prediction of the other present modalities,
+    each weighted by its quality. Definition chosen here.
+
+    Args:
+        probs: Class probabilities, ``[M, B, C]``.
+        quality: Of each modality, ``[M]``, >= 0; all alike when ``None``.
+        present: Bool ``[M, B]``; all when ``None``.
+
+    Returns:
+        ``[M, B]`` in [0, 1]; 0 where the modality or every other one is absent.
+
+    Example:
+        >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> disagreement(probs).squeeze(1)
+        tensor([0.5000, 0.5000, 1.0000])
+    """
+    if present is None:
+        present = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device)
+    if quality is None:
+        quality = probs.new_ones(probs.shape[0])
+    weight = torch.where(present, quality.clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0)
+    weighted = weight.unsqueeze(-1) * torch.where(present.unsqueeze(-1), probs, 0.0)
+    comparable = present & (present.sum(dim=0) > 1)
+    weight_of_others = torch.where(comparable, weight.sum(dim=0) - weight, 1.0)
+    consensus = (weighted.sum(dim=0) - weighted) / weight_of_others.unsqueeze(-1)
+    distance = torch.linalg.vector_norm(probs - consensus, dim=-1) / math.sqrt(2.0)
+    return torch.where(comparable, distance.clamp_max(1.0), 0.0)
+
+
+def gate_logits(
+    entropy: Tensor,
+    disagreement: Tensor,
+    num_classes: int,
+    *,
+    bias: Tensor,
+    entropy_slope: Tensor,
+    disagreement_slope: Tensor,
+    prior: Tensor,
+) -> Tensor:
+    """Reliability of each modality for each sample, before the softmax.
+
+    ``b_m - a_H * H / log C - a_D * D + prior_m``. Definition chosen here.
+
+    Args:
+        entropy: Of each modality's prediction, ``[M, B]``, in nats.
+        disagreement: Of each modality with the others, ``[M, B]`` in [0, 1].
+        num_classes: Number of classes C.
+        bias: ``[M]``.
+        entropy_slope: Scalar.
+        disagreement_slope: Scalar.
+        prior: ``[M]``, from the modalities' qualities.
+
+    Returns:
+        ``[M, B]``.
+
+    Example:
+        >>> zero, one = torch.zeros(2), torch.tensor(1.0)
+        >>> uncertain = torch.tensor([[0.0], [math.log(2.0)]])
+        >>> gate_logits(uncertain, torch.zeros(2, 1), 2, bias=zero, entropy_slope=one,
+        ...             disagreement_slope=one, prior=zero).squeeze(1)
+        tensor([ 0., -1.])
+    """
+    uncertainty = entropy * per_log_classes(num_classes)
+    return (
+        (bias + prior).unsqueeze(1)
+        - entropy_slope * uncertainty
+        - disagreement_slope * disagreement
+    )
+
+
+def reliability_gates(
+    logits: Tensor, present: Tensor | None = None, threshold: float = 0.0
+) -> Tensor:
+    """Share of each modality in a sample's fusion.
+
+    A softmax over the present modalities; gates below ``threshold`` are cut as
+    redundant and the rest renormalised. Definition chosen here.
+
+    Args:
+        logits: ``[M, B]``.
+        present: Bool ``[M, B]``; all when ``None``.
+        threshold: Share under which a gate is cut, in [0, 1 / M).
+
+    Returns:
+        ``[M, B]``, >= 0, sums to 1 over the modalities; all 0 for a sample without any.
+
+    Example:
+        >>> logits = torch.tensor([[0.7], [0.2], [0.1]]).log()
+        >>> reliability_gates(logits, threshold=0.15).squeeze(1)
+        tensor([0.7778, 0.2222, 0.0000])
+    """
+    lowest = torch.finfo(logits.dtype).min
+    if present is not None:
+        logits = torch.where(present, logits, lowest)
+    gates = logits.softmax(dim=0)
+    kept = gates >= threshold
+    if present is not None:
+        kept = kept & present
+    gates = torch.where(kept, gates, 0.0)
+    # Nothing to renormalise when every modality is absent: 0 / 1.
+    total = gates.sum(dim=0)
+    return gates / torch.where(total > 0, total, 1.0)

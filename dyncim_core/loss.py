@@ -1,0 +1,319 @@
+"""The joint objective: validation, wiring and reduction around a wrapped criterion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dyncim_core import _checks
+from dyncim_core.heads import HeadStatistics, head_statistics
+from dyncim_core.modality import modality_coefficients
+from dyncim_core.signals import (
+    contradiction,
+    difficulty,
+    noise_pressure,
+    prediction_consistency,
+    prediction_deviation,
+    prediction_stability,
+    sample_weights,
+    surprise,
+    volatility_weights,
+)
+from dyncim_core.state import CurriculumState
+
+__all__ = ["DynCIMLoss"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class DynCIMLoss(nn.Module):
+    """Wraps a criterion with a sample-level and a modality-level curriculum.
+
+    Per sample, ``w_i * (loss[0, i] + gamma * sum_m c_m * loss[m, i])``, where head 0 is
+    the fused prediction and heads 1 to M the unimodal ones. The sample weights ``w``
+    (mean 1) are small for labels that confident heads contradict, as far as the run
+    itself shows label noise, and favour easy samples while the model is incompetent.
+    The modality coefficients ``c`` (mean 1) favour modalities that lag behind the
+    fusion. Both are detached. The paper (arXiv 2503.06456) names these parts; the
+    formulas are definitions chosen here.
+
+    The curriculum acts, and its state moves, in training mode with gradients enabled;
+    otherwise the call returns exactly what the criterion returns for the fused logits,
+    so that validation losses compare.
+
+    Args:
+        criterion: ``torch.nn.CrossEntropyLoss``, which takes the fused path, or any
+            callable ``(logits, target) -> loss`` over ``[B, C]`` logits that gives one
+            loss per sample, ``[B]``, once its ``reduction`` (if it has one) is "none".
+        modalities: Names or number of the modalities, see ``CurriculumState``.
+        num_samples: Size of the training set, to keep the per-sample memory that
+            ``state.suspects`` ranks; then pass ``index=``.
+        state: A ``CurriculumState`` to use instead of a new one made from
+            ``modalities`` and ``num_samples``.
+        surprise_strength: Strength of the weighting by surprise at full label noise,
+            >= 0.
+        pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
+        unimodal_strength: Share gamma of the unimodal losses, >= 0.
+        nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
+            the samples that have any, their gradient included. Neither lets them into
+            the state.
+        reduction: "mean" (over samples, or over class weights as cross-entropy does),
+            "sum" or "none"; the criterion's own when ``None``.
+
+    Attributes:
+        criterion: The wrapped criterion.
+        state: The ``CurriculumState``.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A value is out of range, or both ``state`` and what it is made from
+            are given.
+
+    Example:
+        >>> criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["audio", "image"])
+        >>> fused, audio, image = torch.zeros(3, 8, 4, requires_grad=True).unbind()
+        >>> target = torch.arange(8) % 4
+        >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
+        >>> loss
+        tensor(4.1589, grad_fn=<MeanBackward0>)
+        >>> criterion.eval()(fused, target)
+        tensor(1.3863, grad_fn=<NllLossBackward0>)
+    """
+
+    def __init__(
+        self,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        modalities: int | Sequence[str] | None = None,
+        num_samples: int | None = None,
+        state: CurriculumState | None = None,
+        surprise_strength: float = 4.0,
+        pacing_strength: float = 0.5,
+        unimodal_strength: float = 1.0,
+        nonfinite: Literal["propagate", "skip"] = "propagate",
+        reduction: Reduction | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(criterion):
+            raise TypeError(f"criterion: expected a callable, got {type(criterion).__name__}")
+        if state is None:
+            state = CurriculumState(modalities, num_samples=num_samples)
+        elif modalities is not None or num_samples is not None:
+            raise ValueError(
+                "state: expected it alone, got modalities= or num_samples= as well; "
+                "they belong to the CurriculumState"
+            )
+        for name, strength in (
+            ("surprise_strength", surprise_strength),
+            ("pacing_strength", pacing_strength),
+            ("unimodal_strength", unimodal_strength),
+        ):
+            _checks.check_range(name, strength, 0.0, float("inf"), high_excluded=True)
+        reduction = reduction or getattr(criterion, "reduction", "mean")
+        _checks.check_choice("nonfinite", nonfinite, ("propagate", "skip"))
+        _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.criterion = criterion
+        self.state = state
+        self.surprise_strength = surprise_strength
+        self.pacing_strength = pacing_strength
+        self.unimodal_strength = unimodal_strength
+        self.nonfinite = nonfinite
+        self.reduction = reduction
+        self._neutral = not surprise_strength and not pacing_strength and nonfinite == "propagate"
+        # The same criterion without reduction: a shallow copy shares parameters and
+        # buffers; in a tuple, so that they are not registered twice.
+        unreduced = criterion
+        if hasattr(criterion, "reduction"):
+            unreduced = copy.copy(criterion)
+            unreduced.reduction = "none"
+        self._unreduced = (unreduced,)
+
+    @override
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        unimodal: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+        present: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The joint objective of a batch.
+
+        Args:
+            logits: Fused logits, floating-point ``[B, C]``.
+            target: Class indices, int64 ``[B]``, or probabilities, ``[B, C]``, as the
+                criterion takes them.
+            unimodal: Logits of each modality, ``[B, C]``, by name or by position; turns
+                the modality level on.
+            present: Modalities that each sample has, bool ``[B, M]``; all when
+                ``None``. Logits of absent ones may hold anything and get no gradient.
+            index: Position of each sample in the training set, int64 ``[B]`` without
+                repeats, to feed the per-sample memory.
+
+        Returns:
+            A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
+            logits).
+
+        Raises:
+            TypeError: An argument is not a tensor of the dtype described.
+            ValueError: Shapes, devices or modalities do not fit.
+            IndexError: ``target`` or ``index`` is out of range (on CPU; a device
+                assertion on a GPU).
+        """
+        others = (
+            [] if unimodal is None else _checks.as_list("unimodal", unimodal, self.state.modalities)
+        )
+        heads = [logits, *others]
+        _checks.check_heads(heads, target)
+        _checks.check_present(present, (len(logits), len(others)), logits.device)
+        _checks.check_index(index, self.state.num_samples, logits)
+        _checks.check_device("state", self.state.step, logits.device)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._plain(logits, target)
+        recalled = None if index is None else self.state.recall(index)
+        if unimodal is not None and self.state.modalities is None:
+            self.state.settle_modalities(
+                list(unimodal) if isinstance(unimodal, Mapping) else len(others)
+            )
+        if present is not None:
+            present = torch.cat([present.new_ones(1, len(logits)), present.t()])
+
+        statistics = self._statistics(heads, target, present)
+        kept = self._kept(target)
+        finite = (statistics.nll + statistics.entropy).detach().sum(dim=0).isfinite()
+        weights = self._observe(statistics, target, present, kept & finite, logits.shape[1])
+        self.state.remember(statistics.nll, weights, present, kept & finite, index, recalled)
+        if self._neutral and unimodal is None:
+            return self._plain(logits, target)
+
+        losses = (self._coefficients(len(others)).unsqueeze(1) * statistics.loss).sum(dim=0)
+        if self.nonfinite == "skip":
+            kept = kept & finite
+            losses = torch.where(kept, losses, 0.0)
+        return self._reduce(weights * losses, target, kept)
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        statistics: HeadStatistics,
+        target: Tensor,
+        present: Tensor | None,
+        valid: Tensor,
+        num_classes: int,
+    ) -> Tensor:
+        """Take the batch into the state; return the weights of its samples."""
+        _, nll, entropy, distance, prediction = statistics
+        signals = torch.stack(
+            [
+                prediction_deviation(nll, present),
+                prediction_consistency(distance, present),
+                prediction_stability(entropy, num_classes),
+            ]
+        )
+        label = target.argmax(dim=1) if target.is_floating_point() else target
+        contradicted = contradiction(prediction, label, present)
+        self.state.update(nll, signals, contradicted, present, valid, num_classes)
+        return sample_weights(
+            surprise(nll, entropy, num_classes, present),
+            difficulty(signals, volatility_weights(self.state.volatility)),
+            surprise_strength=self.surprise_strength * noise_pressure(self.state.label_noise),
+            pacing_strength=self.pacing_strength * (1.0 - self.state.quality[0]),
+            valid=valid,
+        )
+
+    def _statistics(
+        self, heads: Sequence[Tensor], target: Tensor, present: Tensor | None
+    ) -> HeadStatistics:
+        guard = self.nonfinite == "skip"
+        criterion = self.criterion
+        if _is_cross_entropy(criterion):
+            return head_statistics(
+                heads,
+                target,
+                present=present,
+                weight=criterion.weight,
+                ignore_index=criterion.ignore_index,
+                label_smoothing=criterion.label_smoothing,
+                guard=guard,
+            )
+        with torch.no_grad():
+            statistics = head_statistics(heads, target, present=present)
+        usable = present
+        if guard:
+            finite = (statistics.nll + statistics.entropy).isfinite()
+            usable = finite if present is None else finite & present
+        losses = []
+        for h, head in enumerate(heads):
+            if usable is None:
+                losses.append(self._per_sample(head, target))
+            else:  # zeros in, so that a row left out cannot have a NaN gradient
+                loss = self._per_sample(torch.where(usable[h].unsqueeze(1), head, 0.0), target)
+                losses.append(torch.where(usable[h], loss, 0.0))
+        return statistics._replace(loss=torch.stack(losses))
+
+    @torch.no_grad()
+    def _coefficients(self, modalities: int) -> Tensor:
+        """Factor of each head's loss in the joint objective, ``[M + 1]``."""
+        fused = self.state.log_quality.new_ones(1)
+        if modalities == 0:
+            return fused
+        return torch.cat(
+            [fused, self.unimodal_strength * modality_coefficients(self.state.log_quality)]
+        )
+
+    def _plain(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Exactly what the criterion returns, under this reduction."""
+        if getattr(self.criterion, "reduction", None) == self.reduction:
+            return self.criterion(logits, target)
+        return self._reduce(self._per_sample(logits, target), target, self._kept(target))
+
+    def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
+        (criterion,) = self._unreduced
+        loss = criterion(logits, target)
+        if loss.shape != logits.shape[:1]:
+            raise ValueError(
+                f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
+                f'{list(loss.shape)}; construct it with reduction="none"'
+            )
+        return loss
+
+    def _kept(self, target: Tensor) -> Tensor:
+        """Samples that the criterion does not ignore, bool ``[B]``."""
+        if target.is_floating_point() or not _is_cross_entropy(self.criterion):
+            return torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
+        return target != self.criterion.ignore_index
+
+    def _reduce(self, losses: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum":
+            return losses.sum()
+        mass = kept
+        if _is_cross_entropy(self.criterion) and not target.is_floating_point():
+            weight = self.criterion.weight
+            if weight is not None:  # the mean of cross-entropy is over class weights
+                mass = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+        return losses.sum() / mass.sum()
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"surprise_strength={self.surprise_strength}, "
+            f"pacing_strength={self.pacing_strength}, "
+            f"unimodal_strength={self.unimodal_strength}, "
+            f"nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
+        )
+
+
+def _is_cross_entropy(criterion: object) -> TypeGuard[nn.CrossEntropyLoss]:
+    """Whether the analytic path computes what this criterion does."""
+    return (
+        isinstance(criterion, nn.CrossEntropyLoss)
+        and type(criterion).forward is nn.CrossEntropyLoss.forward
+    )

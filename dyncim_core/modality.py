@@ -1,0 +1,238 @@
+"""The modality-level curriculum: how much fusion gains over each modality.
+
+Everything takes ``log_quality``, ``[..., M + 1]`` with the fused head first:
+``log q_h = -loss_h``, the log of the geometric mean probability that head h gives to
+the targets. Ratios are formed in log space, so that no finite input overflows to NaN.
+
+The paper (arXiv 2503.06456) names the Geometric Mean Ratio, the Harmonic Mean
+Improvement Rate and their adaptive balance. The formulas are definitions chosen here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyncim_core._units import per_log_classes
+
+__all__ = [
+    "augmentation_rates",
+    "balance_factor",
+    "geometric_mean_ratio",
+    "harmonic_mean_improvement_rate",
+    "improvement_ratios",
+    "modality_coefficients",
+    "modality_weights",
+    "quality",
+]
+
+
+def improvement_ratios(log_quality: Tensor) -> Tensor:
+    """Quality of the fusion over that of each modality, ``r_m = q_0 / q_m``.
+
+    Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+
+    Returns:
+        ``[..., M]``, > 0 (infinite where it overflows the dtype).
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> improvement_ratios(torch.tensor([0.8, 0.4, 0.8]).log())
+        tensor([2., 1.])
+    """
+    return _log_ratios(log_quality).exp()
+
+
+def geometric_mean_ratio(log_quality: Tensor) -> Tensor:
+    """Geometric mean of the improvement ratios (GMR): the global gain of the fusion.
+
+    1 when the fusion equals the geometric mean of its modalities; unchanged by the
+    order of the modalities, by a common scale of all qualities, and by repeating the
+    set of modalities. The paper names the quantity; this definition is chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+
+    Returns:
+        ``[...]``, > 0.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> geometric_mean_ratio(torch.tensor([0.8, 0.4, 0.2]).log())
+        tensor(2.8284)
+    """
+    return _log_ratios(log_quality).mean(dim=-1).exp()
+
+
+def harmonic_mean_improvement_rate(log_quality: Tensor, eps: float = 1e-3) -> Tensor:
+    """Harmonic mean of the improvement rates ``r_m - 1`` (HMIR): the local gain.
+
+    Governed by the modality that fusion improves on least; rates are floored at
+    ``eps``. At most the geometric and the arithmetic mean of the floored rates. The
+    paper names the quantity; this definition is chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+        eps: Floor of each rate, > 0.
+
+    Returns:
+        ``[...]``, >= ``eps``.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> harmonic_mean_improvement_rate(torch.tensor([0.8, 0.4, 0.2]).log())
+        tensor(1.5000)
+    """
+    return _log_hmir(_log_ratios(log_quality), eps).exp()
+
+
+def balance_factor(log_quality: Tensor, eps: float = 1e-3) -> Tensor:
+    """Share of the modality-level objective, ``clamp(1 - (1 + HMIR) / GMR, 0, 1)``.
+
+    With every rate above ``eps``, ``1 + HMIR <= GMR`` with equality only when all rates
+    are equal: 0 when the modalities are balanced, towards 1 as one dominates. The paper
+    names an adaptive balance; this definition is chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+        eps: Floor of each improvement rate, > 0.
+
+    Returns:
+        ``[...]`` in [0, 1].
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> balance_factor(torch.tensor([0.8, 0.4, 0.4]).log())
+        tensor(0.)
+        >>> balance_factor(torch.tensor([0.8, 0.4, 0.05]).log())
+        tensor(0.5138)
+    """
+    log_ratios = _log_ratios(log_quality)
+    log_gmr = log_ratios.mean(dim=-1)
+    log_one_plus_hmir = F.softplus(_log_hmir(log_ratios, eps))
+    return torch.expm1((log_one_plus_hmir - log_gmr).clamp_max(0.0)).abs()
+
+
+def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float = 1.0) -> Tensor:
+    """Weight of each modality's own loss: the further behind the fusion, the larger.
+
+    ``softmax_m(min(log r_m, cap) / temperature)``. Past ``cap`` nats of lag the weight
+    stops growing, so that a modality with nothing to give does not take everything.
+    Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+        temperature: Of the softmax, > 0; larger is more uniform.
+        cap: Lag in nats from which the weight is constant.
+
+    Returns:
+        ``[..., M]``, >= 0, sums to 1 over the modalities.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> modality_weights(torch.tensor([0.8, 0.8, 0.4]).log())
+        tensor([0.3333, 0.6667])
+    """
+    return (_log_ratios(log_quality).clamp_max(cap) / temperature).softmax(dim=-1)
+
+
+def modality_coefficients(log_quality: Tensor) -> Tensor:
+    """Factor of each modality's loss in the joint objective.
+
+    ``(1 - lambda) + lambda * M * alpha_m`` with the balance factor and the modality
+    weights: all 1 when the modalities are balanced. Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+
+    Returns:
+        ``[..., M]``, >= 0, mean 1 over the modalities.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> modality_coefficients(torch.tensor([0.8, 0.4, 0.4]).log())
+        tensor([1., 1.])
+    """
+    alpha = modality_weights(log_quality)
+    share = balance_factor(log_quality).unsqueeze(-1)
+    return torch.lerp(torch.ones_like(alpha), alpha.shape[-1] * alpha, share)
+
+
+def quality(log_quality: Tensor, num_classes: int) -> Tensor:
+    """What a head has learnt, ``clamp(1 - loss / log C, 0, 1)``: 0 is chance, 1 certain.
+
+    Definition chosen here.
+
+    Args:
+        log_quality: ``-loss`` in nats, any shape.
+        num_classes: Number of classes C.
+
+    Returns:
+        Same shape, in [0, 1]; 0 when C = 1.
+
+    Example:
+        >>> quality(torch.tensor([-math.log(2.0), -9.0]), num_classes=4)
+        tensor([0.5000, 0.0000])
+    """
+    if num_classes == 1:
+        return torch.zeros_like(log_quality)
+    return (1.0 + log_quality * per_log_classes(num_classes)).clamp(0.0, 1.0)
+
+
+def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:
+    """How often to swap or drop each modality, relative to the one with least quality.
+
+    ``(min_k q_k + eps) / (q_m + eps)``: a modality that carries the task is left alone.
+    Definition chosen here.
+
+    Args:
+        quality: Of the modalities (not the fused head), ``[M]`` in [0, 1].
+        eps: Keeps the ratio defined before anything is learnt.
+
+    Returns:
+        ``[M]`` in (0, 1].
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> augmentation_rates(torch.tensor([0.8, 0.2]), eps=0.0)
+        tensor([0.2500, 1.0000])
+    """
+    _check_modalities(quality.shape[-1])
+    return (quality.amin(dim=-1, keepdim=True) + eps) / (quality + eps)
+
+
+def _log_ratios(log_quality: Tensor) -> Tensor:
+    _check_modalities(log_quality.shape[-1] - 1)
+    return log_quality[..., :1] - log_quality[..., 1:]
+
+
+def _log_hmir(log_ratios: Tensor, eps: float) -> Tensor:
+    """Logarithm of M / sum_m 1 / max(exp(log_ratios) - 1, eps), for ratios of any size."""
+    floored = log_ratios.clamp_min(math.log1p(eps))
+    log_rates = floored + (-torch.expm1(-floored)).log()
+    return math.log(log_ratios.shape[-1]) - (-log_rates).logsumexp(dim=-1)
+
+
+def _check_modalities(count: int) -> None:
+    if count < 1:
+        raise ValueError("expected at least 1 modality after the fused head, got none")

@@ -1,0 +1,284 @@
+"""The sample-level curriculum: what each sample's predictions say about it.
+
+Statistics are head-major, ``[M + 1, B]``: head 0 is the fused prediction, heads 1 to M
+the unimodal ones. ``present`` (bool, same shape, row 0 all true) marks the heads that a
+sample has; every mean over heads skips the others, whatever their entries hold.
+
+The paper (arXiv 2503.06456) names prediction deviation, consistency and stability and
+weights each by how volatile it is. The formulas are definitions chosen here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyncim_core._units import per_log_classes
+
+__all__ = [
+    "SIGNALS",
+    "contradiction",
+    "difficulty",
+    "noise_pressure",
+    "prediction_consistency",
+    "prediction_deviation",
+    "prediction_stability",
+    "relative_change",
+    "sample_weights",
+    "surprise",
+    "volatility_weights",
+]
+
+SIGNALS = ("deviation", "consistency", "stability")
+
+# Differences in difficulty below float32 rounding are no differences.
+_SPREAD_FLOOR = 1e-4
+
+
+def prediction_deviation(nll: Tensor, present: Tensor | None = None) -> Tensor:
+    """One minus the geometric mean, over heads, of the probability given to the target.
+
+    Definition chosen here; the paper names the quantity.
+
+    Args:
+        nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats, >= 0.
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[B]`` in [0, 1]: 0 when every head is certain of the target.
+
+    Example:
+        >>> half = torch.tensor([[0.5], [0.5]])
+        >>> prediction_deviation(-half.log())
+        tensor([0.5000])
+    """
+    return torch.expm1(-_mean_over_heads(nll, present)).abs()
+
+
+def prediction_consistency(distance: Tensor, present: Tensor | None = None) -> Tensor:
+    """Mean distance of the unimodal predictions from the fused one: 0 when they agree.
+
+    Definition chosen here; the paper names the quantity. It is used as a discrepancy,
+    so large means inconsistent.
+
+    Args:
+        distance: ``||p_h - p_0||_2 / sqrt(2)``, ``[M + 1, B]``, row 0 zero.
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[B]`` in [0, 1]; 0 for a sample without any modality.
+
+    Example:
+        >>> prediction_consistency(torch.tensor([[0.0], [0.2], [0.4]]))
+        tensor([0.3000])
+    """
+    if distance.shape[0] == 1:
+        return torch.zeros_like(distance[0])
+    return _mean_over_heads(distance[1:], None if present is None else present[1:])
+
+
+def prediction_stability(entropy: Tensor, num_classes: int) -> Tensor:
+    """Entropy of the fused prediction as a share of its maximum: 0 when decided.
+
+    Definition chosen here; the paper names the quantity. It is used as an instability,
+    so large means undecided.
+
+    Args:
+        entropy: Entropy of every head, ``[M + 1, B]``, in nats.
+        num_classes: Number of classes C.
+
+    Returns:
+        ``[B]`` in [0, 1]; 0 when C = 1.
+
+    Example:
+        >>> prediction_stability(torch.tensor([[0.6931]]), num_classes=4)
+        tensor([0.5000])
+    """
+    return (entropy[0] * per_log_classes(num_classes)).clamp(0.0, 1.0)
+
+
+def surprise(
+    nll: Tensor, entropy: Tensor, num_classes: int, present: Tensor | None = None
+) -> Tensor:
+    """Deviation beyond what the model's own uncertainty predicts.
+
+    A calibrated head expects a negative log-likelihood equal to its entropy, since
+    ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
+    the target, as they do when the target is wrong. Definition chosen here.
+
+    Args:
+        nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
+        entropy: Entropy of every head, ``[M + 1, B]``, in nats.
+        num_classes: Number of classes C.
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[B]``, >= 0, in units of ``log C``; 0 when C = 1.
+
+    Example:
+        >>> p = torch.tensor([0.9, 0.1])
+        >>> entropy = torch.special.entr(p).sum().expand(1, 2)
+        >>> surprise(-p.log().unsqueeze(0), entropy, num_classes=2)
+        tensor([0.0000, 2.8529])
+    """
+    excess = (nll - entropy).clamp_min(0.0)
+    return _mean_over_heads(excess, present) * per_log_classes(num_classes)
+
+
+def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:
+    """How far a quantity moved, as a share of what it was. Definition chosen here.
+
+    Args:
+        current: Any shape, >= 0.
+        previous: Same shape, >= 0.
+        eps: Added to the denominator, so that a quantity near 0 does not explode.
+
+    Returns:
+        ``|current - previous| / (|previous| + eps)``, same shape, >= 0.
+
+    Example:
+        >>> relative_change(torch.tensor([0.3]), torch.tensor([0.2]), eps=0.0)
+        tensor([0.5000])
+    """
+    return (current - previous).abs() / (previous.abs() + eps)
+
+
+def volatility_weights(volatility: Tensor) -> Tensor:
+    """Weight of each signal: its share of all volatility, so that what moves counts most.
+
+    The paper weights the signals by volatility; this normalisation is chosen here.
+
+    Args:
+        volatility: ``[K]``, >= 0.
+
+    Returns:
+        ``[K]``, >= 0, sums to 1; uniform when nothing moves.
+
+    Example:
+        >>> volatility_weights(torch.tensor([3.0, 1.0]))
+        tensor([0.7500, 0.2500])
+    """
+    total = volatility.sum()
+    uniform = torch.full_like(volatility, 1.0 / volatility.numel())
+    return torch.where(total > 0, volatility / total.clamp_min(_tiny(volatility)), uniform)
+
+
+def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
+    """Weighted mean of the signals of a sample.
+
+    Args:
+        signals: ``[K, B]`` in [0, 1].
+        signal_weights: ``[K]``, >= 0, sums to 1.
+
+    Returns:
+        ``[B]`` in [0, 1].
+
+    Example:
+        >>> difficulty(torch.tensor([[0.2], [0.6]]), torch.tensor([0.5, 0.5]))
+        tensor([0.4000])
+    """
+    return (signal_weights.unsqueeze(1) * signals).sum(dim=0)
+
+
+def contradiction(prediction: Tensor, label: Tensor, present: Tensor | None = None) -> Tensor:
+    """Whether every head of a sample predicts the same class, and not its label.
+
+    A hard sample confuses some heads, in different ways; a wrong label has all of them
+    agree on another class. The share of such samples is what the run itself shows of
+    label noise. Definition chosen here.
+
+    Args:
+        prediction: Predicted class of every head, int64 ``[M + 1, B]``.
+        label: Class of each sample, int64 ``[B]``.
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        Bool ``[B]``.
+
+    Example:
+        >>> prediction = torch.tensor([[1, 1, 0], [1, 2, 0]])
+        >>> contradiction(prediction, torch.tensor([0, 0, 0]))
+        tensor([ True, False, False])
+    """
+    agrees = prediction == prediction[0]
+    if present is not None:
+        agrees = agrees | ~present
+    return agrees.all(dim=0) & (prediction[0] != label)
+
+
+def noise_pressure(label_noise: Tensor, full_at: float = 0.2) -> Tensor:
+    """How much of the surprise weighting to apply: none on clean data, all on noisy data.
+
+    Definition chosen here.
+
+    Args:
+        label_noise: Share of labels that every head contradicts, in [0, 1].
+        full_at: Share from which the weighting acts in full, > 0.
+
+    Returns:
+        Same shape, in [0, 1]: ``min(1, label_noise / full_at)``.
+
+    Example:
+        >>> noise_pressure(torch.tensor([0.0, 0.05, 0.3]))
+        tensor([0.0000, 0.2500, 1.0000])
+    """
+    return (label_noise / full_at).clamp(0.0, 1.0)
+
+
+def sample_weights(
+    surprise: Tensor,
+    difficulty: Tensor,
+    *,
+    surprise_strength: Tensor | float,
+    pacing_strength: Tensor | float,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Weight of each sample: less for surprising labels, and easy samples first.
+
+    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))``, scaled to
+    mean 1 over the valid samples; ``z`` standardises over them. The paper names a
+    curriculum that reweights samples; this definition is chosen here.
+
+    Args:
+        surprise: ``[B]``, >= 0.
+        difficulty: ``[B]`` in [0, 1].
+        surprise_strength: Scalar, >= 0.
+        pacing_strength: Scalar, >= 0; falls to 0 as the model becomes competent.
+        valid: Bool ``[B]``, samples to weigh; all when ``None``. The others get 1,
+            whatever they hold.
+
+    Returns:
+        ``[B]``, >= 0, mean 1 over the valid samples.
+
+    Example:
+        >>> sample_weights(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.5, 0.5, 0.5]),
+        ...                surprise_strength=2.0, pacing_strength=0.5)
+        tensor([1.4864, 1.4864, 0.0272])
+    """
+    if valid is None:
+        valid = torch.ones_like(surprise, dtype=torch.bool)
+    count = valid.sum().clamp_min(1)
+    exponent = -surprise_strength * surprise - pacing_strength * _standardised(
+        difficulty, valid, count
+    )
+    # A softmax is the stable form of exp(.) / mean(exp(.)).
+    lowest = torch.finfo(exponent.dtype).min
+    weights = count * torch.where(valid, exponent, lowest).softmax(dim=0)
+    return torch.where(valid, weights, 1.0)
+
+
+def _mean_over_heads(values: Tensor, present: Tensor | None) -> Tensor:
+    if present is None:
+        return values.mean(dim=0)
+    count = present.sum(dim=0).clamp_min(1)
+    return torch.where(present, values, 0.0).sum(dim=0) / count
+
+
+def _standardised(values: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    values = torch.where(valid, values, 0.0)
+    centred = torch.where(valid, values - values.sum() / count, 0.0)
+    return centred / (centred.square().sum() / count).sqrt().clamp_min(_SPREAD_FLOOR)
+
+
+def _tiny(values: Tensor) -> float:
+    return torch.finfo(values.dtype).tiny
