@@ -49,8 +49,8 @@ def disagreement(
     weight = torch.where(present, quality.clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0)
     weighted = weight.unsqueeze(-1) * torch.where(present.unsqueeze(-1), probs, 0.0)
     comparable = present & (present.sum(dim=0) > 1)
-    weight_of_others = torch.where(comparable, weight.sum(dim=0) - weight, 1.0)
-    consensus = (weighted.sum(dim=0) - weighted) / weight_of_others.unsqueeze(-1)
+    weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
+    consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
     distance = torch.linalg.vector_norm(probs - consensus, dim=-1) / math.sqrt(2.0)
     return torch.where(comparable, distance.clamp_max(1.0), 0.0)
 
@@ -128,3 +128,9 @@ def reliability_gates(
     # Nothing to renormalise when every modality is absent: 0 / 1.
     total = gates.sum(dim=0)
     return gates / torch.where(total > 0, total, 1.0)
+
+
+def _sum_of_others(values: Tensor) -> Tensor:
+    """Sum over the other modalities; the total minus the own would cancel."""
+    rows = range(len(values))
+    return torch.stack([torch.cat([values[:m], values[m + 1 :]]).sum(dim=0) for m in rows])

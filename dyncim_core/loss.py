@@ -57,6 +57,10 @@ class DynCIMLoss(nn.Module):
             ``modalities`` and ``num_samples``.
         surprise_strength: Strength of the weighting by surprise at full label noise,
             >= 0.
+        label_noise: Share of wrong labels in [0, 1], where it is known. When ``None``, the
+            run shows it: ``state.label_noise`` averages how often all heads contradict
+            a label together. That takes at least one modality's logits; without, the
+            surprise weighting stays off unless the share is given.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -80,7 +84,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(4.1589, grad_fn=<MeanBackward0>)
+        tensor(4.1589, grad_fn=<DivBackward0>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """
@@ -93,6 +97,7 @@ class DynCIMLoss(nn.Module):
         num_samples: int | None = None,
         state: CurriculumState | None = None,
         surprise_strength: float = 4.0,
+        label_noise: float | None = None,
         pacing_strength: float = 0.5,
         unimodal_strength: float = 1.0,
         nonfinite: Literal["propagate", "skip"] = "propagate",
@@ -119,7 +124,10 @@ class DynCIMLoss(nn.Module):
         _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.criterion = criterion
         self.state = state
+        if label_noise is not None:
+            _checks.check_range("label_noise", label_noise, 0.0, 1.0)
         self.surprise_strength = surprise_strength
+        self.label_noise = label_noise
         self.pacing_strength = pacing_strength
         self.unimodal_strength = unimodal_strength
         self.nonfinite = nonfinite
@@ -219,10 +227,13 @@ class DynCIMLoss(nn.Module):
         label = target.argmax(dim=1) if target.is_floating_point() else target
         contradicted = contradiction(prediction, label, present)
         self.state.update(nll, signals, contradicted, present, valid, num_classes)
+        noise = self.state.label_noise
+        if self.label_noise is not None:
+            noise = torch.full_like(noise, self.label_noise)
         return sample_weights(
             surprise(nll, entropy, num_classes, present),
             difficulty(signals, volatility_weights(self.state.volatility)),
-            surprise_strength=self.surprise_strength * noise_pressure(self.state.label_noise),
+            surprise_strength=self.surprise_strength * noise_pressure(noise),
             pacing_strength=self.pacing_strength * (1.0 - self.state.quality[0]),
             valid=valid,
         )
@@ -304,7 +315,7 @@ class DynCIMLoss(nn.Module):
     @override
     def extra_repr(self) -> str:
         return (
-            f"surprise_strength={self.surprise_strength}, "
+            f"surprise_strength={self.surprise_strength}, label_noise={self.label_noise}, "
             f"pacing_strength={self.pacing_strength}, "
             f"unimodal_strength={self.unimodal_strength}, "
             f"nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"

@@ -119,7 +119,7 @@ def balance_factor(log_quality: Tensor, eps: float = 1e-3) -> Tensor:
         >>> balance_factor(torch.tensor([0.8, 0.4, 0.4]).log())
         tensor(0.)
         >>> balance_factor(torch.tensor([0.8, 0.4, 0.05]).log())
-        tensor(0.5138)
+        tensor(0.4918)
     """
     log_ratios = _log_ratios(log_quality)
     log_gmr = log_ratios.mean(dim=-1)

@@ -185,7 +185,8 @@ def contradiction(prediction: Tensor, label: Tensor, present: Tensor | None = No
 
     A hard sample confuses some heads, in different ways; a wrong label has all of them
     agree on another class. The share of such samples is what the run itself shows of
-    label noise. Definition chosen here.
+    label noise. One head alone agrees with nobody: false for a sample without any
+    modality. Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
@@ -200,13 +201,12 @@ def contradiction(prediction: Tensor, label: Tensor, present: Tensor | None = No
         >>> contradiction(prediction, torch.tensor([0, 0, 0]))
         tensor([ True, False, False])
     """
-    agrees = prediction == prediction[0]
-    if present is not None:
-        agrees = agrees | ~present
-    return agrees.all(dim=0) & (prediction[0] != label)
+    others = torch.ones_like(prediction[1:], dtype=torch.bool) if present is None else present[1:]
+    agree = ((prediction[1:] == prediction[0]) | ~others).all(dim=0)
+    return agree & others.any(dim=0) & (prediction[0] != label)
 
 
-def noise_pressure(label_noise: Tensor, full_at: float = 0.2) -> Tensor:
+def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
     Definition chosen here.
@@ -220,7 +220,7 @@ def noise_pressure(label_noise: Tensor, full_at: float = 0.2) -> Tensor:
 
     Example:
         >>> noise_pressure(torch.tensor([0.0, 0.05, 0.3]))
-        tensor([0.0000, 0.2500, 1.0000])
+        tensor([0.0000, 0.3333, 1.0000])
     """
     return (label_noise / full_at).clamp(0.0, 1.0)
 

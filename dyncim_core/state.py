@@ -103,7 +103,7 @@ class CurriculumState(nn.Module):
         modalities: int | Sequence[str] | None = None,
         *,
         num_samples: int | None = None,
-        decay: float = 0.95,
+        decay: float = 0.97,
         memory_decay: float = 0.8,
     ) -> None:
         super().__init__()
@@ -192,7 +192,8 @@ class CurriculumState(nn.Module):
         volatility = self._average(self.volatility, change, self.seen[0] == 1, moves)
 
         doubt = (contradicted & valid).sum() / fused_count
-        label_noise = self._average(self.label_noise, doubt, first, moves)
+        # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
+        label_noise = self._average(self.label_noise, doubt, torch.zeros_like(first), moves)
 
         self.log_quality.copy_(log_quality)
         self.quality.copy_(quality(log_quality, num_classes))

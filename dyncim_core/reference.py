@@ -1,0 +1,654 @@
+"""The executable specification: every quantity in NumPy float64, in the order of the formulas.
+
+Written for reading. It needs NumPy and nothing else, so that it can be copied, run
+beside another framework, and trusted as the oracle of the tests. Names, argument order
+and meaning are those of the PyTorch functions.
+
+Statistics are head-major, ``[H, B]`` with ``H = M + 1``: head 0 is the fused prediction,
+heads 1 to M the unimodal ones. ``present`` (bool, same shape, row 0 all true; all
+present when ``None``) marks what a sample has. An absent entry may hold anything, NaN
+included, and never reaches a result.
+
+The paper (DynCIM, arXiv 2503.06456) names the quantities. The formulas are definitions
+chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "HeadStatistics",
+    "augmentation_rates",
+    "balance_factor",
+    "difficulty",
+    "disagreement",
+    "gate_logits",
+    "geometric_mean_ratio",
+    "harmonic_mean_improvement_rate",
+    "head_statistics",
+    "improvement_ratios",
+    "modality_coefficients",
+    "modality_weights",
+    "prediction_consistency",
+    "prediction_deviation",
+    "prediction_stability",
+    "quality",
+    "relative_change",
+    "reliability_gates",
+    "surprise",
+    "volatility_weights",
+]
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+_QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
+
+
+# What each head says about each sample.
+
+
+class HeadStatistics(NamedTuple):
+    """What each head says about each sample; every field is ``[H, B]``.
+
+    Attributes:
+        loss: Cross-entropy with class weights, smoothing and ``ignore_index``, >= 0.
+        nll: Negative log-likelihood of the target in nats, >= 0, without weights and smoothing.
+        entropy: Entropy of the predicted distribution in nats, in [0, log C].
+        distance: ``||p_h - p_0||_2 / sqrt(2)`` to the fused prediction, in [0, 1].
+    """
+
+    loss: Array
+    nll: Array
+    entropy: Array
+    distance: Array
+
+
+def head_statistics(
+    logits: Sequence[ArrayLike],
+    target: ArrayLike,
+    *,
+    present: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> HeadStatistics:
+    """Loss, negative log-likelihood, entropy and distance to the fusion of every head.
+
+    A class index y is the distribution t that puts everything on y. With smoothing e,
+    ``t' = (1 - e) t + e / C``, and then ``loss = sum_c w_c t'_c (-log p_c)`` and
+    ``nll = sum_c t_c (-log p_c)``, where ``0 * inf = 0``.
+
+    Args:
+        logits: H arrays ``[B, C]``, the fused head first.
+        target: Class indices ``[B]``, or class probabilities ``[B, C]``.
+        present: Bool ``[H, B]``; every statistic is 0 where absent.
+        weight: Class weights ``[C]``, >= 0; all 1 when ``None``.
+        ignore_index: Class index whose samples have loss and nll 0.
+        label_smoothing: e, in [0, 1].
+
+    Returns:
+        A ``HeadStatistics``.
+
+    Raises:
+        IndexError: A class index is neither in [0, C) nor ``ignore_index``.
+
+    Example:
+        >>> certain, undecided = [[100.0, 0.0]], [[0.0, 0.0]]
+        >>> statistics = head_statistics([certain, undecided], [0])
+        >>> statistics.nll.round(4).tolist()
+        [[0.0], [0.6931]]
+        >>> statistics.distance.round(4).tolist()
+        [[0.0], [0.5]]
+    """
+    heads = [np.asarray(head, dtype=np.float64) for head in logits]
+    batch, classes = heads[0].shape
+    mask = _mask(present, (len(heads), batch))
+    class_weight = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
+    truth, counted = _truth(target, classes, ignore_index)
+    smoothed = (1.0 - label_smoothing) * truth + label_smoothing / classes
+
+    statistics = HeadStatistics(*(np.zeros((len(heads), batch)) for _ in range(4)))
+    for h, head in enumerate(heads):
+        surprisal = _surprisal(np.where(mask[h][:, None], head, 0.0))
+        probs = np.exp(-surprisal)
+        if h == 0:
+            fused_probs = probs
+        statistics.loss[h] = _expectation(class_weight * smoothed, surprisal) * counted
+        statistics.nll[h] = _expectation(truth, surprisal) * counted
+        statistics.entropy[h] = _expectation(probs, surprisal)
+        statistics.distance[h] = np.linalg.norm(probs - fused_probs, axis=1) / np.sqrt(2.0)
+        for field in statistics:
+            field[h] = np.where(mask[h], field[h], 0.0)
+    return statistics
+
+
+# The sample level.
+
+
+def prediction_deviation(nll: ArrayLike, present: ArrayLike | None = None) -> Array:
+    """One minus the geometric mean, over heads, of the probability given to the target.
+
+    ``1 - exp(-mean_h nll_h)``. Definition chosen here; the paper names the quantity.
+
+    Args:
+        nll: ``[H, B]`` in nats, >= 0.
+        present: Bool ``[H, B]``.
+
+    Returns:
+        ``[B]`` in [0, 1]; 0 when every head is certain of the target. The order of the
+        heads does not matter, and it increases with each nll.
+
+    Example:
+        >>> prediction_deviation([[0.0], [2 * np.log(2.0)]]).tolist()
+        [0.5]
+    """
+    return -np.expm1(-_mean_over_heads(nll, present))
+
+
+def prediction_consistency(distance: ArrayLike, present: ArrayLike | None = None) -> Array:
+    """Mean distance of the unimodal predictions from the fused one; large is inconsistent.
+
+    ``mean_{h >= 1} distance_h``. Definition chosen here; the paper names the quantity.
+
+    Args:
+        distance: ``[H, B]`` in [0, 1]; row 0 is not read.
+        present: Bool ``[H, B]``.
+
+    Returns:
+        ``[B]`` in [0, 1]; 0 for a sample without any modality.
+
+    Example:
+        >>> prediction_consistency([[0.0], [0.25], [0.75]]).tolist()
+        [0.5]
+    """
+    unimodal = np.asarray(distance, dtype=np.float64)[1:]
+    return _mean_over_heads(unimodal, None if present is None else np.asarray(present)[1:])
+
+
+def prediction_stability(entropy: ArrayLike, num_classes: int) -> Array:
+    """Entropy of the fused prediction as a share of its maximum; large is unstable.
+
+    ``H_0 / log C``. Definition chosen here; the paper names the quantity.
+
+    Args:
+        entropy: ``[H, B]`` in nats; only row 0 is read.
+        num_classes: C.
+
+    Returns:
+        ``[B]`` in [0, 1]: 0 for a certain fusion, 1 for a uniform one; 0 when C = 1.
+
+    Example:
+        >>> prediction_stability([[np.log(2.0)]], num_classes=4).tolist()
+        [0.5]
+    """
+    return np.clip(_in_log_classes(np.asarray(entropy)[0], num_classes), 0.0, 1.0)
+
+
+def surprise(
+    nll: ArrayLike, entropy: ArrayLike, num_classes: int, present: ArrayLike | None = None
+) -> Array:
+    """Deviation beyond what the model's own uncertainty predicts.
+
+    ``mean_h max(0, nll_h - H_h) / log C``: the nll that a head expects is its entropy,
+    ``E_{c ~ p}[-log p_c] = H(p)``. Definition chosen here.
+
+    Args:
+        nll: ``[H, B]`` in nats, >= 0.
+        entropy: ``[H, B]`` in nats.
+        num_classes: C.
+        present: Bool ``[H, B]``.
+
+    Returns:
+        ``[B]``, >= 0; 0 where no nll exceeds its entropy, and when C = 1.
+
+    Example:
+        >>> surprise([[3 * np.log(2.0)]], [[np.log(2.0)]], num_classes=2).round(4).tolist()
+        [2.0]
+    """
+    excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
+    return _in_log_classes(_mean_over_heads(np.maximum(excess, 0.0), present), num_classes)
+
+
+def relative_change(current: ArrayLike, previous: ArrayLike, eps: float = 1e-3) -> Array:
+    """How far a quantity moved, as a share of what it was. Definition chosen here.
+
+    ``|current - previous| / (|previous| + eps)``.
+
+    Args:
+        current: Any shape.
+        previous: Same shape.
+        eps: > 0.
+
+    Returns:
+        Same shape, >= 0; 0 where nothing moved.
+
+    Example:
+        >>> relative_change([0.75], [0.25], eps=0.25).tolist()
+        [1.0]
+    """
+    now, before = np.asarray(current, dtype=np.float64), np.asarray(previous, dtype=np.float64)
+    return np.asarray(np.abs(now - before) / (np.abs(before) + eps))
+
+
+def volatility_weights(volatility: ArrayLike) -> Array:
+    """Share of each signal in all volatility. Normalisation chosen here.
+
+    ``v_k / sum_k v_k``. The paper weights the signals by volatility.
+
+    Args:
+        volatility: ``[K]``, >= 0.
+
+    Returns:
+        ``[K]``, >= 0, sums to 1; uniform when the sum is 0. A common scale does not matter.
+
+    Example:
+        >>> volatility_weights([3.0, 1.0]).tolist()
+        [0.75, 0.25]
+    """
+    v = np.asarray(volatility, dtype=np.float64)
+    return v / v.sum() if v.sum() > 0 else np.full(v.shape, 1.0 / v.size)
+
+
+def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
+    """Weighted mean of the signals of a sample, ``sum_k omega_k signals_k``.
+
+    Definition chosen here; the paper names the signals.
+
+    Args:
+        signals: ``[K, B]`` in [0, 1].
+        signal_weights: omega, ``[K]``, >= 0, sums to 1.
+
+    Returns:
+        ``[B]`` in [0, 1], between the smallest and the largest signal of the sample.
+
+    Example:
+        >>> difficulty([[0.0], [1.0]], [0.75, 0.25]).tolist()
+        [0.25]
+    """
+    omega = np.asarray(signal_weights, dtype=np.float64)
+    return np.asarray((omega[:, None] * np.asarray(signals, dtype=np.float64)).sum(axis=0))
+
+
+# The modality level. ``log_quality`` is ``[..., M + 1]``, fused head first, with
+# ``log q_h = -loss_h``. Everything but ``quality`` raises ValueError when M = 0.
+
+
+def improvement_ratios(log_quality: ArrayLike) -> Array:
+    """Quality of the fusion over that of each modality, ``r_m = exp(log q_0 - log q_m)``.
+
+    Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+
+    Returns:
+        ``[..., M]``, >= 0, infinite where it overflows. A common scale of all qualities
+        does not matter.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> improvement_ratios(np.log([0.8, 0.4, 0.8])).round(4).tolist()
+        [2.0, 1.0]
+    """
+    return _exp(_log_ratios(log_quality))
+
+
+def geometric_mean_ratio(log_quality: ArrayLike) -> Array:
+    """Geometric mean of the improvement ratios (GMR): the global gain of the fusion.
+
+    ``exp(mean_m log r_m)``. Definition chosen here; the paper names the quantity.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+
+    Returns:
+        ``[...]``, >= 0; 1 when the fusion equals the geometric mean of its modalities.
+        The order of the modalities, a common scale of all qualities and a repetition of
+        the set of modalities do not matter.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> round(float(geometric_mean_ratio(np.log([0.8, 0.8, 0.2]))), 4)
+        2.0
+    """
+    return _exp(_log_ratios(log_quality).mean(axis=-1))
+
+
+def harmonic_mean_improvement_rate(log_quality: ArrayLike, eps: float = 1e-3) -> Array:
+    """Harmonic mean of the improvement rates (HMIR): the local gain of the fusion.
+
+    ``M / sum_m 1 / max(r_m - 1, eps)``. Definition chosen here; the paper names the
+    quantity.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+        eps: Floor of each rate, > 0.
+
+    Returns:
+        ``[...]``, at least the smallest floored rate and at most M times it; at most the
+        geometric and the arithmetic mean of the floored rates. Infinite on overflow.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> round(float(harmonic_mean_improvement_rate(np.log([0.8, 0.4, 0.2]))), 4)
+        1.5
+    """
+    return _exp(_log_hmir(_log_ratios(log_quality), eps))
+
+
+def balance_factor(log_quality: ArrayLike, eps: float = 1e-3) -> Array:
+    """Share lambda of the modality-level objective, ``clip(1 - (1 + HMIR) / GMR, 0, 1)``.
+
+    In log space, ``1 - exp(log(1 + HMIR) - log GMR)``. The paper names an adaptive
+    balance; this definition is chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+        eps: Floor of each improvement rate, > 0.
+
+    Returns:
+        ``[...]`` in [0, 1]: 0 when the modalities are balanced, towards 1 as one
+        dominates. While every rate exceeds ``eps``, ``1 + HMIR <= GMR``, with equality
+        only when all rates are equal.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> round(float(balance_factor(np.log([0.8, 0.4, 0.05]))), 4)
+        0.4918
+    """
+    log_ratios = _log_ratios(log_quality)
+    log_gmr = log_ratios.mean(axis=-1)
+    log_one_plus_hmir = np.logaddexp(0.0, _log_hmir(log_ratios, eps))
+    return np.asarray(-np.expm1(np.minimum(log_one_plus_hmir - log_gmr, 0.0)))
+
+
+def modality_weights(log_quality: ArrayLike, temperature: float = 1.0, cap: float = 1.0) -> Array:
+    """Weight alpha of each modality's own loss: the further behind the fusion, the larger.
+
+    ``softmax_m(min(log r_m, cap) / temperature)``. Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+        temperature: > 0; larger is more uniform.
+        cap: Lag in nats from which the weight stops growing.
+
+    Returns:
+        ``[..., M]``, >= 0, sums to 1 over the modalities.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> modality_weights(np.log([0.8, 0.8, 0.4])).round(4).tolist()
+        [0.3333, 0.6667]
+    """
+    lag = np.minimum(_log_ratios(log_quality), cap) / temperature
+    shares = np.exp(lag - lag.max(axis=-1, keepdims=True))
+    return np.asarray(shares / shares.sum(axis=-1, keepdims=True))
+
+
+def modality_coefficients(log_quality: ArrayLike) -> Array:
+    """Factor of each modality's loss, ``(1 - lambda) + lambda * M * alpha_m``.
+
+    Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, any real values.
+
+    Returns:
+        ``[..., M]``, >= 0, mean 1 over the modalities; all 1 when they are balanced.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> modality_coefficients(np.log([0.8, 0.4, 0.4])).round(4).tolist()
+        [1.0, 1.0]
+    """
+    alpha = modality_weights(log_quality)
+    share = balance_factor(log_quality)[..., None]
+    return np.asarray((1.0 - share) + share * alpha.shape[-1] * alpha)
+
+
+def quality(log_quality: ArrayLike, num_classes: int) -> Array:
+    """What a head has learnt, ``clip(1 + log q / log C, 0, 1)``. Definition chosen here.
+
+    Args:
+        log_quality: Any shape, in nats.
+        num_classes: C.
+
+    Returns:
+        Same shape, in [0, 1]: 0 is chance or worse, 1 is certain; 0 when C = 1.
+
+    Example:
+        >>> quality([-np.log(2.0), -9.0], num_classes=4).tolist()
+        [0.5, 0.0]
+    """
+    log_q = np.asarray(log_quality, dtype=np.float64)
+    if num_classes == 1:
+        return np.zeros(log_q.shape)
+    return np.clip(1.0 + _in_log_classes(log_q, num_classes), 0.0, 1.0)
+
+
+def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
+    """How often to swap or drop each modality, ``(min_k q_k + eps) / (q_m + eps)``.
+
+    Definition chosen here.
+
+    Args:
+        quality: ``[M]`` in [0, 1], of the modalities only.
+        eps: > 0.
+
+    Returns:
+        ``[M]`` in (0, 1]; 1 for the modality with the least quality.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> augmentation_rates([0.75, 0.25], eps=0.25).tolist()
+        [0.5, 1.0]
+    """
+    q = np.asarray(quality, dtype=np.float64)
+    _require_modalities(q.size)
+    return np.asarray((q.min() + eps) / (q + eps))
+
+
+# The gates. Modalities only, ``[M, B]``, and so is ``present``.
+
+
+def disagreement(
+    probs: ArrayLike, quality: ArrayLike | None = None, present: ArrayLike | None = None
+) -> Array:
+    """Distance of each modality's prediction from the consensus of the others.
+
+    ``||p_m - c_m||_2 / sqrt(2)`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over the present
+    ``k != m``. Definition chosen here.
+
+    Args:
+        probs: Class probabilities, ``[M, B, C]``.
+        quality: ``[M]``, >= 0, each floored at 1e-3; all 1 when ``None``.
+        present: Bool ``[M, B]``.
+
+    Returns:
+        ``[M, B]`` in [0, 1]; 0 where the modality or every other one is absent.
+
+    Example:
+        >>> disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]]).round(4).tolist()
+        [[0.5], [0.5], [1.0]]
+    """
+    p = np.asarray(probs, dtype=np.float64)
+    modalities, batch, _ = p.shape
+    mask = _mask(present, (modalities, batch))
+    p = np.where(mask[..., None], p, 0.0)
+    q = np.ones(modalities) if quality is None else np.asarray(quality, dtype=np.float64)
+    weight = np.where(mask, np.maximum(q, _QUALITY_FLOOR)[:, None], 0.0)
+
+    result = np.zeros((modalities, batch))
+    for m in range(modalities):
+        others = [k for k in range(modalities) if k != m]
+        comparable = mask[m] & mask[others].any(axis=0)
+        total = np.where(comparable, weight[others].sum(axis=0), 1.0)
+        consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
+        distance = np.linalg.norm(p[m] - consensus, axis=1) / np.sqrt(2.0)
+        result[m] = np.where(comparable, distance, 0.0)
+    return result
+
+
+def gate_logits(
+    entropy: ArrayLike,
+    disagreement: ArrayLike,
+    num_classes: int,
+    *,
+    bias: ArrayLike,
+    entropy_slope: ArrayLike,
+    disagreement_slope: ArrayLike,
+    prior: ArrayLike,
+) -> Array:
+    """Reliability of each modality, ``b_m - a_H * H / log C - a_D * D + prior_m``.
+
+    Definition chosen here; the paper names a gating-based fusion.
+
+    Args:
+        entropy: ``[M, B]`` in nats.
+        disagreement: D, ``[M, B]`` in [0, 1].
+        num_classes: C; the entropy term is 0 when C = 1.
+        bias: b, ``[M]``.
+        entropy_slope: a_H, scalar.
+        disagreement_slope: a_D, scalar.
+        prior: ``[M]``.
+
+    Returns:
+        ``[M, B]``; decreasing in entropy and disagreement while the slopes are positive.
+
+    Example:
+        >>> gate_logits([[np.log(2.0)]], [[0.5]], 4, bias=[1.0], entropy_slope=2.0,
+        ...             disagreement_slope=1.0, prior=[0.25]).tolist()
+        [[-0.25]]
+    """
+    offset = np.asarray(bias, dtype=np.float64) + np.asarray(prior, dtype=np.float64)
+    uncertainty = _in_log_classes(entropy, num_classes)
+    d = np.asarray(disagreement, dtype=np.float64)
+    return np.asarray(
+        offset[:, None]
+        - np.asarray(entropy_slope) * uncertainty
+        - np.asarray(disagreement_slope) * d
+    )
+
+
+def reliability_gates(
+    logits: ArrayLike, present: ArrayLike | None = None, threshold: float = 0.0
+) -> Array:
+    """Share of each modality in a sample's fusion: softmax over the present modalities.
+
+    Gates below ``threshold`` are cut as redundant and the rest renormalised. Definition
+    chosen here; the paper names a gating that suppresses redundancy.
+
+    Args:
+        logits: ``[M, B]``.
+        present: Bool ``[M, B]``.
+        threshold: In [0, 1 / M), so that some gate always stays.
+
+    Returns:
+        ``[M, B]``, >= 0, sums to 1 over the modalities; all 0 for a sample without any.
+
+    Example:
+        >>> reliability_gates(np.log([[0.7], [0.2], [0.1]]), threshold=0.15).round(4).tolist()
+        [[0.7778], [0.2222], [0.0]]
+    """
+    z = np.asarray(logits, dtype=np.float64)
+    mask = _mask(present, z.shape)
+    z = np.where(mask, z, -np.inf)
+    top = np.where(mask.any(axis=0), z.max(axis=0), 0.0)
+    gates = _shares(np.exp(z - top))
+    return _shares(np.where(gates >= threshold, gates, 0.0))
+
+
+# Pieces of the formulas.
+
+
+def _mask(present: ArrayLike | None, shape: tuple[int, ...]) -> Mask:
+    return np.ones(shape, dtype=np.bool_) if present is None else np.asarray(present, dtype=bool)
+
+
+def _truth(target: ArrayLike, classes: int, ignore_index: int) -> tuple[Array, Mask]:
+    """The target as probabilities ``[B, C]``, and which samples count, ``[B]``."""
+    t = np.asarray(target)
+    if t.ndim == 2:
+        return t.astype(np.float64), np.ones(len(t), dtype=np.bool_)
+    counted = t != ignore_index
+    index = np.where(counted, t, 0)
+    if ((index < 0) | (index >= classes)).any():
+        raise IndexError(
+            f"target: expected class indices in [0, {classes}) or {ignore_index}, got {t.tolist()}"
+        )
+    return np.eye(classes)[index], counted
+
+
+def _surprisal(logits: Array) -> Array:
+    """``-log softmax`` over the last axis, >= 0; infinite where a logit is -inf."""
+    z = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(np.log(np.exp(z).sum(axis=-1, keepdims=True)) - z)
+
+
+def _expectation(weights: Array, surprisal: Array) -> Array:
+    """``sum_c weights_c * surprisal_c`` with ``0 * inf = 0``."""
+    return np.asarray((weights * np.where(weights > 0, surprisal, 0.0)).sum(axis=-1))
+
+
+def _mean_over_heads(values: ArrayLike, present: ArrayLike | None) -> Array:
+    """Mean over the present heads; 0 where there is none."""
+    v = np.asarray(values, dtype=np.float64)
+    mask = _mask(present, v.shape)
+    return np.asarray(np.where(mask, v, 0.0).sum(axis=0) / np.maximum(mask.sum(axis=0), 1))
+
+
+def _in_log_classes(nats: ArrayLike, num_classes: int) -> Array:
+    """Nats as a share of the largest entropy, ``log C``; 0 when C = 1."""
+    values = np.asarray(nats, dtype=np.float64)
+    return np.zeros(values.shape) if num_classes == 1 else values / np.log(num_classes)
+
+
+def _log_ratios(log_quality: ArrayLike) -> Array:
+    """``log r_m = log q_0 - log q_m``, ``[..., M]``."""
+    log_q = np.asarray(log_quality, dtype=np.float64)
+    _require_modalities(log_q.shape[-1] - 1)
+    return log_q[..., :1] - log_q[..., 1:]
+
+
+def _log_hmir(log_ratios: Array, eps: float) -> Array:
+    """``log M - log sum_m exp(-log rate_m)`` with ``rate_m = max(r_m - 1, eps)``."""
+    # log(r - 1) = log r + log(1 - 1 / r); below the floor it is not read.
+    above = np.maximum(log_ratios, np.log1p(eps))
+    log_rates = above + np.log(-np.expm1(-above))
+    return np.asarray(np.log(log_ratios.shape[-1]) - np.logaddexp.reduce(-log_rates, axis=-1))
+
+
+def _exp(values: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(values))
+
+
+def _shares(values: Array) -> Array:
+    """Values divided by their sum over axis 0; 0 where the sum is 0."""
+    total = values.sum(axis=0)
+    return values / np.where(total > 0, total, 1.0)
+
+
+def _require_modalities(count: int) -> None:
+    if count < 1:
+        raise ValueError("expected at least 1 modality after the fused head, got none")

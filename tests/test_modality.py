@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from strategies import Array, arrays, log_quality, reals, to_torch, upcast
+from torch import Tensor
+
+from dyncim_core import modality
+from dyncim_core import reference as ref
+from dyncim_core.modality import (
+    augmentation_rates,
+    balance_factor,
+    geometric_mean_ratio,
+    harmonic_mean_improvement_rate,
+    improvement_ratios,
+    modality_coefficients,
+    modality_weights,
+    quality,
+)
+
+SCALARS = [geometric_mean_ratio, harmonic_mean_improvement_rate, balance_factor]
+VECTORS = [improvement_ratios, modality_weights, modality_coefficients]
+BOUNDED = [balance_factor, modality_weights, modality_coefficients]
+
+# Relative to the size of the log-qualities, since the logs are what gets rounded.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+
+all_dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+EPS = 1e-3
+
+
+def named(functions: list[Callable[..., Tensor]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("function", functions, ids=lambda f: f.__name__)
+
+
+@st.composite
+def gains(draw: st.DrawFn) -> Array:
+    """``[M + 1]`` where the fusion is clearly better than every modality."""
+    lags = draw(st.lists(reals(0.125, 3), min_size=1, max_size=8))
+    fused = draw(reals(-2, 0))
+    return np.array([fused, *(fused - lag for lag in lags)])
+
+
+def rates(values: Array) -> Array:
+    return np.maximum(np.exp(values[..., :1] - values[..., 1:]) - 1, EPS)
+
+
+def bumped(values: Array, head: int, step: float) -> Tensor:
+    changed = values.copy()
+    changed[..., head] += step
+    return to_torch(changed)
+
+
+# Agreement with the reference, in the values that the dtype holds.
+
+
+@all_dtypes
+@named(SCALARS + VECTORS)
+@given(log_quality())
+def test_agrees_with_the_reference(
+    dtype: torch.dtype, function: Callable[..., Tensor], values: Array
+) -> None:
+    log_q = to_torch(values, dtype)
+    actual = function(log_q)
+    expected = getattr(ref, function.__name__)(upcast(log_q))
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    tolerance = TOLERANCES[dtype] * max(1.0, np.abs(values).max())
+    assert_allclose(upcast(actual), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@named(BOUNDED)
+@given(log_quality(extreme=True))
+def test_bounded_quantities_agree_with_the_reference_at_extremes(
+    dtype: torch.dtype, function: Callable[..., Tensor], values: Array
+) -> None:
+    log_q = to_torch(values, dtype)
+    # These values are whole numbers, but their mean over the modalities is rounded.
+    tolerance = 10 * torch.finfo(dtype).eps * max(1.0, np.abs(values).max())
+    expected = getattr(ref, function.__name__)(upcast(log_q))
+    assert_allclose(upcast(function(log_q)), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(log_quality(), reals(0.25, 4), reals(0, 4))
+def test_the_options_of_the_weights_agree_with_the_reference(
+    values: Array, temperature: float, cap: float
+) -> None:
+    actual = modality_weights(to_torch(values), temperature=temperature, cap=cap)
+    expected = ref.modality_weights(values, temperature=temperature, cap=cap)
+    assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@named([harmonic_mean_improvement_rate, balance_factor])
+@given(log_quality(), reals(2**-10, 1))
+def test_the_floor_agrees_with_the_reference(
+    function: Callable[..., Tensor], values: Array, eps: float
+) -> None:
+    expected = getattr(ref, function.__name__)(values, eps=eps)
+    assert_allclose(function(to_torch(values), eps=eps), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(arrays((2, 3), reals(-8, 1)), st.integers(1, 6))
+def test_quality_agrees_with_the_reference(values: Array, classes: int) -> None:
+    expected = ref.quality(values, classes)
+    assert_allclose(quality(to_torch(values), classes), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 8).flatmap(lambda m: arrays(m, reals(0, 1))), reals(2**-10, 1))
+def test_augmentation_rates_agree_with_the_reference(values: Array, eps: float) -> None:
+    expected = ref.augmentation_rates(values, eps)
+    assert_allclose(augmentation_rates(to_torch(values), eps), expected, rtol=1e-12)
+
+
+# Extremes.
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@given(log_quality(extreme=True))
+def test_no_finite_input_gives_nan(dtype: torch.dtype, values: Array) -> None:
+    log_q = to_torch(values, dtype)
+    for function in SCALARS + VECTORS:
+        assert not function(log_q).isnan().any(), function.__name__
+    assert (improvement_ratios(log_q) >= 0).all()
+    assert (geometric_mean_ratio(log_q) >= 0).all()
+    assert (harmonic_mean_improvement_rate(log_q) > 0).all()
+    share, alpha = balance_factor(log_q), modality_weights(log_q)
+    assert ((share >= 0) & (share <= 1)).all()
+    assert ((alpha >= 0) & (alpha <= 1)).all()
+    assert (modality_coefficients(log_q) >= 0).all()
+    assert ((quality(log_q, 3) >= 0) & (quality(log_q, 3) <= 1)).all()
+
+
+def test_overflow_is_infinite_and_balanced() -> None:
+    log_q = torch.tensor([0.0, -1e4, -1e4])
+    assert improvement_ratios(log_q).tolist() == [math.inf, math.inf]
+    assert geometric_mean_ratio(log_q) == math.inf
+    assert balance_factor(log_q) == 0.0
+    assert modality_coefficients(log_q).tolist() == [1.0, 1.0]
+
+
+# What none of the quantities may depend on.
+
+
+@named(SCALARS + VECTORS)
+@given(log_quality(), st.randoms(use_true_random=False))
+def test_modalities_may_be_reordered(
+    function: Callable[..., Tensor], values: Array, random: Any
+) -> None:
+    order = list(range(values.shape[-1] - 1))
+    random.shuffle(order)
+    shuffled = function(to_torch(values[..., [0, *(m + 1 for m in order)]]))
+    original = function(to_torch(values))
+    expected = original if function in SCALARS else original[..., order]
+    assert_allclose(shuffled, expected, rtol=1e-12, atol=1e-12)
+
+
+@named(SCALARS + VECTORS)
+@given(log_quality(), reals(-8, 8))
+def test_qualities_may_be_scaled_alike(
+    function: Callable[..., Tensor], values: Array, shift: float
+) -> None:
+    assert_allclose(
+        function(to_torch(values + shift)), function(to_torch(values)), rtol=1e-11, atol=1e-12
+    )
+
+
+@named([*SCALARS, modality_coefficients])
+@given(log_quality(), st.integers(2, 4))
+def test_the_set_of_modalities_may_be_repeated(
+    function: Callable[..., Tensor], values: Array, times: int
+) -> None:
+    repeated = np.concatenate([values[..., :1]] + [values[..., 1:]] * times, axis=-1)
+    once = function(to_torch(values))
+    expected = once if function in SCALARS else torch.cat([once] * times, dim=-1)
+    assert_allclose(function(to_torch(repeated)), expected, rtol=1e-12, atol=1e-12)
+
+
+@named(SCALARS + VECTORS)
+@given(arrays((2, 3, 4), reals(-4, 0)))
+def test_leading_dimensions_are_a_batch(function: Callable[..., Tensor], values: Array) -> None:
+    whole = function(to_torch(values))
+    for i, j in np.ndindex(2, 3):
+        assert_allclose(whole[i, j], function(to_torch(values[i, j])), rtol=1e-12, atol=1e-15)
+
+
+# Facts of each quantity.
+
+
+@given(st.lists(reals(-8, 0), min_size=1, max_size=8))
+def test_gmr_is_one_when_the_fusion_is_the_geometric_mean(unimodal: list[float]) -> None:
+    values = torch.tensor([sum(unimodal) / len(unimodal), *unimodal], dtype=torch.float64)
+    assert_allclose(geometric_mean_ratio(values), 1.0, rtol=1e-12)
+
+
+@given(log_quality(), reals(0.125, 2), st.data())
+def test_gmr_grows_with_the_fusion_and_falls_with_each_modality(
+    values: Array, step: float, data: st.DataObject
+) -> None:
+    gmr = geometric_mean_ratio(to_torch(values))
+    assert (geometric_mean_ratio(bumped(values, 0, step)) > gmr).all()
+    head = data.draw(st.integers(1, values.shape[-1] - 1))
+    assert (geometric_mean_ratio(bumped(values, head, step)) < gmr).all()
+
+
+@given(log_quality(), reals(0.125, 2), st.data())
+def test_hmir_grows_with_the_fusion_and_falls_with_each_modality(
+    values: Array, step: float, data: st.DataObject
+) -> None:
+    """Weakly, since a rate at its floor does not move."""
+    hmir = harmonic_mean_improvement_rate(to_torch(values))
+    head = data.draw(st.integers(1, values.shape[-1] - 1))
+    slack = 1e-12 * (1 + hmir)
+    assert (harmonic_mean_improvement_rate(bumped(values, 0, step)) >= hmir - slack).all()
+    assert (harmonic_mean_improvement_rate(bumped(values, head, step)) <= hmir + slack).all()
+
+
+@given(gains(), reals(0.125, 2), st.data())
+def test_hmir_moves_with_every_rate_above_the_floor(
+    values: Array, step: float, data: st.DataObject
+) -> None:
+    hmir = harmonic_mean_improvement_rate(to_torch(values))
+    head = data.draw(st.integers(1, len(values) - 1))
+    assert harmonic_mean_improvement_rate(bumped(values, 0, step)) > hmir
+    assert harmonic_mean_improvement_rate(bumped(values, head, -step)) > hmir
+
+
+@given(log_quality())
+def test_hmir_is_the_least_of_the_three_means(values: Array) -> None:
+    hmir = harmonic_mean_improvement_rate(to_torch(values)).numpy()
+    floored = rates(values)
+    geometric = np.exp(np.log(floored).mean(axis=-1))
+    assert (hmir <= geometric * (1 + 1e-12)).all()
+    assert (geometric <= floored.mean(axis=-1) * (1 + 1e-12)).all()
+    # Governed by the least improved modality.
+    least, count = floored.min(axis=-1), floored.shape[-1]
+    assert (hmir >= least * (1 - 1e-12)).all()
+    assert (hmir <= count * least * (1 + 1e-12)).all()
+
+
+@given(gains())
+def test_one_plus_hmir_is_at_most_gmr(values: Array) -> None:
+    hmir = harmonic_mean_improvement_rate(to_torch(values)).item()
+    gmr = geometric_mean_ratio(to_torch(values)).item()
+    assert 1 + hmir <= gmr * (1 + 1e-12)
+    assume(np.ptp(values[1:]) > 0.0625)
+    assert 1 + hmir < gmr * (1 - 1e-5)
+
+
+@given(reals(0.125, 3), st.integers(1, 8))
+def test_one_plus_hmir_is_gmr_when_all_rates_are_equal(lag: float, count: int) -> None:
+    values = torch.tensor([0.0] + [-lag] * count, dtype=torch.float64)
+    assert_allclose(
+        1 + harmonic_mean_improvement_rate(values), geometric_mean_ratio(values), rtol=1e-12
+    )
+    assert_allclose(balance_factor(values), 0.0, atol=1e-12)
+    assert_allclose(modality_coefficients(values), np.ones(count), rtol=1e-12)
+
+
+@given(log_quality())
+def test_balance_lies_in_the_unit_interval(values: Array) -> None:
+    share = balance_factor(to_torch(values))
+    assert ((share >= 0) & (share <= 1)).all()
+
+
+@given(gains())
+def test_imbalance_is_seen(values: Array) -> None:
+    assume(np.ptp(values[1:]) > 0.0625)
+    assert balance_factor(to_torch(values)) > 1e-5
+
+
+@given(gains(), reals(0.5, 4))
+def test_balance_grows_as_the_weakest_modality_falls_behind(values: Array, step: float) -> None:
+    weakest = 1 + int(values[1:].argmin())
+    assume(len(values) > 2)
+    assert balance_factor(bumped(values, weakest, -step)) > balance_factor(to_torch(values))
+
+
+@given(log_quality(), reals(0.25, 4))
+def test_weights_sum_to_one(values: Array, temperature: float) -> None:
+    alpha = modality_weights(to_torch(values), temperature)
+    assert (alpha > 0).all()
+    assert_allclose(alpha.sum(dim=-1), np.ones(values.shape[:-1]), rtol=1e-12)
+
+
+@given(log_quality(), reals(0, 2))
+def test_weights_follow_the_lag_up_to_the_cap(values: Array, cap: float) -> None:
+    """Of two modalities the one further behind has more, until both are past the cap."""
+    alpha = modality_weights(to_torch(values), cap=cap).numpy()
+    lag = values[..., :1] - values[..., 1:]
+    ahead, behind = lag[..., :, None], lag[..., None, :]
+    gap = alpha[..., None, :] - alpha[..., :, None]
+    assert (gap[(behind >= ahead)] >= -1e-15).all()
+    assert (gap[(behind > ahead + 1e-3) & (ahead < cap - 1e-3)] > 0).all()
+    assert (np.abs(gap[(behind >= cap) & (ahead >= cap)]) <= 1e-15).all()
+
+
+@given(gains(), reals(1.0, 8), st.data())
+def test_a_modality_past_the_cap_gains_nothing_by_falling_further(
+    values: Array, step: float, data: st.DataObject
+) -> None:
+    head = data.draw(st.integers(1, len(values) - 1))
+    capped = bumped(values, head, -1.0)
+    further = bumped(values, head, -1.0 - step)
+    assert_allclose(modality_weights(further), modality_weights(capped), rtol=1e-12)
+
+
+@given(gains(), reals(0.25, 2))
+def test_a_larger_temperature_is_more_uniform(values: Array, temperature: float) -> None:
+    sharp = modality_weights(to_torch(values), temperature)
+    soft = modality_weights(to_torch(values), 2 * temperature)
+    assert soft.max() <= sharp.max() + 1e-12
+    assume(np.ptp(np.minimum(values[0] - values[1:], 1.0)) > 0.0625)
+    assert soft.max() < sharp.max()
+
+
+@given(log_quality())
+def test_coefficients_have_mean_one(values: Array) -> None:
+    coefficients = modality_coefficients(to_torch(values))
+    assert (coefficients >= 0).all()
+    assert_allclose(coefficients.mean(dim=-1), np.ones(values.shape[:-1]), rtol=1e-12)
+
+
+@given(log_quality())
+def test_coefficients_order_the_modalities_as_the_weights_do(values: Array) -> None:
+    alpha = modality_weights(to_torch(values)).numpy()
+    coefficients = modality_coefficients(to_torch(values)).numpy()
+    larger = alpha[..., :, None] > alpha[..., None, :]
+    assert (coefficients[..., :, None] - coefficients[..., None, :])[larger].min(
+        initial=0
+    ) >= -1e-12
+
+
+@given(arrays(4, reals(-8, 2)), st.integers(2, 6), reals(0, 2))
+def test_quality_grows_from_chance_to_certainty(values: Array, classes: int, step: float) -> None:
+    chance = -math.log(classes)
+    before, after = (quality(to_torch(x), classes).numpy() for x in (values, values + step))
+    assert ((before >= 0) & (before <= 1)).all()
+    assert (after >= before).all()
+    assert (before[values <= chance - 1e-9] == 0).all()
+    assert (before[values >= 0] == 1).all()
+    assert ((before > 0) == (values > chance))[np.abs(values - chance) > 1e-9].all()
+
+
+@given(arrays((2, 3), reals(-8, 2)))
+def test_one_class_teaches_nothing(values: Array) -> None:
+    assert torch.equal(quality(to_torch(values), 1), torch.zeros(2, 3, dtype=torch.float64))
+
+
+@given(st.integers(1, 8).flatmap(lambda m: arrays(m, reals(0, 1))))
+def test_the_weakest_modality_is_augmented_in_full_and_others_less(values: Array) -> None:
+    augmented = augmentation_rates(to_torch(values)).numpy()
+    assert ((augmented > 0) & (augmented <= 1)).all()
+    assert (augmented[values == values.min()] == 1).all()
+    order = values.argsort()
+    assert (np.diff(augmented[order]) <= 0).all()
+
+
+# Examples.
+
+
+def test_two_modalities_at_ratios_two_and_four() -> None:
+    log_q = torch.tensor([0.8, 0.4, 0.2], dtype=torch.float64).log()
+    assert_allclose(geometric_mean_ratio(log_q), 2.8284271247461903, rtol=1e-12)
+    assert_allclose(harmonic_mean_improvement_rate(log_q), 1.5, rtol=1e-12)
+    assert_allclose(balance_factor(log_q), 0.1161165235168156, rtol=1e-12)
+    assert_allclose(modality_weights(log_q), [0.4238831152341709, 0.5761168847658291], rtol=1e-12)
+
+
+def test_one_dominating_modality_is_all_imbalance() -> None:
+    assert balance_factor(torch.tensor([0.5, 0.0, -1e4])) == 1.0
+
+
+@pytest.mark.parametrize("name", [f.__name__ for f in SCALARS + VECTORS])
+def test_no_modality_is_an_error(name: str) -> None:
+    for shape in [(1,), (3, 1)]:
+        with pytest.raises(ValueError, match="modalit"):
+            getattr(modality, name)(torch.zeros(shape))
+
+
+def test_no_modality_to_augment_is_an_error() -> None:
+    with pytest.raises(ValueError, match="modalit"):
+        augmentation_rates(torch.zeros(0))
+
+
+def test_quality_needs_no_modality() -> None:
+    assert quality(torch.tensor([-math.log(2.0)]), 4).tolist() == [0.5]

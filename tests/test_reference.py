@@ -1,0 +1,323 @@
+"""The oracle against numbers worked out by hand, and against PyTorch's cross-entropy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from strategies import Heads, heads, reals, to_torch, with_nan
+
+from dyncim_core import reference as ref
+
+LN2 = 0.6931471805599453
+LN10 = 2.302585092994046
+MINUS_LN09 = 0.10536051565782630  # -log 0.9
+ENTROPY_09 = 0.3250829733914482  # of (0.9, 0.1)
+NAN = float("nan")
+
+# The fused head gives (1/2, 1/2), the one modality (9/10, 1/10).
+HALF = [[0.0, 0.0]]
+NINE_TO_ONE = [[2 * 1.0986122886681098, 0.0]]
+
+
+def test_head_statistics_of_an_index_target() -> None:
+    out = ref.head_statistics([HALF, NINE_TO_ONE], [0])
+    assert_allclose(out.loss, [[LN2], [MINUS_LN09]], rtol=1e-14)
+    assert_allclose(out.nll, [[LN2], [MINUS_LN09]], rtol=1e-14)
+    assert_allclose(out.entropy, [[LN2], [ENTROPY_09]], rtol=1e-14)
+    assert_allclose(out.distance, [[0.0], [0.4]], rtol=1e-14)
+
+
+def test_weight_and_smoothing_change_the_loss_alone() -> None:
+    # 0.8 * 2 * (-log 0.9) + 0.2 / 2 * (2 * (-log 0.9) + 3 * log 10)
+    out = ref.head_statistics([HALF, NINE_TO_ONE], [0], weight=[2.0, 3.0], label_smoothing=0.2)
+    assert_allclose(out.loss[1], [0.8804244560823010], rtol=1e-14)
+    assert_allclose(out.nll[1], [MINUS_LN09], rtol=1e-14)
+
+
+def test_head_statistics_of_a_soft_target() -> None:
+    # 1/4 * (-log 0.9) + 3/4 * log 10; smoothed by 0.2 the target is (0.3, 0.7).
+    out = ref.head_statistics([HALF, NINE_TO_ONE], [[0.25, 0.75]])
+    assert_allclose(out.nll, [[LN2], [1.7532789486599908]], rtol=1e-14)
+    assert_allclose(out.loss, out.nll, rtol=0)
+    out = ref.head_statistics(
+        [HALF, NINE_TO_ONE], [[0.25, 0.75]], weight=[2.0, 3.0], label_smoothing=0.2
+    )
+    assert_allclose(out.loss[1], [4.898645004682192], rtol=1e-14)
+
+
+def test_an_ignored_sample_keeps_its_entropy_and_distance() -> None:
+    out = ref.head_statistics([HALF, NINE_TO_ONE], [7], ignore_index=7, label_smoothing=0.2)
+    assert out.loss.tolist() == [[0.0], [0.0]]
+    assert out.nll.tolist() == [[0.0], [0.0]]
+    assert_allclose(out.entropy, [[LN2], [ENTROPY_09]], rtol=1e-14)
+    assert_allclose(out.distance, [[0.0], [0.4]], rtol=1e-14)
+
+
+def test_an_absent_head_gives_zeros_whatever_it_holds() -> None:
+    out = ref.head_statistics([HALF, [[NAN, np.inf]]], [0], present=[[True], [False]])
+    for field in out:
+        assert field[1].tolist() == [0.0]
+    assert_allclose(out.nll[0], [LN2], rtol=1e-14)
+
+
+def test_probability_zero_costs_nothing_unless_it_was_the_target() -> None:
+    impossible = [[0.0, -np.inf, 0.0]]
+    out = ref.head_statistics([impossible], [[0.5, 0.0, 0.5]])
+    assert_allclose([out.nll, out.entropy], [[[LN2]], [[LN2]]], rtol=1e-14)
+    assert ref.head_statistics([impossible], [1]).nll.tolist() == [[np.inf]]
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_out_of_range_is_an_error(label: int) -> None:
+    with pytest.raises(IndexError, match="class indices in"):
+        ref.head_statistics([HALF], [label])
+
+
+@given(heads(), st.sampled_from([0.0, 0.1, 1.0]), st.data())
+def test_the_loss_is_the_cross_entropy_of_pytorch(
+    case: Heads, smoothing: float, data: st.DataObject
+) -> None:
+    classes = case.logits[0].shape[1]
+    weight = np.array(data.draw(st.lists(reals(0.125, 4), min_size=classes, max_size=classes)))
+    out = ref.head_statistics(case.logits, case.target, weight=weight, label_smoothing=smoothing)
+    for h, head in enumerate(case.logits):
+        expected = torch.nn.functional.cross_entropy(
+            to_torch(head),
+            to_torch(case.target),
+            weight=to_torch(weight),
+            label_smoothing=smoothing,
+            reduction="none",
+        )
+        assert_allclose(out.loss[h], expected.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@given(heads())
+def test_head_statistics_stay_in_range(case: Heads) -> None:
+    masks = [None] * len(case.logits) if case.present is None else list(case.present)
+    rows = [with_nan(row, mask) for row, mask in zip(case.logits, masks, strict=True)]
+    out = ref.head_statistics(rows, case.target, present=case.present)
+    classes = rows[0].shape[1]
+    assert (out.loss >= 0).all()
+    assert (out.nll >= 0).all()
+    assert ((out.entropy >= 0) & (out.entropy <= np.log(classes) + 1e-12)).all()
+    assert ((out.distance >= 0) & (out.distance <= 1 + 1e-12)).all()
+    assert (out.distance[0] == 0).all()
+
+
+def test_prediction_deviation() -> None:
+    # Probabilities 1/2, 1/4 and 1/8 have geometric mean 1/4.
+    nll = [[LN2], [2 * LN2], [3 * LN2]]
+    assert_allclose(ref.prediction_deviation(nll), [0.75], rtol=1e-14)
+    # Without the last, sqrt(1/8).
+    present = [[True], [True], [False]]
+    assert_allclose(
+        ref.prediction_deviation([[LN2], [2 * LN2], [NAN]], present), [0.6464466094067263]
+    )
+    # Small deviations keep their digits.
+    assert_allclose(ref.prediction_deviation([[1e-20]]), [1e-20], rtol=1e-14)
+
+
+def test_prediction_consistency() -> None:
+    distance = [[0.0, 0.0, 0.0], [0.2, 0.6, NAN], [0.4, NAN, NAN]]
+    present = [[True, True, True], [True, True, False], [True, False, False]]
+    assert_allclose(ref.prediction_consistency(distance, present), [0.3, 0.6, 0.0], rtol=1e-14)
+    assert ref.prediction_consistency([[0.0, 0.0]]).tolist() == [0.0, 0.0]
+
+
+def test_prediction_stability() -> None:
+    entropy = [[LN2, 2 * LN2, 5.0], [NAN, NAN, NAN]]
+    assert_allclose(ref.prediction_stability(entropy, 4), [0.5, 1.0, 1.0], rtol=1e-14)
+    assert ref.prediction_stability([[0.0]], 1).tolist() == [0.0]
+
+
+def test_surprise() -> None:
+    # Excess over two heads: (3 - 1) log 2 and 0, floored; log C = 2 log 2.
+    nll, entropy = [[3 * LN2], [0.0]], [[LN2], [LN2]]
+    assert_allclose(ref.surprise(nll, entropy, 4), [0.5], rtol=1e-14)
+    assert_allclose(
+        ref.surprise([[3 * LN2], [NAN]], [[LN2], [NAN]], 4, [[True], [False]]), [1.0], rtol=1e-14
+    )
+    assert ref.surprise([[1.0]], [[0.0]], 1).tolist() == [0.0]
+
+
+def test_relative_change() -> None:
+    change = ref.relative_change([0.3, 0.1, -0.5], [0.2, 0.0, -0.25], eps=0.05)
+    assert_allclose(change, [0.4, 2.0, 0.8333333333333334], rtol=1e-14)
+    assert_allclose(ref.relative_change([1.0], [0.0]), [1000.0], rtol=1e-14)
+
+
+def test_volatility_weights() -> None:
+    assert ref.volatility_weights([1.0, 1.0, 6.0]).tolist() == [0.125, 0.125, 0.75]
+    assert ref.volatility_weights([0.0, 0.0]).tolist() == [0.5, 0.5]
+
+
+def test_difficulty() -> None:
+    signals = [[0.0, 1.0], [1.0, 0.5], [0.5, 0.0]]
+    assert ref.difficulty(signals, [0.5, 0.25, 0.25]).tolist() == [0.375, 0.625]
+
+
+# Qualities 0.8, and 0.4 and 0.2: ratios 2 and 4, rates 1 and 3.
+LOG_QUALITY = np.log([0.8, 0.4, 0.2])
+
+
+def test_modality_quantities_of_ratios_2_and_4() -> None:
+    assert_allclose(ref.improvement_ratios(LOG_QUALITY), [2.0, 4.0], rtol=1e-14)
+    assert_allclose(ref.geometric_mean_ratio(LOG_QUALITY), 2.8284271247461903, rtol=1e-14)
+    assert_allclose(ref.harmonic_mean_improvement_rate(LOG_QUALITY), 1.5, rtol=1e-14)
+    # 1 - 2.5 / (2 sqrt 2)
+    assert_allclose(ref.balance_factor(LOG_QUALITY), 0.11611652351681560, rtol=1e-12)
+    # The lag of the second, log 4, is capped at 1: 2 / (2 + e) and e / (2 + e).
+    assert_allclose(
+        ref.modality_weights(LOG_QUALITY), [0.4238831152341709, 0.5761168847658291], rtol=1e-14
+    )
+    # Uncapped at temperature 2: sqrt 2 / (2 + sqrt 2) and 2 / (2 + sqrt 2).
+    assert_allclose(
+        ref.modality_weights(LOG_QUALITY, temperature=2.0, cap=10.0),
+        [0.4142135623730951, 0.5857864376269049],
+        rtol=1e-14,
+    )
+    assert_allclose(
+        ref.modality_coefficients(LOG_QUALITY), [0.9823231439201237, 1.0176768560798763], rtol=1e-12
+    )
+
+
+def test_a_rate_below_the_floor() -> None:
+    # Ratios 1/2 and 2: rates -1/2, floored at 1/4, and 1; 2 / (4 + 1).
+    log_quality = np.log([0.4, 0.8, 0.2])
+    assert_allclose(ref.harmonic_mean_improvement_rate(log_quality, eps=0.25), 0.4, rtol=1e-14)
+    # GMR is 1, so 1 - 1.4 / 1 is cut to 0.
+    assert float(ref.balance_factor(log_quality, eps=0.25)) == 0.0
+    # With no gain at all the default floor is what remains.
+    assert_allclose(ref.harmonic_mean_improvement_rate([-1.0, -1.0]), 1e-3, rtol=1e-12)
+
+
+def test_overflow_is_infinite_but_leaves_the_balance_defined() -> None:
+    log_quality = [0.0, -1e4, -1e4]
+    assert ref.improvement_ratios(log_quality).tolist() == [np.inf, np.inf]
+    assert float(ref.geometric_mean_ratio(log_quality)) == np.inf
+    assert float(ref.harmonic_mean_improvement_rate(log_quality)) == np.inf
+    assert float(ref.balance_factor(log_quality)) == 0.0
+    # One dominates: HMIR is governed by the rate 1, GMR by the ratio exp(1e4).
+    assert float(ref.balance_factor([LN2, 0.0, -1e4])) == 1.0
+
+
+def test_modality_quantities_of_a_batch() -> None:
+    batch = [[LOG_QUALITY, LOG_QUALITY[::-1]]]
+    assert ref.improvement_ratios(batch).shape == (1, 2, 2)
+    assert_allclose(ref.geometric_mean_ratio(batch), [[2.8284271247461903, 0.3535533905932738]])
+    assert ref.balance_factor(batch).shape == (1, 2)
+
+
+def test_quality() -> None:
+    assert_allclose(ref.quality([0.0, -LN2, -2 * LN2, -9.0], 4), [1.0, 0.5, 0.0, 0.0], rtol=1e-14)
+    assert_allclose(ref.quality(-0.1 * LN10, 10), 0.9, rtol=1e-14)
+    assert ref.quality([-1.0, 0.0], 1).tolist() == [0.0, 0.0]
+
+
+def test_augmentation_rates() -> None:
+    rates = ref.augmentation_rates([0.7, 0.1, 0.3], eps=0.1)
+    assert_allclose(rates, [0.25, 1.0, 0.5], rtol=1e-14)
+    assert ref.augmentation_rates([0.0, 0.0]).tolist() == [1.0, 1.0]
+
+
+def test_disagreement() -> None:
+    a, b, c = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
+    # Against the consensus of the others, at qualities 1, 3 and 1:
+    # (1/8, 7/8), (3/4, 1/4) and (1/4, 3/4).
+    out = ref.disagreement([[a], [b], [c]], quality=[1.0, 3.0, 1.0])
+    assert_allclose(out, [[0.875], [0.75], [0.25]], rtol=1e-14)
+    # A second sample without the last modality, a third with the first alone.
+    probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
+    present = [[True, True, True], [True, True, False], [True, False, False]]
+    out = ref.disagreement(probs, [1.0, 3.0, 1.0], present)
+    assert_allclose(out, [[0.875, 1.0, 0.0], [0.75, 1.0, 0.0], [0.25, 0.0, 0.0]], rtol=1e-14)
+
+
+def test_disagreement_floors_the_qualities() -> None:
+    # Qualities 0 and 0 count as 1e-3 each: the consensus is (1/2, 1/2).
+    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 0.0])
+    assert_allclose(out[0], [0.5], rtol=1e-14)
+    # 1e-3 against 3e-3: (1/4, 3/4).
+    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 3e-3])
+    assert_allclose(out[0], [0.75], rtol=1e-14)
+
+
+def test_gate_logits() -> None:
+    out = ref.gate_logits(
+        [[LN2, 0.0], [2 * LN2, LN2]],
+        [[0.5, 0.0], [0.25, 1.0]],
+        4,
+        bias=[1.0, 0.0],
+        entropy_slope=2.0,
+        disagreement_slope=4.0,
+        prior=[0.5, -0.5],
+    )
+    assert_allclose(out, [[-1.5, 1.5], [-3.5, -5.5]], rtol=1e-14)
+    single = ref.gate_logits(
+        [[0.0]], [[0.0]], 1, bias=[1.0], entropy_slope=2.0, disagreement_slope=4.0, prior=[0.5]
+    )
+    assert single.tolist() == [[1.5]]
+
+
+def test_reliability_gates() -> None:
+    logits = np.log([[0.6], [0.3], [0.1]])
+    assert_allclose(ref.reliability_gates(logits), [[0.6], [0.3], [0.1]], rtol=1e-14)
+    # 0.6 and 0.3 of 0.9.
+    cut = ref.reliability_gates(logits, threshold=0.2)
+    assert_allclose(cut, [[0.6666666666666666], [0.3333333333333333], [0.0]], rtol=1e-14)
+    # Without the first, 0.3 and 0.1 of 0.4; then nothing at all.
+    hidden = [[NAN, NAN], [logits[1, 0], NAN], [logits[2, 0], NAN]]
+    present = [[False, False], [True, False], [True, False]]
+    gates = ref.reliability_gates(hidden, present)
+    assert_allclose(gates, [[0.0, 0.0], [0.75, 0.0], [0.25, 0.0]], rtol=1e-14)
+    assert ref.reliability_gates([[1e4], [-1e4]]).tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "balance_factor",
+        "geometric_mean_ratio",
+        "harmonic_mean_improvement_rate",
+        "improvement_ratios",
+        "modality_coefficients",
+        "modality_weights",
+    ],
+)
+def test_no_modality_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="modalit"):
+        getattr(ref, name)([-0.5])
+    with pytest.raises(ValueError, match="modalit"):
+        ref.augmentation_rates([])
+    assert_allclose(ref.quality([-LN2], 4), [0.5])
+
+
+def test_it_needs_numpy_and_nothing_else() -> None:
+    path = Path(ref.__file__)
+    script = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("reference", {str(path)!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["reference"] = module
+spec.loader.exec_module(module)
+assert module.quality(0.0, 2) == 1.0
+loaded = sorted(name for name in ("torch", "dyncim_core", "scipy") if name in sys.modules)
+assert not loaded, loaded
+assert "numpy" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_public_is_listed_and_documented_with_an_example() -> None:
+    for name in ref.__all__:
+        if name != "HeadStatistics":
+            assert ">>> " in (getattr(ref, name).__doc__ or ""), name

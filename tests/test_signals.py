@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from strategies import (
+    Array,
+    Heads,
+    Statistics,
+    arrays,
+    batch_sizes,
+    heads,
+    reals,
+    statistics,
+    to_torch,
+    upcast,
+)
+from torch import Tensor
+
+from dyncim_core import reference as ref
+from dyncim_core.signals import (
+    difficulty,
+    prediction_consistency,
+    prediction_deviation,
+    prediction_stability,
+    relative_change,
+    surprise,
+    volatility_weights,
+)
+
+# Rounding of the result, and what a mean over up to nine heads may add.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 5e-2,
+    torch.float16: 5e-3,
+}
+NAN = math.nan
+
+all_dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+positives = reals(2**-10, 8)
+
+
+def agree(actual: Tensor, expected: Array, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    assert not actual.isnan().any()
+    tolerance = TOLERANCES[dtype]
+    assert_allclose(upcast(actual), expected, rtol=tolerance, atol=tolerance)
+
+
+def every_signal(case: Statistics, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    nll, entropy, distance, present = (to_torch(x, dtype) for x in case[:4])
+    return [
+        prediction_deviation(nll, present),
+        prediction_consistency(distance, present),
+        prediction_stability(entropy, case.num_classes),
+        surprise(nll, entropy, case.num_classes, present),
+    ]
+
+
+# Agreement with the reference, in the values that the dtype holds.
+
+
+@all_dtypes
+@given(statistics())
+def test_signals_agree_with_the_reference(dtype: torch.dtype, case: Statistics) -> None:
+    if dtype == torch.float16:  # whose largest number is 65504, and nine nlls are summed
+        case = case._replace(nll=np.minimum(case.nll, 1e3))
+    nll, entropy, distance, present = (upcast(to_torch(x, dtype)) for x in case[:4])
+    classes = case.num_classes
+    expected = [
+        ref.prediction_deviation(nll, present),
+        ref.prediction_consistency(distance, present),
+        ref.prediction_stability(entropy, classes),
+        ref.surprise(nll, entropy, classes, present),
+    ]
+    for actual, oracle in zip(every_signal(case, dtype), expected, strict=True):
+        assert actual.shape == (nll.shape[1],)
+        agree(actual, oracle, dtype)
+
+
+@all_dtypes
+@given(arrays((2, 3), reals(0, 8)), arrays((2, 3), reals(0, 8)), reals(2**-6, 1))
+def test_relative_change_agrees_with_the_reference(
+    dtype: torch.dtype, current: Array, previous: Array, eps: float
+) -> None:
+    now, before = to_torch(current, dtype), to_torch(previous, dtype)
+    expected = ref.relative_change(upcast(now), upcast(before), eps)
+    agree(relative_change(now, before, eps), expected, dtype)
+
+
+@all_dtypes
+@given(st.integers(1, 5).flatmap(lambda k: arrays(k, st.just(0.0) | positives)))
+def test_volatility_weights_agree_with_the_reference(dtype: torch.dtype, values: Array) -> None:
+    volatility = to_torch(values, dtype)
+    agree(volatility_weights(volatility), ref.volatility_weights(upcast(volatility)), dtype)
+
+
+@st.composite
+def weighted_signals(draw: st.DrawFn) -> tuple[Array, Array]:
+    count, batch = draw(st.integers(1, 5)), draw(batch_sizes)
+    weights = ref.volatility_weights(draw(arrays(count, st.just(0.0) | positives)))
+    return draw(arrays((count, batch), reals(0, 1))), weights
+
+
+@all_dtypes
+@given(weighted_signals())
+def test_difficulty_agrees_with_the_reference(
+    dtype: torch.dtype, case: tuple[Array, Array]
+) -> None:
+    signals, weights = (to_torch(x, dtype) for x in case)
+    agree(difficulty(signals, weights), ref.difficulty(upcast(signals), upcast(weights)), dtype)
+
+
+# Facts of the signals.
+
+
+@given(heads())
+def test_signals_of_any_logits_lie_in_the_unit_interval(case: Heads) -> None:
+    out = ref.head_statistics(case.logits, case.target, present=case.present)
+    sample = Statistics(out.nll, out.entropy, out.distance, case.present, case.logits[0].shape[1])
+    for dtype in (torch.float32, torch.float64):
+        *bounded, excess = every_signal(sample, dtype)
+        for signal in bounded:
+            assert ((signal >= 0) & (signal <= 1 + TOLERANCES[dtype])).all()
+        assert ((excess >= 0) & excess.isfinite()).all()
+
+
+@given(statistics(), reals(-100, 100))
+def test_absent_entries_never_matter(case: Statistics, filler: float) -> None:
+    """Each sample reads as it would alone, with the heads that it has."""
+    batch = every_signal(case)
+    if case.present is not None:
+        filled = Statistics(
+            *(np.where(case.present, x, filler) for x in case[:3]), case.present, case.num_classes
+        )
+        for with_nan, other in zip(batch, every_signal(filled), strict=True):
+            assert torch.equal(with_nan, other)
+    for i in range(case.nll.shape[1]):
+        kept = slice(None) if case.present is None else case.present[:, i]
+        alone = Statistics(*(x[kept][:, [i]] for x in case[:3]), None, case.num_classes)
+        for in_batch, signal in zip(batch, every_signal(alone), strict=True):
+            assert_allclose(signal[0], in_batch[i], rtol=1e-12, atol=1e-15)
+
+
+@given(statistics(), st.randoms(use_true_random=False))
+def test_the_order_of_the_modalities_does_not_matter(case: Statistics, random: Any) -> None:
+    order = list(range(1, case.nll.shape[0]))
+    random.shuffle(order)
+    shuffled = [None if x is None else x[[0, *order]] for x in case[:4]]
+    for before, after in zip(
+        every_signal(case), every_signal(Statistics(*shuffled, case.num_classes)), strict=True
+    ):
+        assert_allclose(after, before, rtol=1e-12, atol=1e-15)
+
+
+@given(st.integers(1, 9).flatmap(lambda h: arrays((h, 1), reals(0, 8))), reals(0.125, 8), st.data())
+def test_deviation_grows_with_each_nll(nll: Array, step: float, data: st.DataObject) -> None:
+    worse = nll.copy()
+    worse[data.draw(st.integers(0, len(nll) - 1))] += step
+    assert (prediction_deviation(to_torch(worse)) > prediction_deviation(to_torch(nll))).all()
+
+
+@given(st.integers(1, 9), arrays(3, reals(0, 8)))
+def test_deviation_of_heads_that_agree_is_that_of_one(count: int, nll: Array) -> None:
+    signal = prediction_deviation(to_torch(np.tile(nll, (count, 1))))
+    assert_allclose(signal, 1 - np.exp(-nll), rtol=1e-12, atol=1e-15)
+
+
+@given(arrays((3, 2), reals(0, 8)), arrays((3, 2), reals(0, 8)))
+def test_surprise_is_zero_up_to_the_expected_nll_and_grows_beyond(
+    entropy: Array, excess: Array
+) -> None:
+    below = surprise(to_torch(entropy - excess), to_torch(entropy), 4)
+    assert (below == 0).all()
+    above = surprise(to_torch(entropy + excess), to_torch(entropy), 4)
+    assert_allclose(above, excess.mean(axis=0) / math.log(4), rtol=1e-12, atol=1e-12)
+
+
+@given(statistics())
+def test_one_class_leaves_nothing_undecided_or_surprising(case: Statistics) -> None:
+    _, _, stability, excess = every_signal(case._replace(num_classes=1))
+    assert (stability == 0).all()
+    assert (excess == 0).all()
+
+
+@given(arrays(4, reals(-8, 8)), arrays(4, reals(-8, 8)))
+def test_relative_change_is_zero_only_without_a_change(current: Array, previous: Array) -> None:
+    now, before = to_torch(current), to_torch(previous)
+    change = relative_change(now, before)
+    assert ((change >= 0) & change.isfinite()).all()
+    assert torch.equal(change == 0, now == before)
+    assert torch.equal(change, relative_change(-now, -before))
+
+
+@given(st.integers(1, 5).flatmap(lambda k: arrays(k, st.just(0.0) | positives)), reals(0.125, 8))
+def test_volatility_weights_are_shares(values: Array, scale: float) -> None:
+    volatility = to_torch(values)
+    weights = volatility_weights(volatility)
+    assert (weights >= 0).all()
+    assert_allclose(weights.sum(), 1.0, rtol=1e-12)
+    assert_allclose(volatility_weights(scale * volatility), weights, rtol=1e-12)
+    assert torch.equal(weights[volatility.argsort()], weights.sort().values)
+
+
+@given(weighted_signals())
+def test_difficulty_lies_between_the_signals(case: tuple[Array, Array]) -> None:
+    signals, weights = case
+    out = difficulty(to_torch(signals), to_torch(weights)).numpy()
+    assert (out >= signals.min(axis=0) - 1e-12).all()
+    assert (out <= signals.max(axis=0) + 1e-12).all()
+
+
+# Examples.
+
+
+def test_deviation_keeps_the_digits_of_a_small_nll() -> None:
+    tiny = torch.full((3, 1), 1e-12)
+    assert_allclose(prediction_deviation(tiny), [1e-12], rtol=1e-6)
+
+
+def test_certain_uniform_and_no_modality() -> None:
+    entropy = torch.tensor([[0.0, math.log(5.0)]], dtype=torch.float64)
+    assert_allclose(prediction_stability(entropy, 5), [0.0, 1.0], rtol=1e-12)
+    rounded = torch.tensor([[-1e-7, math.log(5.0) + 1e-6]])
+    assert prediction_stability(rounded, 5).tolist() == [0.0, 1.0]
+    assert prediction_consistency(torch.zeros(1, 2)).tolist() == [0.0, 0.0]
+    distance = torch.tensor([[0.0, 0.0], [0.5, NAN], [1.0, NAN]])
+    present = torch.tensor([[True, True], [True, False], [True, False]])
+    assert prediction_consistency(distance, present).tolist() == [0.75, 0.0]
+
+
+def test_nothing_volatile_is_uniform() -> None:
+    assert volatility_weights(torch.zeros(4)).tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("function", [prediction_deviation, prediction_consistency])
+def test_a_mean_is_over_present_heads_only(function: Callable[..., Tensor]) -> None:
+    values = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
+    present = torch.tensor([[True], [True], [False]])
+    assert_allclose(function(values, present), function(values[:2]), rtol=1e-12)
+    assert function(values, present) < function(values)
