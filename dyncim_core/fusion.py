@@ -36,11 +36,12 @@ class FusionOutput(NamedTuple):
 
 
 class GatedFusion(nn.Module):
-    """Concatenates the features of the modalities, each scaled by its gate.
+    """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with the entropy of its own prediction and with its
-    disagreement with the others, so that it works without labels; equal gates give
-    plain concatenation. In training, some modalities of some samples are swapped with
+    disagreement with the others, so that it works without labels. Features are scaled
+    by their gate over the largest gate of the sample, so that equal gates give plain
+    concatenation. In training, some modalities of some samples are swapped with
     another sample's or dropped, to teach gate and head what an unreliable one looks
     like: at most one modality of a sample, and the more quality it has, the less often.
     The paper (arXiv 2503.06456) names
@@ -90,7 +91,7 @@ class GatedFusion(nn.Module):
         state: CurriculumState | None = None,
         threshold: float = 0.05,
         swap: float = 0.0,
-        dropout: float = 0.5,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         widths = _checks.as_list("features", features, None)
@@ -114,7 +115,7 @@ class GatedFusion(nn.Module):
         self._state = (state,)
         self.bias = nn.Parameter(torch.zeros(len(widths)))
         self.entropy_slope = nn.Parameter(torch.tensor(1.0))
-        self.disagreement_slope = nn.Parameter(torch.tensor(3.0))
+        self.disagreement_slope = nn.Parameter(torch.tensor(2.0))
         self.register_buffer("quality", torch.zeros(len(widths)))
 
     @override
@@ -159,12 +160,15 @@ class GatedFusion(nn.Module):
                 if logits is not None:
                     logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
         gates = self._gates(logits, available, batch)
+        # The most reliable modality passes whole: equal gates give plain concatenation.
+        largest = gates.amax(dim=0)
+        scale = gates / torch.where(largest > 0, largest, 1.0)
         scaled = []
         for m, stream in enumerate(streams):
             per_row = (batch,) + (1,) * (stream.dim() - 1)
             if available is not None:
                 stream = torch.where(available[m].view(per_row), stream, 0.0)
-            scaled.append(stream * (len(streams) * gates[m]).to(stream.dtype).view(per_row))
+            scaled.append(stream * scale[m].to(stream.dtype).view(per_row))
         consensus = None
         if logits is not None:
             parts = torch.stack(logits).float()

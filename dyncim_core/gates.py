@@ -9,8 +9,6 @@ redundancy. The formulas are definitions chosen here.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -24,10 +22,11 @@ _QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt
 def disagreement(
     probs: Tensor, quality: Tensor | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Distance of each modality's prediction from the consensus of the others.
+    """Squared distance of each modality's prediction from the consensus of the others.
 
     The consensus of modality m is the mean prediction of the other present modalities,
-    each weighted by its quality. Definition chosen here.
+    each weighted by its quality. Half the squared Euclidean distance, so that the small
+    differences between reliable modalities count for little. Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
@@ -40,7 +39,7 @@ def disagreement(
     Example:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
         >>> disagreement(probs).squeeze(1)
-        tensor([0.5000, 0.5000, 1.0000])
+        tensor([0.2500, 0.2500, 1.0000])
     """
     if present is None:
         present = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device)
@@ -51,8 +50,8 @@ def disagreement(
     comparable = present & (present.sum(dim=0) > 1)
     weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
     consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
-    distance = torch.linalg.vector_norm(probs - consensus, dim=-1) / math.sqrt(2.0)
-    return torch.where(comparable, distance.clamp_max(1.0), 0.0)
+    squared = (probs - consensus).square().sum(dim=-1) / 2.0
+    return torch.where(comparable, squared.clamp_max(1.0), 0.0)
 
 
 def gate_logits(
@@ -83,10 +82,10 @@ def gate_logits(
 
     Example:
         >>> zero, one = torch.zeros(2), torch.tensor(1.0)
-        >>> uncertain = torch.tensor([[0.0], [math.log(2.0)]])
+        >>> uncertain = torch.tensor([[0.0], [0.34657]])
         >>> gate_logits(uncertain, torch.zeros(2, 1), 2, bias=zero, entropy_slope=one,
         ...             disagreement_slope=one, prior=zero).squeeze(1)
-        tensor([ 0., -1.])
+        tensor([ 0.0000, -0.5000])
     """
     uncertainty = entropy * per_log_classes(num_classes)
     return (

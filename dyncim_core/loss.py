@@ -24,7 +24,7 @@ from dyncim_core.signals import (
     surprise,
     volatility_weights,
 )
-from dyncim_core.state import CurriculumState
+from dyncim_core.state import CurriculumState, Recollection
 
 __all__ = ["DynCIMLoss"]
 
@@ -195,8 +195,9 @@ class DynCIMLoss(nn.Module):
         statistics = self._statistics(heads, target, present)
         kept = self._kept(target)
         finite = (statistics.nll + statistics.entropy).detach().sum(dim=0).isfinite()
-        weights = self._observe(statistics, target, present, kept & finite, logits.shape[1])
-        self.state.remember(statistics.nll, weights, present, kept & finite, index, recalled)
+        weights = self._observe(
+            statistics, target, logits.shape[1], present, kept, finite, index, recalled
+        )
         if self._neutral and unimodal is None:
             return self._plain(logits, target)
 
@@ -211,11 +212,15 @@ class DynCIMLoss(nn.Module):
         self,
         statistics: HeadStatistics,
         target: Tensor,
-        present: Tensor | None,
-        valid: Tensor,
         num_classes: int,
+        present: Tensor | None,
+        kept: Tensor,
+        finite: Tensor,
+        index: Tensor | None,
+        recalled: Recollection | None,
     ) -> Tensor:
-        """Take the batch into the state; return the weights of its samples."""
+        """Weigh the samples by what is known so far; then take the batch into the state."""
+        valid = kept & finite
         _, nll, entropy, distance, prediction = statistics
         signals = torch.stack(
             [
@@ -224,19 +229,30 @@ class DynCIMLoss(nn.Module):
                 prediction_stability(entropy, num_classes),
             ]
         )
-        label = target.argmax(dim=1) if target.is_floating_point() else target
-        contradicted = contradiction(prediction, label, present)
-        self.state.update(nll, signals, contradicted, present, valid, num_classes)
         noise = self.state.label_noise
         if self.label_noise is not None:
             noise = torch.full_like(noise, self.label_noise)
-        return sample_weights(
+        weights = sample_weights(
             surprise(nll, entropy, num_classes, present),
             difficulty(signals, volatility_weights(self.state.volatility)),
             surprise_strength=self.surprise_strength * noise_pressure(noise),
             pacing_strength=self.pacing_strength * (1.0 - self.state.quality[0]),
             valid=valid,
         )
+        label = target.argmax(dim=1) if target.is_floating_point() else target
+        self.state.update(
+            nll,
+            signals,
+            contradiction(prediction, label, present),
+            weights,
+            valid,
+            num_classes,
+            nonfinite=(kept & ~finite).sum(),
+            present=present,
+            index=index,
+            recalled=recalled,
+        )
+        return weights
 
     def _statistics(
         self, heads: Sequence[Tensor], target: Tensor, present: Tensor | None

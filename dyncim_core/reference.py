@@ -474,9 +474,9 @@ def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
 def disagreement(
     probs: ArrayLike, quality: ArrayLike | None = None, present: ArrayLike | None = None
 ) -> Array:
-    """Distance of each modality's prediction from the consensus of the others.
+    """Squared distance of each modality's prediction from the consensus of the others.
 
-    ``||p_m - c_m||_2 / sqrt(2)`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over the present
+    ``||p_m - c_m||_2^2 / 2`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over the present
     ``k != m``. Definition chosen here.
 
     Args:
@@ -489,7 +489,7 @@ def disagreement(
 
     Example:
         >>> disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]]).round(4).tolist()
-        [[0.5], [0.5], [1.0]]
+        [[0.25], [0.25], [1.0]]
     """
     p = np.asarray(probs, dtype=np.float64)
     modalities, batch, _ = p.shape
@@ -504,8 +504,8 @@ def disagreement(
         comparable = mask[m] & mask[others].any(axis=0)
         total = np.where(comparable, weight[others].sum(axis=0), 1.0)
         consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
-        distance = np.linalg.norm(p[m] - consensus, axis=1) / np.sqrt(2.0)
-        result[m] = np.where(comparable, distance, 0.0)
+        squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0
+        result[m] = np.where(comparable, squared, 0.0)
     return result
 
 

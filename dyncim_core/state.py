@@ -103,7 +103,7 @@ class CurriculumState(nn.Module):
         modalities: int | Sequence[str] | None = None,
         *,
         num_samples: int | None = None,
-        decay: float = 0.97,
+        decay: float = 0.95,
         memory_decay: float = 0.8,
     ) -> None:
         super().__init__()
@@ -154,56 +154,6 @@ class CurriculumState(nn.Module):
                 f"modalities: expected {list(self.modalities)} as settled before, got {list(names)}"
             )
 
-    @torch.no_grad()
-    def update(
-        self,
-        nll: Tensor,
-        signals: Tensor,
-        contradicted: Tensor,
-        present: Tensor | None,
-        valid: Tensor,
-        num_classes: int,
-    ) -> None:
-        """Take one batch into the running averages. Called by ``DynCIMLoss``.
-
-        Args:
-            nll: ``[M + 1, B]``, in nats.
-            signals: ``[3, B]`` in [0, 1], in the order of ``SIGNALS``.
-            contradicted: Bool ``[B]``, samples whose label every head contradicts.
-            present: Bool ``[M + 1, B]``; all when ``None``.
-            valid: Bool ``[B]``, samples to count; the others may hold anything.
-            num_classes: Number of classes C.
-        """
-        counted = valid.expand_as(nll) if present is None else valid & present
-        count = counted.sum(dim=1)
-        seen = self.seen + (count > 0)
-        fused_count = count[0].clamp_min(1)
-
-        mean_nll = torch.where(counted, nll, 0.0).sum(dim=1) / count.clamp_min(1)
-        log_quality = self._average(self.log_quality, -mean_nll, self.seen == 0, count > 0)
-        # A modality never seen counts as equal to the fusion, which favours neither side.
-        log_quality = torch.where(seen > 0, log_quality, log_quality[0])
-
-        signal = torch.where(valid, signals, 0.0).sum(dim=1) / fused_count
-        first, moves = self.seen[0] == 0, count[0] > 0
-        signal_mean = self._average(self.signal_mean, signal, first, moves)
-        # The first batch has nothing to have moved from.
-        change = torch.where(first, 0.0, relative_change(signal, self.signal_mean))
-        volatility = self._average(self.volatility, change, self.seen[0] == 1, moves)
-
-        doubt = (contradicted & valid).sum() / fused_count
-        # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
-        label_noise = self._average(self.label_noise, doubt, torch.zeros_like(first), moves)
-
-        self.log_quality.copy_(log_quality)
-        self.quality.copy_(quality(log_quality, num_classes))
-        self.signal_mean.copy_(signal_mean)
-        self.volatility.copy_(volatility)
-        self.label_noise.copy_(label_noise)
-        self.seen.copy_(seen)
-        self.nonfinite.add_((~valid).sum())
-        self.step.add_(1)
-
     def recall(self, index: Tensor) -> Recollection:
         """Rows of the memory, ``[B, M + 1]``, for int64 indices ``[B]``.
 
@@ -221,42 +171,88 @@ class CurriculumState(nn.Module):
             ) from error
 
     @torch.no_grad()
-    def remember(
+    def update(
         self,
         nll: Tensor,
+        signals: Tensor,
+        contradicted: Tensor,
         weights: Tensor,
-        present: Tensor | None,
         valid: Tensor,
-        index: Tensor | None,
-        recalled: Recollection | None,
+        num_classes: int,
+        *,
+        nonfinite: Tensor,
+        present: Tensor | None = None,
+        index: Tensor | None = None,
+        recalled: Recollection | None = None,
     ) -> None:
-        """Note the weights of a batch, and take it into the memory. Called by ``DynCIMLoss``.
+        """Take one batch into the running averages and the memory. Called by ``DynCIMLoss``.
+
+        Qualities are averaged with the sample weights, so that labels in doubt do not
+        make a good modality look bad.
 
         Args:
             nll: ``[M + 1, B]``, in nats.
-            weights: Sample weights, ``[B]``.
+            signals: ``[3, B]`` in [0, 1], in the order of ``SIGNALS``.
+            contradicted: Bool ``[B]``, samples whose label all heads contradict together.
+            weights: Sample weights, ``[B]``, mean 1 over the valid samples.
+            valid: Bool ``[B]``, samples to count; the others may hold anything.
+            num_classes: Number of classes C.
+            nonfinite: How many samples are left out because they are not finite, scalar.
             present: Bool ``[M + 1, B]``; all when ``None``.
-            valid: Bool ``[B]``, samples to take; the others may hold anything.
-            index: int64 ``[B]``, without repeats, or ``None`` to leave the memory alone.
+            index: Position of each sample in the training set, int64 ``[B]`` without
+                repeats; ``None`` leaves the memory alone.
             recalled: What ``recall`` gave for ``index``.
         """
-        counted_weights = torch.where(valid, weights, 0.0)
+        counted = valid.expand_as(nll) if present is None else valid & present
         count = valid.sum()
-        share = counted_weights.sum().square() / (
-            counted_weights.square().sum() * count.clamp_min(1)
-        ).clamp_min(torch.finfo(weights.dtype).tiny)
-        self.effective_share.copy_(
-            self._average(self.effective_share, share, self.step == 1, count > 0)
+        first, moves = self.seen[0] == 0, count > 0
+
+        weight = torch.where(counted, weights, 0.0)
+        weight_of_head = weight.sum(dim=1)
+        has_weight = weight_of_head > 0
+        mean_nll = (weight * torch.where(counted, nll, 0.0)).sum(dim=1) / torch.where(
+            has_weight, weight_of_head, 1.0
         )
-        if index is None or recalled is None:
-            return
-        counted = (valid.expand_as(nll) if present is None else valid & present).t()
-        mean = nll.t().to(recalled.nll.dtype)
-        updated = torch.where(
-            recalled.visits == 0, mean, torch.lerp(mean, recalled.nll, self.memory_decay)
+        seen = self.seen + has_weight
+        log_quality = self._average(self.log_quality, -mean_nll, self.seen == 0, has_weight)
+        # A modality never seen counts as equal to the fusion, which favours neither side.
+        log_quality = torch.where(seen > 0, log_quality, log_quality[0])
+
+        signal = torch.where(valid, signals, 0.0).sum(dim=1) / count.clamp_min(1)
+        signal_mean = self._average(self.signal_mean, signal, first, moves)
+        # The first batch has nothing to have moved from.
+        change = torch.where(first, 0.0, relative_change(signal, self.signal_mean))
+        volatility = self._average(self.volatility, change, self.seen[0] == 1, moves)
+
+        # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
+        doubt = (contradicted & valid).sum() / count.clamp_min(1)
+        label_noise = self._average(self.label_noise, doubt, torch.zeros_like(first), moves)
+
+        fused_weight = weight[0]
+        share = fused_weight.sum().square() / (fused_weight.square().sum() * count).clamp_min(1e-12)
+        effective_share = self._average(self.effective_share, share, first, moves)
+
+        self.log_quality.copy_(log_quality)
+        self.quality.copy_(quality(log_quality, num_classes))
+        self.signal_mean.copy_(signal_mean)
+        self.volatility.copy_(volatility)
+        self.label_noise.copy_(label_noise)
+        self.effective_share.copy_(effective_share)
+        self.seen.copy_(seen)
+        self.nonfinite.add_(nonfinite)
+        self.step.add_(1)
+        if index is not None and recalled is not None:
+            self._remember(nll, weights, counted, index, recalled)
+
+    def _remember(
+        self, nll: Tensor, weights: Tensor, counted: Tensor, index: Tensor, recalled: Recollection
+    ) -> None:
+        current = nll.t().to(recalled.nll.dtype)
+        averaged = torch.where(
+            recalled.visits == 0, current, torch.lerp(current, recalled.nll, self.memory_decay)
         )
-        self.memory_nll.index_copy_(0, index, torch.where(counted, updated, recalled.nll))
-        self.memory_visits.index_copy_(0, index, recalled.visits + counted)
+        self.memory_nll.index_copy_(0, index, torch.where(counted.t(), averaged, recalled.nll))
+        self.memory_visits.index_copy_(0, index, recalled.visits + counted.t())
         self.memory_weight.index_copy_(0, index, weights.to(self.memory_weight.dtype))
 
     def suspects(self, k: int | None = None, *, modality: str | int | None = None) -> Suspects:
