@@ -91,7 +91,7 @@ class GatedFusion(nn.Module):
         state: CurriculumState | None = None,
         threshold: float = 0.05,
         swap: float = 0.0,
-        dropout: float = 0.1,
+        dropout: float = 0.05,
     ) -> None:
         super().__init__()
         widths = _checks.as_list("features", features, None)

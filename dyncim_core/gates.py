@@ -45,7 +45,9 @@ def disagreement(
         present = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device)
     if quality is None:
         quality = probs.new_ones(probs.shape[0])
-    weight = torch.where(present, quality.clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0)
+    weight = torch.where(
+        present, quality.to(probs.dtype).clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0
+    )
     weighted = weight.unsqueeze(-1) * torch.where(present.unsqueeze(-1), probs, 0.0)
     comparable = present & (present.sum(dim=0) > 1)
     weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
@@ -131,5 +133,5 @@ def reliability_gates(
 
 def _sum_of_others(values: Tensor) -> Tensor:
     """Sum over the other modalities; the total minus the own would cancel."""
-    rows = range(len(values))
-    return torch.stack([torch.cat([values[:m], values[m + 1 :]]).sum(dim=0) for m in rows])
+    sums = [torch.cat([values[:m], values[m + 1 :]]).sum(dim=0) for m in range(len(values))]
+    return torch.stack(sums) if sums else values

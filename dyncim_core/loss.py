@@ -98,7 +98,7 @@ class DynCIMLoss(nn.Module):
         state: CurriculumState | None = None,
         surprise_strength: float = 4.0,
         label_noise: float | None = None,
-        pacing_strength: float = 0.5,
+        pacing_strength: float = 0.2,
         unimodal_strength: float = 1.0,
         nonfinite: Literal["propagate", "skip"] = "propagate",
         reduction: Reduction | None = None,

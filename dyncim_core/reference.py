@@ -25,6 +25,7 @@ __all__ = [
     "HeadStatistics",
     "augmentation_rates",
     "balance_factor",
+    "contradiction",
     "difficulty",
     "disagreement",
     "gate_logits",
@@ -34,12 +35,14 @@ __all__ = [
     "improvement_ratios",
     "modality_coefficients",
     "modality_weights",
+    "noise_pressure",
     "prediction_consistency",
     "prediction_deviation",
     "prediction_stability",
     "quality",
     "relative_change",
     "reliability_gates",
+    "sample_weights",
     "surprise",
     "volatility_weights",
 ]
@@ -61,12 +64,14 @@ class HeadStatistics(NamedTuple):
         nll: Negative log-likelihood of the target in nats, >= 0, without weights and smoothing.
         entropy: Entropy of the predicted distribution in nats, in [0, log C].
         distance: ``||p_h - p_0||_2 / sqrt(2)`` to the fused prediction, in [0, 1].
+        prediction: Most probable class, int64; anything where absent.
     """
 
     loss: Array
     nll: Array
     entropy: Array
     distance: Array
+    prediction: NDArray[np.int64]
 
 
 def head_statistics(
@@ -113,7 +118,9 @@ def head_statistics(
     truth, counted = _truth(target, classes, ignore_index)
     smoothed = (1.0 - label_smoothing) * truth + label_smoothing / classes
 
-    statistics = HeadStatistics(*(np.zeros((len(heads), batch)) for _ in range(4)))
+    shape = (len(heads), batch)
+    loss, nll, entropy, distance = (np.zeros(shape) for _ in range(4))
+    statistics = HeadStatistics(loss, nll, entropy, distance, np.zeros(shape, dtype=np.int64))
     for h, head in enumerate(heads):
         surprisal = _surprisal(np.where(mask[h][:, None], head, 0.0))
         probs = np.exp(-surprisal)
@@ -123,7 +130,8 @@ def head_statistics(
         statistics.nll[h] = _expectation(truth, surprisal) * counted
         statistics.entropy[h] = _expectation(probs, surprisal)
         statistics.distance[h] = np.linalg.norm(probs - fused_probs, axis=1) / np.sqrt(2.0)
-        for field in statistics:
+        statistics.prediction[h] = surprisal.argmin(axis=1)
+        for field in statistics[:4]:
             field[h] = np.where(mask[h], field[h], 0.0)
     return statistics
 
@@ -273,6 +281,92 @@ def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
     """
     omega = np.asarray(signal_weights, dtype=np.float64)
     return np.asarray((omega[:, None] * np.asarray(signals, dtype=np.float64)).sum(axis=0))
+
+
+def contradiction(
+    prediction: ArrayLike, label: ArrayLike, present: ArrayLike | None = None
+) -> Mask:
+    """Whether all heads of a sample, two at least, predict one class that is not its label.
+
+    Definition chosen here.
+
+    Args:
+        prediction: Predicted classes, int ``[H, B]``.
+        label: Int ``[B]``.
+        present: Bool ``[H, B]``.
+
+    Returns:
+        Bool ``[B]``.
+
+    Example:
+        >>> contradiction([[1, 1, 0], [1, 2, 0]], [0, 0, 0]).tolist()
+        [True, False, False]
+    """
+    classes = np.asarray(prediction)
+    mask = _mask(present, classes.shape)
+    result = np.zeros(classes.shape[1], dtype=np.bool_)
+    for i, y in enumerate(np.asarray(label)):
+        votes = classes[mask[:, i], i]
+        result[i] = len(votes) > 1 and len(set(votes)) == 1 and votes[0] != y
+    return result
+
+
+def noise_pressure(label_noise: ArrayLike, full_at: float = 0.15) -> Array:
+    """How much of the surprise weighting acts, ``min(1, label_noise / full_at)``.
+
+    Definition chosen here.
+
+    Args:
+        label_noise: Share of labels in doubt, in [0, 1].
+        full_at: Share from which the weighting acts in full, > 0.
+
+    Returns:
+        Same shape, in [0, 1].
+
+    Example:
+        >>> noise_pressure([0.0, 0.03, 0.3]).round(4).tolist()
+        [0.0, 0.2, 1.0]
+    """
+    return np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)
+
+
+def sample_weights(
+    surprise: ArrayLike,
+    difficulty: ArrayLike,
+    *,
+    surprise_strength: float,
+    pacing_strength: float,
+    valid: ArrayLike | None = None,
+) -> Array:
+    """Weight of each sample, mean 1 over the valid ones.
+
+    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over its mean.
+    Definition chosen here; the paper names a curriculum over samples.
+
+    Args:
+        surprise: ``[B]``, >= 0.
+        difficulty: ``[B]`` in [0, 1].
+        surprise_strength: >= 0.
+        pacing_strength: >= 0.
+        valid: Bool ``[B]``; the others get 1.
+
+    Returns:
+        ``[B]``, >= 0.
+
+    Example:
+        >>> sample_weights([0.0, 2.0], [0.5, 0.5], surprise_strength=1.0,
+        ...                pacing_strength=1.0).round(4).tolist()
+        [1.7616, 0.2384]
+    """
+    s = np.asarray(surprise, dtype=np.float64)
+    d = np.asarray(difficulty, dtype=np.float64)
+    mask = _mask(valid, s.shape)
+    weights = np.ones(s.shape)
+    if mask.any():
+        z = (d[mask] - d[mask].mean()) / max(float(d[mask].std()), 1e-4)
+        exponent = -surprise_strength * s[mask] - pacing_strength * z
+        weights[mask] = mask.sum() * _shares(np.exp(exponent - exponent.max()))
+    return weights
 
 
 # The modality level. ``log_quality`` is ``[..., M + 1]``, fused head first, with

@@ -233,21 +233,21 @@ def test_disagreement() -> None:
     # Against the consensus of the others, at qualities 1, 3 and 1:
     # (1/8, 7/8), (3/4, 1/4) and (1/4, 3/4).
     out = ref.disagreement([[a], [b], [c]], quality=[1.0, 3.0, 1.0])
-    assert_allclose(out, [[0.875], [0.75], [0.25]], rtol=1e-14)
+    assert_allclose(out, [[0.765625], [0.5625], [0.0625]], rtol=1e-14)
     # A second sample without the last modality, a third with the first alone.
     probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
     present = [[True, True, True], [True, True, False], [True, False, False]]
     out = ref.disagreement(probs, [1.0, 3.0, 1.0], present)
-    assert_allclose(out, [[0.875, 1.0, 0.0], [0.75, 1.0, 0.0], [0.25, 0.0, 0.0]], rtol=1e-14)
+    assert_allclose(out, [[0.765625, 1.0, 0.0], [0.5625, 1.0, 0.0], [0.0625, 0.0, 0.0]], rtol=1e-14)
 
 
 def test_disagreement_floors_the_qualities() -> None:
     # Qualities 0 and 0 count as 1e-3 each: the consensus is (1/2, 1/2).
     out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 0.0])
-    assert_allclose(out[0], [0.5], rtol=1e-14)
+    assert_allclose(out[0], [0.25], rtol=1e-14)
     # 1e-3 against 3e-3: (1/4, 3/4).
     out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 3e-3])
-    assert_allclose(out[0], [0.75], rtol=1e-14)
+    assert_allclose(out[0], [0.5625], rtol=1e-14)
 
 
 def test_gate_logits() -> None:

@@ -26,11 +26,14 @@ from torch import Tensor
 
 from dyncim_core import reference as ref
 from dyncim_core.signals import (
+    contradiction,
     difficulty,
+    noise_pressure,
     prediction_consistency,
     prediction_deviation,
     prediction_stability,
     relative_change,
+    sample_weights,
     surprise,
     volatility_weights,
 )
@@ -247,3 +250,111 @@ def test_a_mean_is_over_present_heads_only(function: Callable[..., Tensor]) -> N
     present = torch.tensor([[True], [True], [False]])
     assert_allclose(function(values, present), function(values[:2]), rtol=1e-12)
     assert function(values, present) < function(values)
+
+
+# Sample weights.
+
+
+@st.composite
+def weighing(draw: st.DrawFn) -> tuple[Array, Array, Array, float, float]:
+    batch = draw(st.integers(1, 8))
+    surprised = draw(arrays(batch, reals(0, 8)) | arrays(batch, st.sampled_from([0.0, 1e4])))
+    hard = draw(arrays(batch, reals(0, 1)) | arrays(batch, st.just(0.5)))
+    valid = draw(arrays(batch, st.booleans())).astype(bool)
+    return surprised, hard, valid, draw(reals(0, 8)), draw(reals(0, 2))
+
+
+def weigh(case: tuple[Array, Array, Array, float, float]) -> Tensor:
+    surprised, hard, valid, rho, kappa = case
+    nan = np.where(valid, 0.0, NAN)
+    return sample_weights(
+        to_torch(surprised + nan),
+        to_torch(hard + nan),
+        surprise_strength=rho,
+        pacing_strength=kappa,
+        valid=torch.from_numpy(valid),
+    )
+
+
+@given(weighing())
+def test_sample_weights_agree_with_the_reference(
+    case: tuple[Array, Array, Array, float, float],
+) -> None:
+    surprised, hard, valid, rho, kappa = case
+    expected = ref.sample_weights(
+        surprised, hard, surprise_strength=rho, pacing_strength=kappa, valid=valid
+    )
+    agree(weigh(case), expected, torch.float64)
+
+
+@given(weighing())
+def test_sample_weights_have_mean_one_and_spare_what_is_not_valid(
+    case: tuple[Array, Array, Array, float, float],
+) -> None:
+    weights, valid = weigh(case).numpy(), case[2]
+    assert (weights >= 0).all()
+    assert_allclose(weights[~valid], 1.0)
+    if valid.any():
+        assert_allclose(weights[valid].mean(), 1.0, rtol=1e-9)
+
+
+@given(arrays(6, reals(0, 8)), reals(2**-6, 8))
+def test_more_surprise_never_weighs_more(surprised: Array, rho: float) -> None:
+    weights = sample_weights(
+        to_torch(surprised), torch.zeros(6).double(), surprise_strength=rho, pacing_strength=0.0
+    )
+    order = np.argsort(surprised)
+    assert (np.diff(weights.numpy()[order]) <= 1e-12).all()
+
+
+@given(arrays(6, reals(0, 1)), reals(2**-6, 2))
+def test_pacing_favours_the_easy(hard: Array, kappa: float) -> None:
+    weights = sample_weights(
+        torch.zeros(6).double(), to_torch(hard), surprise_strength=0.0, pacing_strength=kappa
+    )
+    assert (np.diff(weights.numpy()[np.argsort(hard)]) <= 1e-12).all()
+
+
+@given(arrays(5, reals(0, 8)), arrays(5, reals(0, 1)))
+def test_without_strength_all_weigh_one(surprised: Array, hard: Array) -> None:
+    weights = sample_weights(
+        to_torch(surprised), to_torch(hard), surprise_strength=0.0, pacing_strength=0.0
+    )
+    assert weights.tolist() == [1.0] * 5
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda h: st.tuples(
+            arrays((h, 4), st.integers(0, 2)),
+            arrays(4, st.integers(0, 2)),
+            arrays((h, 4), st.booleans()) | st.none(),
+        )
+    )
+)
+def test_contradiction_agrees_with_the_reference(case: tuple[Array, Array, Array | None]) -> None:
+    prediction, label = (x.astype(np.int64) for x in case[:2])
+    present = None if case[2] is None else case[2].astype(bool)
+    if present is not None:
+        present[0] = True
+    actual = contradiction(
+        torch.from_numpy(prediction),
+        torch.from_numpy(label),
+        None if present is None else torch.from_numpy(present),
+    )
+    assert actual.tolist() == ref.contradiction(prediction, label, present).tolist()
+
+
+def test_one_head_alone_contradicts_nothing() -> None:
+    assert contradiction(torch.tensor([[1]]), torch.tensor([0])).tolist() == [False]
+    both = torch.tensor([[1], [1]])
+    alone = torch.tensor([[True], [False]])
+    assert contradiction(both, torch.tensor([0])).tolist() == [True]
+    assert contradiction(both, torch.tensor([0]), alone).tolist() == [False]
+
+
+@given(arrays(3, reals(0, 1)), reals(2**-6, 1))
+def test_noise_pressure_agrees_with_the_reference(noise: Array, full_at: float) -> None:
+    pressure = noise_pressure(to_torch(noise), full_at)
+    assert_allclose(pressure, ref.noise_pressure(noise, full_at), rtol=1e-12)
+    assert ((pressure >= 0) & (pressure <= 1)).all()

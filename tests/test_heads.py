@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from strategies import Array, Heads, arrays, heads, reals, to_torch, upcast, with_nan
+from torch import Tensor
+from torch.nn import functional as F
+
+from dyncim_core import head_statistics
+from dyncim_core import reference as ref
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+all_dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+FIELDS = ("loss", "nll", "entropy", "distance")
+
+
+class Criterion:
+    """The arguments of cross-entropy, as torch and as NumPy take them."""
+
+    def __init__(self, weight: Array | None, label_smoothing: float) -> None:
+        self.weight, self.label_smoothing = weight, label_smoothing
+
+    def torch(self) -> dict[str, Any]:
+        weight = None if self.weight is None else torch.from_numpy(self.weight)
+        return {"weight": weight, "label_smoothing": self.label_smoothing}
+
+    def numpy(self) -> dict[str, Any]:
+        return {"weight": self.weight, "label_smoothing": self.label_smoothing}
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Heads, Criterion]:
+    case = draw(heads())
+    classes = case.logits[0].shape[1]
+    weight = draw(st.none() | arrays(classes, reals(0.25, 4)))
+    return case, Criterion(weight, draw(st.sampled_from([0.0, 0.1, 1.0])))
+
+
+def leaves(case: Heads, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.from_numpy(x).to(dtype).requires_grad_() for x in case.logits]
+
+
+def truth(case: Heads, dtype: torch.dtype = torch.float64) -> Tensor:
+    target = torch.from_numpy(case.target)
+    return target.to(dtype) if target.is_floating_point() else target
+
+
+def cross_entropies(logits: list[Tensor], target: Tensor, criterion: Criterion) -> Tensor:
+    return torch.stack(
+        [F.cross_entropy(x, target, reduction="none", **criterion.torch()) for x in logits]
+    )
+
+
+@all_dtypes
+@given(problem=problems())
+def test_statistics_agree_with_the_reference(
+    problem: tuple[Heads, Criterion], dtype: torch.dtype
+) -> None:
+    case, criterion = problem
+    rows = [
+        with_nan(x, None if case.present is None else case.present[h])
+        for h, x in enumerate(case.logits)
+    ]
+    logits = [to_torch(x, dtype) for x in rows]
+    actual = head_statistics(
+        logits, truth(case), present=to_torch(case.present), **criterion.torch()
+    )
+    expected = ref.head_statistics(
+        [upcast(x) for x in logits], case.target, present=case.present, **criterion.numpy()
+    )
+    tolerance = TOLERANCES[dtype]
+    for name in FIELDS:
+        value = getattr(actual, name)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        scale = max(1.0, float(np.abs(getattr(expected, name)).max(initial=0.0)))
+        assert_allclose(
+            value.detach(), getattr(expected, name), rtol=tolerance, atol=tolerance * scale
+        )
+
+
+@given(heads())
+def test_prediction_is_a_most_probable_class(case: Heads) -> None:
+    prediction = head_statistics(leaves(case), truth(case)).prediction
+    for h, logits in enumerate(case.logits):
+        chosen = np.take_along_axis(logits, prediction[h].numpy()[:, None], axis=1)[:, 0]
+        assert_allclose(chosen, logits.max(axis=1))
+
+
+@given(problems())
+def test_loss_and_gradient_are_those_of_cross_entropy(problem: tuple[Heads, Criterion]) -> None:
+    case, criterion = problem
+    ours, theirs = leaves(case), leaves(case)
+    loss = head_statistics(ours, truth(case), **criterion.torch()).loss
+    expected = cross_entropies(theirs, truth(case), criterion)
+    assert_allclose(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-10)
+    coef = torch.linspace(0.5, 2.0, loss.numel(), dtype=torch.float64).view_as(loss)
+    actual = torch.autograd.grad((coef * loss).sum(), ours, retain_graph=True)
+    again = torch.autograd.grad((coef * loss).sum(), ours)
+    for grad, second, true in zip(
+        actual, again, torch.autograd.grad((coef * expected).sum(), theirs), strict=True
+    ):
+        assert_allclose(grad, true, rtol=1e-9, atol=1e-10)
+        assert torch.equal(grad, second)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gradient_against_finite_differences(soft: bool, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [
+        torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
+    target = torch.tensor([0, -100, 3])
+    if soft:
+        target = torch.rand(3, 4, dtype=torch.float64, generator=generator).softmax(dim=1)
+    weight = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
+    present = torch.tensor([[True] * 3, [True, False, True], [False, True, True]])
+
+    def loss(*heads: Tensor) -> Tensor:
+        return head_statistics(
+            heads, target, present=present, weight=weight, label_smoothing=smoothing
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, logits)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_gradient_stays_exact_at_fifty_thousand_classes(scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    single = (scale * torch.randn(2, 50257, generator=generator)).requires_grad_()
+    double = single.detach().double().requires_grad_()
+    target = torch.tensor([7, 50256])
+    head_statistics([single], target).loss.sum().backward()
+    head_statistics([double], target).loss.sum().backward()
+    assert single.grad is not None
+    assert double.grad is not None
+    error = (single.grad - double.grad).norm() / double.grad.norm()
+    assert error < 2e-6
+
+
+def test_low_precision_gradients_are_those_of_float32_rounded() -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(2)).bfloat16()
+    low, high = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    target = torch.arange(4)
+    head_statistics([low], target).loss.sum().backward()
+    head_statistics([high], target).loss.sum().backward()
+    assert low.grad is not None
+    assert high.grad is not None
+    assert torch.equal(low.grad, high.grad.bfloat16())
+
+
+def test_rows_without_coefficient_get_no_gradient_even_from_nan() -> None:
+    logits = torch.full((2, 3), math.nan)
+    logits[1] = 1.0
+    logits.requires_grad_()
+    loss = head_statistics([logits], torch.tensor([0, 1]), guard=True).loss
+    torch.where(torch.tensor([False, True]), loss, 0.0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0].tolist() == [0.0, 0.0, 0.0]
+    assert logits.grad[1].abs().sum() > 0
+
+
+def test_a_head_that_needs_no_gradient_gets_none() -> None:
+    fused, other = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    head_statistics([fused, other], torch.tensor([0, 1])).loss.sum().backward()
+    assert fused.grad is not None
+    assert other.grad is None
+
+
+def test_masked_classes_have_no_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf]])
+    statistics = head_statistics([logits, logits], torch.tensor([0]))
+    assert_allclose(statistics.entropy, math.log(2.0) * np.ones((2, 1)), rtol=1e-6)
+    assert_allclose(statistics.nll, math.log(2.0) * np.ones((2, 1)), rtol=1e-6)
+
+
+def test_empty_batch() -> None:
+    statistics = head_statistics([torch.zeros(0, 3)] * 2, torch.zeros(0, dtype=torch.int64))
+    assert all(field.shape == (2, 0) for field in statistics)
+
+
+def test_strides_do_not_matter() -> None:
+    logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+    view = logits.t()[::2]
+    target = torch.arange(4)
+    actual = head_statistics([view], target)
+    assert torch.equal(actual.loss, head_statistics([view.contiguous()], target).loss)
+    leaf = view.detach().requires_grad_()
+    head_statistics([leaf], target).loss.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_no_second_derivative() -> None:
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss = head_statistics([logits], torch.tensor([0, 1])).loss.sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_operator_is_registered_as_torch_expects() -> None:
+    logits = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
+    present = torch.tensor([[True] * 3, [True, False, True]])
+    target = torch.tensor([0, 1, -100])
+    arguments = (logits, target, present, torch.ones(4), -100, 0.1, True)
+    torch.library.opcheck(torch.ops.dyncim_core.head_statistics, arguments)
+
+
+def test_compiles_without_a_break() -> None:
+    def loss(a: Tensor, b: Tensor, target: Tensor) -> Tensor:
+        return head_statistics([a, b], target).loss.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    target = torch.tensor([0, 1, 2])
+    assert torch.equal(compiled(a, b, target), loss(a, b, target))
+    expected = torch.autograd.grad(loss(a, b, target), (a, b))
+    actual = torch.autograd.grad(compiled(a, b, target), (a, b))
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+GOOD = torch.zeros(2, 3)
+INDEX = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "error", "message"),
+    [
+        ([], INDEX, {}, ValueError, r"logits: expected at least one head, got none"),
+        ([[0.0]], INDEX, {}, TypeError, r"logits: expected a floating-point tensor, got list"),
+        ([GOOD.long()], INDEX, {}, TypeError, r"logits: .*floating-point tensor, got torch.int64"),
+        ([GOOD[0]], INDEX, {}, ValueError, r"logits: expected shape \[B, C\].*got \[3\]"),
+        (
+            [GOOD, GOOD[:, :2]],
+            INDEX,
+            {},
+            ValueError,
+            r"unimodal logits of modality 0: expected the shape.*\[2, 3\], got \[2, 2\]",
+        ),
+        ([GOOD], [0, 1], {}, TypeError, r"target: expected a tensor, got list"),
+        ([GOOD], INDEX.int(), {}, TypeError, r"target: expected int64.*got torch.int32"),
+        ([GOOD], INDEX[:1], {}, ValueError, r"target of class indices: .*\[2\], got \[1\]"),
+        ([GOOD], GOOD[:, :2], {}, ValueError, r"target of class probabilities: .*\[2, 3\]"),
+        (
+            [GOOD],
+            GOOD.clone().requires_grad_(),
+            {},
+            ValueError,
+            r"target: expected no requires_grad.*target.detach\(\)",
+        ),
+        ([GOOD], INDEX.to("meta"), {}, ValueError, r"target: expected device cpu.*got meta"),
+        ([GOOD], INDEX, {"present": GOOD}, TypeError, r"present: expected a bool tensor"),
+        (
+            [GOOD],
+            INDEX,
+            {"present": torch.ones(2, 2, dtype=torch.bool)},
+            ValueError,
+            r"present: expected shape \[1, 2\], got \[2, 2\]",
+        ),
+        ([GOOD], INDEX, {"weight": torch.ones(4)}, ValueError, r"weight: .*\[3\], got \[4\]"),
+        (
+            [GOOD],
+            torch.tensor([0, 3]),
+            {},
+            IndexError,
+            r"target: expected class indices in \[0, 3\) or ignore_index=-100, got .* 0 to 3",
+        ),
+    ],
+)
+def test_errors_name_argument_expected_and_got(
+    logits: Any, target: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        head_statistics(logits, target, **options)
