@@ -182,17 +182,20 @@ class DynCIMLoss(nn.Module):
         _checks.check_present(present, (len(logits), len(others)), logits.device)
         _checks.check_index(index, self.state.num_samples, logits)
         _checks.check_device("state", self.state.step, logits.device)
+        self._check_soft_target(target)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
+        if present is not None:
+            present = torch.cat([present.new_ones(1, len(logits)), present.t()])
+
+        # Whatever can still be rejected is, before the state changes.
+        statistics = self._statistics(heads, target, present)
         recalled = None if index is None else self.state.recall(index)
         if unimodal is not None and self.state.modalities is None:
             self.state.settle_modalities(
                 list(unimodal) if isinstance(unimodal, Mapping) else len(others)
             )
-        if present is not None:
-            present = torch.cat([present.new_ones(1, len(logits)), present.t()])
-
-        statistics = self._statistics(heads, target, present)
+            recalled = None if index is None else self.state.recall(index)
         kept = self._kept(target)
         finite = (statistics.nll + statistics.entropy).detach().sum(dim=0).isfinite()
         weights = self._observe(
@@ -206,6 +209,14 @@ class DynCIMLoss(nn.Module):
             kept = kept & finite
             losses = torch.where(kept, losses, 0.0)
         return self._reduce(weights * losses, target, kept)
+
+    def _check_soft_target(self, target: Tensor) -> None:
+        ignore_index = getattr(self.criterion, "ignore_index", -100)
+        if target.is_floating_point() and ignore_index >= 0:
+            raise ValueError(
+                "target: expected class indices, since the criterion has "
+                f"ignore_index={ignore_index}, got class probabilities"
+            )
 
     @torch.no_grad()
     def _observe(

@@ -191,19 +191,22 @@ class CurriculumState(nn.Module):
         make a good modality look bad.
 
         Args:
-            nll: ``[M + 1, B]``, in nats.
+            nll: ``[M + 1, B]``, or ``[1, B]`` of the fused head alone, in nats.
             signals: ``[3, B]`` in [0, 1], in the order of ``SIGNALS``.
             contradicted: Bool ``[B]``, samples whose label all heads contradict together.
             weights: Sample weights, ``[B]``, mean 1 over the valid samples.
             valid: Bool ``[B]``, samples to count; the others may hold anything.
             num_classes: Number of classes C.
             nonfinite: How many samples are left out because they are not finite, scalar.
-            present: Bool ``[M + 1, B]``; all when ``None``.
+            present: Bool, like ``nll``; all when ``None``.
             index: Position of each sample in the training set, int64 ``[B]`` without
                 repeats; ``None`` leaves the memory alone.
             recalled: What ``recall`` gave for ``index``.
         """
         counted = valid.expand_as(nll) if present is None else valid & present
+        if len(nll) < len(self.log_quality):  # a step without unimodal predictions
+            absent = nll.new_zeros(len(self.log_quality) - len(nll), nll.shape[1])
+            nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
         count = valid.sum()
         first, moves = self.seen[0] == 0, count > 0
 
@@ -287,7 +290,8 @@ class CurriculumState(nn.Module):
             )
         if k is None:
             k = self.num_samples
-        _checks.check_range("k", k, 1, self.num_samples)
+        if not isinstance(k, int) or not 1 <= k <= self.num_samples:
+            raise ValueError(f"k: expected a whole number in [1, {self.num_samples}], got {k!r}")
         nll, visited = self.memory_nll, self.memory_visits > 0
         if modality is None:
             score, ranked = nll[:, 0], visited[:, 0]

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
+from dyncim_core import reference as ref
+
+NAMES = ["audio", "image", "text"]
+WIDTHS = {"audio": 3, "image": 5, "text": 2}
+CLASSES = 4
+
+
+def inputs(size: int = 9, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    features = {n: torch.randn(size, w, generator=generator) for n, w in WIDTHS.items()}
+    unimodal = {n: 2 * torch.randn(size, CLASSES, generator=generator) for n in WIDTHS}
+    return features, unimodal
+
+
+def still(**options: Any) -> GatedFusion:
+    return GatedFusion(WIDTHS, swap=0.0, dropout=0.0, **options)
+
+
+def test_without_logits_it_is_plain_concatenation() -> None:
+    features, _ = inputs()
+    fused, gates, logits = still()(features)
+    assert torch.equal(fused, torch.cat(list(features.values()), dim=1))
+    assert_allclose(gates.detach(), torch.full((9, 3), 1 / 3), rtol=1e-6)
+    assert logits is None
+
+
+def test_gates_are_those_of_the_reference() -> None:
+    fusion = still(threshold=0.1)
+    with torch.no_grad():
+        fusion.bias.copy_(torch.tensor([0.2, -0.1, 0.0]))
+        fusion.quality.copy_(torch.tensor([0.5, 0.9, 0.05]))
+    features, unimodal = inputs()
+    present = torch.ones(9, 3, dtype=torch.bool)
+    present[2, 0] = present[5, 1:] = present[7] = False
+    fused, gates, logits = fusion(features, unimodal=unimodal, present=present)
+    rows = [unimodal[name].double() for name in NAMES]
+    probs = torch.stack(rows).softmax(dim=-1).numpy()
+    mask = present.t().numpy()
+    entropy = ref.head_statistics([x.numpy() for x in rows], [0] * 9).entropy
+    expected = ref.reliability_gates(
+        ref.gate_logits(
+            entropy,
+            ref.disagreement(probs, [0.5, 0.9, 0.05], mask),
+            CLASSES,
+            bias=[0.2, -0.1, 0.0],
+            entropy_slope=1.0,
+            disagreement_slope=2.0,
+            prior=[math.log(0.5), math.log(0.9), math.log(0.1)],
+        ),
+        mask,
+        0.1,
+    )
+    assert_allclose(gates.detach(), expected.T, rtol=1e-4, atol=1e-6)
+    largest = gates.amax(dim=1, keepdim=True).clamp_min(1e-30)
+    scale = (gates / largest).split(1, dim=1)
+    pieces = [scale[m] * features[name] for m, name in enumerate(NAMES)]
+    assert_allclose(fused.detach(), torch.cat(pieces, dim=1).detach(), rtol=1e-5, atol=1e-6)
+    mean = sum(gates[:, m, None] * unimodal[name] for m, name in enumerate(NAMES))
+    assert logits is not None
+    assert_allclose(logits.detach(), mean.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_absent_features_hold_anything() -> None:
+    features, unimodal = inputs()
+    present = torch.ones(9, 3, dtype=torch.bool)
+    present[4, 1] = present[6] = False
+    spoiled = {name: x.clone() for name, x in features.items()}
+    spoiled_logits = {name: x.clone() for name, x in unimodal.items()}
+    for values in (spoiled, spoiled_logits):
+        values["image"][4] = math.nan
+        for x in values.values():
+            x[6] = math.nan
+    fusion = still()
+    actual = fusion(spoiled, unimodal=spoiled_logits, present=present)
+    expected = fusion(features, unimodal=unimodal, present=present)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert actual.gates[4, 1] == 0
+    assert actual.gates[6].tolist() == [0.0, 0.0, 0.0]
+    assert actual.fused[6].abs().sum() == 0
+
+
+def test_order_of_the_modalities_only_orders_the_columns() -> None:
+    features, unimodal = inputs()
+    order = ["text", "audio", "image"]
+    fused, gates, _ = still()(features, unimodal=unimodal)
+    other = GatedFusion({name: WIDTHS[name] for name in order}, swap=0.0, dropout=0.0)
+    again, permuted, _ = other(features, unimodal=unimodal)
+    assert_allclose(permuted.detach(), gates[:, [2, 0, 1]].detach(), rtol=1e-5)
+    pieces = dict(zip(NAMES, fused.split(list(WIDTHS.values()), dim=1), strict=True))
+    assert_allclose(
+        again.detach(), torch.cat([pieces[n] for n in order], dim=1).detach(), rtol=1e-5
+    )
+
+
+def test_the_odd_one_out_is_cut() -> None:
+    agreed = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
+    fusion = still(threshold=0.2)
+    features = {name: torch.ones(1, width) for name, width in WIDTHS.items()}
+    logits = {"audio": agreed, "image": agreed, "text": agreed.flip(1)}
+    fused, gates, _ = fusion(features, unimodal=logits)
+    assert_allclose(gates[0].detach(), [0.5, 0.5, 0.0], atol=1e-3)
+    assert fused[0, -2:].tolist() == [0.0, 0.0]
+    assert still(threshold=0.0)(features, unimodal=logits).gates[0, 2] > 0
+
+
+@pytest.mark.parametrize("modalities", range(1, 9))
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_any_number_of_modalities(modalities: int, size: int, classes: int) -> None:
+    fusion = GatedFusion([2] * modalities, swap=0.5, dropout=0.5)
+    features = [torch.randn(size, 2) for _ in range(modalities)]
+    unimodal = [torch.randn(size, classes) for _ in range(modalities)]
+    fused, gates, logits = fusion(features, unimodal=unimodal)
+    assert fused.shape == (size, fusion.out_features)
+    assert logits.shape == (size, classes)
+    assert_allclose(gates.sum(dim=1).detach(), 1.0, rtol=1e-5)
+
+
+def test_sequences_are_scaled_alike_over_time() -> None:
+    features, unimodal = inputs()
+    long = {name: x.unsqueeze(1).expand(-1, 7, -1) for name, x in features.items()}
+    fusion = still()
+    fused = fusion(long, unimodal=unimodal).fused
+    expected = fusion(features, unimodal=unimodal).fused
+    assert fused.shape == (9, 7, 10)
+    assert torch.equal(fused, expected.unsqueeze(1).expand(-1, 7, -1))
+
+
+def test_the_gate_learns_and_the_encoders_are_not_asked_to_look_reliable() -> None:
+    features, unimodal = inputs()
+    for x in (*features.values(), *unimodal.values()):
+        x.requires_grad_()
+    fusion = still()
+    fusion(features, unimodal=unimodal).fused.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters())
+    assert all(x.grad is not None for x in features.values())
+    assert all(x.grad is None for x in unimodal.values())
+
+
+def rows_of(fusion: GatedFusion, size: int = 4000) -> tuple[Tensor, Tensor]:
+    """Which row each modality came from, and the gates, in a training step."""
+    torch.manual_seed(0)
+    row = torch.arange(size, dtype=torch.float64).unsqueeze(1)
+    features = [row + 1.0 for _ in fusion.widths]
+    unimodal = [torch.zeros(size, 2) for _ in fusion.widths]
+    with torch.no_grad():
+        fused, gates, _ = fusion.train()(features, unimodal=unimodal)
+    return fused - 1.0, gates
+
+
+def test_swap_takes_one_modality_from_another_sample() -> None:
+    origin, gates = rows_of(GatedFusion([1, 1, 1], swap=0.4, dropout=0.0))
+    foreign = origin.round() != torch.arange(4000).unsqueeze(1)
+    assert foreign.sum(dim=1).max() == 1
+    assert_allclose(foreign.double().mean(dim=0), 0.4 / 3, atol=0.02)
+    assert_allclose(gates, 1 / 3, rtol=1e-5)
+
+
+def test_dropout_drops_one_modality() -> None:
+    _, gates = rows_of(GatedFusion([1, 1, 1], swap=0.0, dropout=0.4))
+    dropped = gates == 0
+    assert dropped.sum(dim=1).max() == 1
+    assert_allclose(dropped.double().mean(dim=0), 0.4 / 3, atol=0.02)
+    assert_allclose(gates[dropped.any(dim=1)].amax(dim=1), 0.5, rtol=1e-5)
+
+
+def test_the_better_modality_is_disturbed_less() -> None:
+    state = CurriculumState(2)
+    state.quality.copy_(torch.tensor([0.9, 0.8, 0.2]))
+    fusion = GatedFusion([1, 1], state=state, swap=0.0, dropout=0.8)
+    dropped = rows_of(fusion)[1] == 0
+    assert_allclose(dropped.double().mean(dim=0), [0.4 * 0.25, 0.4], atol=0.02)
+
+
+def test_the_only_modality_is_never_disturbed() -> None:
+    origin, gates = rows_of(GatedFusion([1], swap=0.5, dropout=0.5))
+    assert torch.equal(origin[:, 0], torch.arange(4000).double())
+    assert (gates == 1).all()
+    fusion = GatedFusion([1, 1], swap=0.5, dropout=0.5)
+    present = torch.tensor([[True, False]] * 50)
+    features = [torch.arange(50.0).unsqueeze(1), torch.full((50, 1), math.nan)]
+    fused = fusion(features, unimodal=[torch.zeros(50, 2)] * 2, present=present).fused
+    assert torch.equal(fused[:, 0], torch.arange(50.0))
+
+
+def test_evaluation_disturbs_nothing() -> None:
+    features, unimodal = inputs()
+    fusion = GatedFusion(WIDTHS, swap=0.5, dropout=0.5).eval()
+    first = fusion(features, unimodal=unimodal)
+    again = fusion(features, unimodal=unimodal)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_qualities_are_read_in_training_and_kept_for_inference() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
+    fusion = GatedFusion(WIDTHS, state=criterion.state)
+    criterion.state.quality.copy_(torch.tensor([0.9, 0.5, 0.6, 0.7]))
+    before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
+    features, unimodal = inputs()
+    fusion(features, unimodal=unimodal)
+    assert_allclose(fusion.quality, [0.5, 0.6, 0.7])
+    after = criterion.state.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert set(fusion.state_dict()) == {
+        "bias",
+        "entropy_slope",
+        "disagreement_slope",
+        "quality",
+    }
+    alone = GatedFusion(WIDTHS).eval()
+    alone.load_state_dict(fusion.state_dict())
+    criterion.state.quality.zero_()
+    expected = fusion.eval()(features, unimodal=unimodal)
+    assert torch.equal(alone(features, unimodal=unimodal).gates, expected.gates)
+
+
+def test_a_state_without_modalities_takes_those_of_the_fusion() -> None:
+    state = CurriculumState()
+    GatedFusion(WIDTHS, state=state)
+    assert state.modalities == tuple(NAMES)
+    with pytest.raises(ValueError, match=r"modalities: expected \['audio', 'image', 'text'\]"):
+        GatedFusion([1, 2], state=state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_features_keep_their_dtype(dtype: torch.dtype) -> None:
+    features, unimodal = inputs()
+    features = {name: x.to(dtype) for name, x in features.items()}
+    unimodal = {name: (1e4 * x).to(dtype) for name, x in unimodal.items()}
+    fused, gates, logits = still()(features, unimodal=unimodal)
+    assert fused.dtype == dtype
+    assert gates.dtype == logits.dtype == torch.float32
+    assert gates.isfinite().all()
+
+
+def test_autocast_computes_the_gates_in_float32() -> None:
+    features, unimodal = inputs()
+    fusion = still()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gates = fusion(features, unimodal=unimodal).gates
+    assert torch.equal(gates, fusion(features, unimodal=unimodal).gates)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_a_break(training: bool) -> None:
+    state = CurriculumState(NAMES)
+    state.quality.fill_(0.5)
+    fusion = GatedFusion(WIDTHS, state=state).train(training)
+    features, unimodal = inputs()
+    compiled = torch.compile(copy.deepcopy(fusion), fullgraph=True, backend="aot_eager")
+    actual = compiled(features, unimodal=unimodal)
+    if not training:
+        expected = fusion(features, unimodal=unimodal)
+        assert_allclose(actual.fused.detach(), expected.fused.detach(), rtol=1e-5)
+    assert_allclose(actual.gates.sum(dim=1).detach(), 1.0, rtol=1e-5)
+
+
+FEATURES, UNIMODAL = inputs()
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "error", "message"),
+    [
+        (list(FEATURES.values())[:2], {}, ValueError, r"features: expected 3 modalities"),
+        ({"audio": FEATURES["audio"]}, {}, ValueError, r"features: expected the modalities"),
+        (
+            {**FEATURES, "text": torch.zeros(9, 4)},
+            {},
+            ValueError,
+            r"features of text: expected shape \[9, 2\], got \[9, 4\]",
+        ),
+        (
+            {**FEATURES, "text": torch.zeros(8, 2)},
+            {},
+            ValueError,
+            r"features of text: expected shape \[9, 2\], got \[8, 2\]",
+        ),
+        (
+            {**FEATURES, "audio": torch.zeros(3)},
+            {},
+            ValueError,
+            r"features of audio: expected shape \[B, D\] or \[B, T, D\], got \[3\]",
+        ),
+        ({**FEATURES, "audio": 1}, {}, TypeError, r"features of audio: .*, got int"),
+        (
+            {**FEATURES, "audio": FEATURES["audio"].long()},
+            {},
+            TypeError,
+            r"features of audio: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            FEATURES,
+            {"unimodal": {**UNIMODAL, "image": torch.zeros(9, 3)}},
+            ValueError,
+            r"unimodal logits of image: expected shape \[9, 4\], got \[9, 3\]",
+        ),
+        (
+            FEATURES,
+            {"unimodal": {**UNIMODAL, "image": torch.zeros(9)}},
+            ValueError,
+            r"unimodal logits of image: expected shape \[B, C\] with C >= 1, got \[9\]",
+        ),
+        (
+            FEATURES,
+            {"present": torch.ones(3, 9, dtype=torch.bool)},
+            ValueError,
+            r"present: expected shape \[9, 3\], got \[3, 9\]",
+        ),
+    ],
+)
+def test_errors_name_argument_expected_and_got(
+    features: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        GatedFusion(WIDTHS)(features, **options)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "error", "message"),
+    [
+        ([], {}, ValueError, r"modalities: expected at least 1, got 0"),
+        ([3, 0], {}, ValueError, r"width of 1: expected at least 1, got 0"),
+        ({"audio": 2.5}, {}, TypeError, r"width of audio: expected a whole number, got float"),
+        (3, {}, TypeError, r"features: expected a mapping or a sequence.*, got int"),
+        ([1, 1], {"threshold": 0.5}, ValueError, r"threshold: .*\[0, 0.5\), got 0.5"),
+        ([1, 1], {"swap": 1.5}, ValueError, r"swap: expected a value in \[0, 1\], got 1.5"),
+        ([1, 1], {"swap": 0.6, "dropout": 0.6}, ValueError, r"swap \+ dropout: .*got 1.2"),
+    ],
+)
+def test_options_out_of_range(
+    features: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        GatedFusion(features, **options)
+
+
+def test_repr_tells_the_widths() -> None:
+    assert "audio: 3, image: 5, text: 2" in repr(GatedFusion(WIDTHS))

@@ -1,0 +1,553 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyncim_core import CurriculumState, DynCIMLoss
+from dyncim_core import reference as ref
+
+CLASSES = 5
+PLAIN = {"surprise_strength": 0.0, "pacing_strength": 0.0}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator)
+
+
+def batch(
+    size: int = 12, modalities: int = 2, seed: int = 0
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    fused, *others = (2 * randn(1 + modalities, size, CLASSES, seed=seed)).unbind()
+    target = torch.randint(CLASSES, (size,), generator=torch.Generator().manual_seed(seed))
+    leaves = [x.clone().requires_grad_() for x in (fused, *others)]
+    return leaves[0], leaves[1:], target
+
+
+def buffers(criterion: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in criterion.state_dict().items()}
+
+
+def unchanged(criterion: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = criterion.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def train(criterion: DynCIMLoss, steps: int = 6, **options: Any) -> None:
+    for seed in range(steps):
+        fused, others, target = batch(seed=seed)
+        criterion(fused, target, unimodal=others, **options)
+
+
+CRITERIA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "class weights": {"weight": torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])},
+    "smoothing": {"label_smoothing": 0.1},
+    "ignore": {"ignore_index": 2},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "all": {
+        "weight": torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25]),
+        "label_smoothing": 0.2,
+        "ignore_index": 1,
+        "reduction": "sum",
+    },
+}
+
+
+def without_ignored(options: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy takes no ``ignore_index`` with class probabilities."""
+    return {name: value for name, value in options.items() if name != "ignore_index"}
+
+
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+@pytest.mark.parametrize("soft", [False, True])
+def test_without_strength_it_is_the_criterion_bit_for_bit(
+    options: dict[str, Any], soft: bool
+) -> None:
+    criterion = nn.CrossEntropyLoss(**without_ignored(options) if soft else options)
+    ours, _, target = batch()
+    if soft:
+        target = randn(12, CLASSES, seed=1).softmax(dim=1)
+    theirs = ours.detach().clone().requires_grad_()
+    wrapped = DynCIMLoss(criterion, **PLAIN)
+    loss, expected = wrapped(ours, target), criterion(theirs, target)
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert wrapped.state.step == 1  # the state still watches
+
+
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+@pytest.mark.parametrize("soft", [False, True])
+def test_without_strength_heads_add_up(options: dict[str, Any], soft: bool) -> None:
+    """Balanced heads of equal quality: coefficients are 1, so the losses just add."""
+    criterion = nn.CrossEntropyLoss(**without_ignored(options) if soft else options)
+    logits = randn(12, CLASSES).double()
+    target = torch.arange(12) % CLASSES
+    if soft:
+        target = randn(12, CLASSES, seed=1).double().softmax(dim=1)
+    if criterion.weight is not None:
+        criterion = criterion.double()
+    wrapped = DynCIMLoss(criterion, unimodal_strength=0.5, **PLAIN)
+    loss = wrapped(logits, target, unimodal=[logits, logits])
+    assert_allclose(loss, 2.0 * criterion(logits, target), rtol=1e-6)
+
+
+def by_hand(
+    fused: Tensor, others: list[Tensor], target: Tensor, state: CurriculumState, noise: float
+) -> float:
+    """The joint objective of a batch in NumPy, from what the state held before it."""
+    logits = [x.detach().double().numpy() for x in (fused, *others)]
+    heads = ref.head_statistics(logits, target.numpy())
+    signals = np.stack(
+        [
+            ref.prediction_deviation(heads.nll),
+            ref.prediction_consistency(heads.distance),
+            ref.prediction_stability(heads.entropy, CLASSES),
+        ]
+    )
+    weights = ref.sample_weights(
+        ref.surprise(heads.nll, heads.entropy, CLASSES),
+        ref.difficulty(signals, ref.volatility_weights(state.volatility)),
+        surprise_strength=4.0 * float(ref.noise_pressure(noise)),
+        pacing_strength=0.2 * (1.0 - float(state.quality[0])),
+    )
+    mean = -(weights * heads.nll).sum(axis=1) / weights.sum()
+    log_quality = mean
+    if state.step > 0:
+        log_quality = 0.95 * state.log_quality.numpy() + 0.05 * mean
+    coefficients = np.concatenate([[1.0], ref.modality_coefficients(log_quality)])
+    return float((weights * (coefficients[:, None] * heads.loss).sum(axis=0)).mean())
+
+
+@pytest.mark.parametrize("noise", [None, 0.1])
+def test_joint_objective_is_the_one_worked_out_in_numpy(noise: float | None) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), label_noise=noise)
+    for seed in range(8):
+        fused, others, target = batch(seed=seed)
+        before = copy.deepcopy(criterion.state)
+        loss = criterion(fused, target, unimodal=others)
+        known = float(before.label_noise) if noise is None else noise
+        assert_allclose(loss.item(), by_hand(fused, others, target, before, known), rtol=1e-5)
+    assert noise is not None or 0 < criterion.state.label_noise < 1
+
+
+def test_weights_are_detached() -> None:
+    """The gradient is that of the losses with constant weights."""
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), label_noise=0.3, reduction="none")
+    fused, others, target = batch()
+    train(criterion)
+    losses = criterion(fused, target, unimodal=others)
+    losses.sum().backward()
+    rows = torch.stack([F.cross_entropy(x, target, reduction="none") for x in (fused, *others)])
+    gradients = torch.autograd.grad(rows[0].sum(), fused)[0]
+    ratio = (fused.grad / gradients)[:, 0]
+    assert_allclose(fused.grad, ratio.unsqueeze(1) * gradients, rtol=1e-4, atol=1e-6)
+    assert_allclose(ratio.mean().item(), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["mapping", "sequence"])
+def test_modalities_by_name_or_by_position(given: str) -> None:
+    fused, others, target = batch()
+    named = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["audio", "image"])
+    loss = named(fused, target, unimodal={"image": others[1], "audio": others[0]})
+    unimodal = dict(zip(("a", "b"), others, strict=True)) if given == "mapping" else others
+    assert torch.equal(loss, DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=unimodal))
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 8])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_any_number_of_modalities_samples_and_classes(
+    modalities: int, size: int, classes: int
+) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), label_noise=0.2)
+    logits = randn(1 + modalities, size, classes).requires_grad_()
+    target = torch.arange(size) % classes
+    for _ in range(3):
+        loss = criterion(logits[0], target, unimodal=list(logits[1:]))
+        assert loss.isfinite()
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.isfinite().all()
+    assert all(math.isfinite(value) for value in criterion.state.summary().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_extreme_logits_stay_finite_in_every_dtype(dtype: torch.dtype) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), label_noise=0.5)
+    logits = (1e4 * torch.tensor([[[1.0, -1.0], [0.0, 0.0], [-1.0, 1.0]]] * 3)).to(dtype)
+    logits.requires_grad_()
+    for _ in range(3):
+        loss = criterion(logits[0], torch.tensor([1, 0, 1]), unimodal=[logits[1], logits[2]])
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.isfinite()
+    assert grad.dtype == dtype
+    assert grad.isfinite().all()
+    assert criterion.state.log_quality.isfinite().all()
+
+
+def test_absent_modalities_hold_anything_and_get_nothing() -> None:
+    fused, others, target = batch()
+    present = torch.ones(12, 2, dtype=torch.bool)
+    present[3, 0] = present[4] = False  # sample 4 has none
+    spoiled = [x.detach().clone() for x in others]
+    spoiled[0][3] = spoiled[0][4] = spoiled[1][4] = math.nan
+    spoiled = [x.requires_grad_() for x in spoiled]
+    clean, dirty = (DynCIMLoss(nn.CrossEntropyLoss(), label_noise=0.3) for _ in range(2))
+    expected = clean(fused, target, unimodal=others, present=present)
+    loss = dirty(fused, target, unimodal=spoiled, present=present)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    for head, column in zip(spoiled, present.t(), strict=True):
+        assert (head.grad[~column] == 0).all()
+        assert (head.grad[column] != 0).any()
+    assert unchanged(dirty, buffers(clean))
+
+
+def test_everything_ignored() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    fused, others, _ = batch()
+    train(criterion)
+    before = buffers(criterion)
+    target = torch.full((12,), -100)
+    loss = criterion(fused, target, unimodal=others, index=torch.arange(12))
+    assert loss.isnan()  # as the mean of cross-entropy over nothing
+    after = criterion.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"state.step"}
+
+
+def test_nonfinite_samples_never_reach_the_state() -> None:
+    fused, others, target = batch()
+    keep = torch.arange(12) != 5
+    clean = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    clean(fused[keep], target[keep], unimodal=[x[keep] for x in others])
+    spoiled = others[0].detach().clone()
+    spoiled[5, 0] = math.inf
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    loss = criterion(fused, target, unimodal=[spoiled, others[1]])
+    assert not loss.isfinite()  # the criterion's own behaviour
+    assert criterion.state.nonfinite == 1
+    for name, value in clean.state.named_buffers():
+        if name != "nonfinite":
+            assert_allclose(criterion.state.get_buffer(name), value, rtol=1e-5, err_msg=name)
+
+
+def square(logits: Tensor, target: Tensor) -> Tensor:
+    """A criterion without parameters or reduction."""
+    return (logits.softmax(dim=1) - F.one_hot(target, logits.shape[1])).square().sum(dim=1)
+
+
+class Focal(nn.Module):
+    """A criterion of the usual third-party make."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        nll = F.cross_entropy(logits, target, reduction="none")
+        loss = (1 - (-nll).exp()) ** 2 * nll
+        return loss if self.reduction == "none" else getattr(loss, self.reduction)()
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), square, Focal(), Focal("sum")])
+def test_nonfinite_samples_are_skipped_on_request(criterion: Any) -> None:
+    fused, others, target = batch()
+    keep = torch.arange(12) != 5
+    wrapped = DynCIMLoss(criterion, nonfinite="skip", label_noise=0.3)
+    spoiled = [x.detach().clone() for x in (fused, *others)]
+    spoiled[0][5] = math.nan
+    spoiled[1][5, 1] = math.inf
+    for leaf in spoiled:
+        leaf.requires_grad_()
+    loss = wrapped(spoiled[0], target, unimodal=spoiled[1:])
+    loss.backward()
+    expected = DynCIMLoss(criterion, nonfinite="skip", label_noise=0.3)(
+        fused[keep], target[keep], unimodal=[x[keep] for x in others]
+    )
+    if wrapped.reduction == "mean":
+        assert_allclose(loss.item(), expected.item(), rtol=1e-5)
+    for leaf in spoiled:
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[5] == 0).all()
+        assert (leaf.grad[keep] != 0).any()
+
+
+@pytest.mark.parametrize("criterion", [square, Focal(), Focal("sum"), Focal("none")])
+def test_any_criterion(criterion: Any) -> None:
+    fused, _, target = batch()
+    reduction = getattr(criterion, "reduction", "mean")
+    plain = criterion(fused, target)
+    if criterion is square:
+        plain = plain.mean()
+    wrapped = DynCIMLoss(criterion, **PLAIN)
+    assert wrapped.reduction == reduction
+    assert torch.equal(wrapped(fused, target), plain)
+    joint = wrapped(fused, target, unimodal=[fused, fused])
+    assert_allclose(joint.detach(), 3 * plain.detach(), rtol=1e-5)
+    joint.sum().backward()
+    assert fused.grad.abs().sum() > 0
+
+
+def test_reduction_overrides_the_criterion() -> None:
+    fused, _, target = batch()
+    weights = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])
+    criterion = nn.CrossEntropyLoss(weight=weights, ignore_index=0)
+    for reduction in ("mean", "sum", "none"):
+        loss = DynCIMLoss(criterion, reduction=reduction, **PLAIN)(fused, target)
+        expected = F.cross_entropy(fused, target, weights, ignore_index=0, reduction=reduction)
+        assert_allclose(loss.detach(), expected.detach(), rtol=1e-5)
+
+
+def test_parameters_of_the_criterion_move_with_it() -> None:
+    criterion = nn.CrossEntropyLoss(weight=torch.ones(CLASSES))
+    wrapped = copy.deepcopy(DynCIMLoss(criterion)).double()
+    (unreduced,) = wrapped._unreduced
+    assert wrapped.criterion.weight.dtype == torch.float64
+    assert unreduced.weight is wrapped.criterion.weight
+    assert wrapped.state.log_quality.dtype == torch.float32
+
+
+def test_the_curriculum_rests_in_evaluation_and_without_gradients() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    fused, others, target = batch()
+    train(criterion)
+    before = buffers(criterion)
+    expected = F.cross_entropy(fused, target)
+    with torch.no_grad():
+        assert torch.equal(criterion(fused, target, unimodal=others), expected)
+    assert torch.equal(criterion.eval()(fused, target, unimodal=others), expected)
+    assert unchanged(criterion, before)
+    assert not torch.equal(criterion.train()(fused, target, unimodal=others), expected)
+    assert not unchanged(criterion, before)
+
+
+def test_label_noise_turns_the_surprise_on() -> None:
+    """A share of labels that both modalities contradict weighs next to nothing."""
+    target = torch.arange(40) % CLASSES
+    logits = 8.0 * F.one_hot(target, CLASSES).float()
+    wrong = torch.arange(40) < 12
+    labels = torch.where(wrong, (target + 1) % CLASSES, target)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=40, modalities=2)
+    for _ in range(60):
+        criterion(
+            logits.requires_grad_(), labels, unimodal=[logits, logits], index=torch.arange(40)
+        )
+    assert_allclose(criterion.state.label_noise, 0.3, atol=0.03)
+    weights = criterion.state.memory_weight
+    assert weights[wrong].max() < 1e-3
+    assert_allclose(weights[~wrong], 40 / 28, rtol=1e-2)
+    assert set(criterion.state.suspects(12).indices.tolist()) == set(range(12))
+
+
+def test_one_head_alone_doubts_no_label_unless_told() -> None:
+    fused, _, target = batch()
+    silent, told = (
+        DynCIMLoss(nn.CrossEntropyLoss()),
+        DynCIMLoss(nn.CrossEntropyLoss(), label_noise=0.3),
+    )
+    for _ in range(5):
+        alone, doubted = silent(fused, target), told(fused, target)
+    assert silent.state.label_noise == 0
+    assert doubted < alone
+
+
+def test_a_step_without_unimodal_logits_leaves_the_modalities_alone() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    fused, others, target = batch()
+    criterion(fused, target, unimodal=others, index=torch.arange(12))
+    before = copy.deepcopy(criterion.state)
+    criterion(fused, target, index=torch.arange(12)).backward()
+    state = criterion.state
+    assert state.seen.tolist() == [2, 1, 1]
+    assert torch.equal(state.log_quality[1:], before.log_quality[1:])
+    assert torch.equal(state.memory_nll[:, 1:], before.memory_nll[:, 1:])
+
+
+def test_second_backward_and_accumulation() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    fused, others, target = batch()
+    loss = criterion(fused, target, unimodal=others)
+    first = torch.autograd.grad(loss, fused, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, fused)[0])
+
+
+def test_grad_scaling_scales_the_gradient() -> None:
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+    (plain,) = torch.autograd.grad(loss, fused, retain_graph=True)
+    (scaled,) = torch.autograd.grad(1024.0 * loss, fused)
+    assert_allclose(scaled, 1024.0 * plain, rtol=1e-6)
+
+
+def test_autocast_keeps_the_curriculum_in_float32() -> None:
+    fused, others, target = batch()
+    plain, cast = (DynCIMLoss(nn.CrossEntropyLoss(), modalities=2) for _ in range(2))
+    low = [x.detach().bfloat16().requires_grad_() for x in (fused, *others)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cast(low[0], target, unimodal=low[1:])
+    high = [x.detach().float() for x in low]
+    expected = plain(high[0], target, unimodal=high[1:])
+    assert loss.dtype == torch.float32
+    assert_allclose(loss.item(), expected.item(), rtol=1e-6)
+    assert unchanged(cast, buffers(plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, PLAIN], ids=str)
+def test_compiles_without_a_break(options: dict[str, Any]) -> None:
+    eager, traced = (
+        DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12, **options) for _ in range(2)
+    )
+
+    def step(criterion: DynCIMLoss, fused: Tensor, a: Tensor, b: Tensor, target: Tensor) -> Tensor:
+        return criterion(fused, target, unimodal=[a, b], index=torch.arange(12))
+
+    compiled = torch.compile(lambda *args: step(traced, *args), fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        fused, others, target = batch(seed=seed)
+        expected = step(eager, fused, *others, target)
+        loss = compiled(fused, *others, target)
+        assert_allclose(loss.item(), expected.item(), rtol=1e-6)
+        grads = [torch.autograd.grad(x, fused)[0] for x in (loss, expected)]
+        assert_allclose(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+    for name, value in eager.state.named_buffers():
+        assert_allclose(traced.state.get_buffer(name), value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+FUSED, OTHERS, TARGET = batch()
+CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
+    "one head too few": (
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS[:1]),
+        ValueError,
+        r"unimodal: expected 2 modalities \['a', 'b'\], got 1",
+    ),
+    "another name": (
+        lambda c: c(FUSED, TARGET, unimodal={"a": OTHERS[0], "x": OTHERS[1]}),
+        ValueError,
+        r"unimodal: expected the modalities \['a', 'b'\], got \['a', 'x'\]",
+    ),
+    "a tensor for a list": (
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS[0]),
+        TypeError,
+        r"unimodal: expected a mapping or a sequence.*, got Tensor",
+    ),
+    "present without modalities": (
+        lambda c: c(FUSED, TARGET, present=torch.ones(12, 2, dtype=torch.bool)),
+        ValueError,
+        r"present: expected shape \[12, 0\], got \[12, 2\]",
+    ),
+    "index of another length": (
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(3)),
+        ValueError,
+        r"index: expected shape \[12\], got \[3\]",
+    ),
+    "index of another dtype": (
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12.0)),
+        TypeError,
+        r"index: expected a int64 tensor, got torch.float32",
+    ),
+    "index out of range": (
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12) + 90),
+        IndexError,
+        r"index: expected sample indices in \[0, 100\), got values from 90 to 101",
+    ),
+    "target out of range": (
+        lambda c: c(FUSED, TARGET + 2, unimodal=OTHERS, index=torch.arange(12)),
+        IndexError,
+        r"target: expected class indices in \[0, 5\)",
+    ),
+    "logits on another device": (
+        lambda c: c(FUSED.to("meta"), TARGET.to("meta")),
+        ValueError,
+        r"state: expected device meta of the logits, got cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
+def test_a_rejected_call_says_why_and_changes_nothing(
+    call: Callable[[DynCIMLoss], Any], error: type[Exception], message: str
+) -> None:
+    state = CurriculumState(["a", "b"], num_samples=100)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
+    train(criterion)
+    before = buffers(criterion)
+    with pytest.raises(error, match=message):
+        call(criterion)
+    assert unchanged(criterion, before)
+
+
+def test_a_rejected_first_call_settles_nothing() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss())
+    before = buffers(criterion)
+    with pytest.raises(IndexError, match="target"):
+        criterion(FUSED, TARGET + 2, unimodal=OTHERS)
+    assert criterion.state.modalities is None
+    assert unchanged(criterion, before)
+
+
+def test_class_probabilities_cannot_be_ignored() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(ignore_index=2))
+    with pytest.raises(ValueError, match=r"target: expected class indices.*ignore_index=2"):
+        criterion(FUSED, FUSED.detach().softmax(dim=1))
+    assert criterion.state.step == 0
+
+
+def test_index_needs_a_memory() -> None:
+    with pytest.raises(ValueError, match=r"index: expected None.*num_samples="):
+        DynCIMLoss(nn.CrossEntropyLoss())(FUSED, TARGET, index=torch.arange(12))
+
+
+def test_a_criterion_must_give_one_loss_per_sample() -> None:
+    wrapped = DynCIMLoss(lambda logits, target: F.cross_entropy(logits, target))
+    with pytest.raises(ValueError, match=r"criterion: expected one loss per sample, shape \[12\]"):
+        wrapped(FUSED, TARGET, unimodal=OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"surprise_strength": -1.0}, ValueError, r"surprise_strength: .*\[0, inf\), got -1.0"),
+        ({"pacing_strength": math.nan}, ValueError, r"pacing_strength: .*got nan"),
+        ({"unimodal_strength": "1"}, TypeError, r"unimodal_strength: expected a number, got str"),
+        ({"label_noise": 2}, ValueError, r"label_noise: expected a value in \[0, 1\], got 2"),
+        ({"nonfinite": "drop"}, ValueError, r"nonfinite: .*'skip'\], got 'drop'"),
+        ({"reduction": "batchmean"}, ValueError, r"reduction: .*got 'batchmean'"),
+        ({"state": CurriculumState(), "modalities": 2}, ValueError, r"state: expected it alone"),
+        ({"modalities": ["a", "a"]}, ValueError, r"modalities: expected distinct names"),
+        ({"modalities": []}, ValueError, r"modalities: expected at least 1, got none"),
+        ({"modalities": "audio"}, TypeError, r"modalities: expected a number or a sequence"),
+        ({"modalities": 0}, ValueError, r"modalities: expected at least 1, got 0"),
+        ({"num_samples": 0}, ValueError, r"num_samples: expected at least 1, got 0"),
+        ({"num_samples": 1.5}, TypeError, r"num_samples: expected a whole number, got float"),
+    ],
+)
+def test_options_out_of_range(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        DynCIMLoss(nn.CrossEntropyLoss(), **options)
+
+
+def test_not_a_criterion() -> None:
+    with pytest.raises(TypeError, match="criterion: expected a callable, got str"):
+        DynCIMLoss("cross_entropy")
+
+
+def test_repr_tells_the_options() -> None:
+    text = repr(DynCIMLoss(nn.CrossEntropyLoss(), modalities=["a"], label_noise=0.2))
+    assert "label_noise=0.2" in text
+    assert "modalities=('a',)" in text

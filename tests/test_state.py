@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+
+from dyncim_core import CurriculumState, DynCIMLoss
+
+SAMPLES = 40
+CLASSES = 4
+
+
+def step(criterion: DynCIMLoss, seed: int, **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    fused, a, b = torch.randn(3, 10, CLASSES, generator=generator).unbind()
+    target = torch.randint(CLASSES, (10,), generator=generator)
+    index = torch.randperm(SAMPLES, generator=generator)[:10]
+    loss = criterion(
+        fused.requires_grad_(), target, unimodal={"a": a, "b": b}, index=index, **options
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def trained(steps: int = 6, **options: Any) -> DynCIMLoss:
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=["a", "b"], num_samples=SAMPLES, **options
+    )
+    for seed in range(steps):
+        step(criterion, seed)
+    return criterion
+
+
+@pytest.mark.parametrize("modalities", [["a", "b"], None])
+def test_a_saved_state_continues_bit_for_bit(modalities: list[str] | None) -> None:
+    criterion = trained()
+    file = io.BytesIO()
+    torch.save(criterion.state_dict(), file)
+    file.seek(0)
+    resumed = DynCIMLoss(nn.CrossEntropyLoss(), modalities=modalities, num_samples=SAMPLES)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    if modalities is None:  # names are not saved: positions take their place
+        resumed.state.modalities = ("a", "b")
+    for seed in range(6, 12):
+        assert torch.equal(step(criterion, seed), step(resumed, seed))
+    for name, value in criterion.state.named_buffers():
+        assert torch.equal(resumed.state.get_buffer(name), value), name
+
+
+def test_all_state_is_in_buffers() -> None:
+    state = CurriculumState(2, num_samples=3)
+    assert not list(state.parameters())
+    assert set(dict(state.named_buffers())) == set(state.state_dict())
+
+
+def test_a_checkpoint_of_other_modalities_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for log_quality"):
+        CurriculumState(3).load_state_dict(CurriculumState(2).state_dict())
+
+
+def test_averages_follow_their_definition() -> None:
+    """One sample of certain heads: log quality is minus its NLL, averaged with the decay."""
+    state = CurriculumState(1, decay=0.75)
+    everyone = torch.ones(1, dtype=torch.bool)
+
+    def update(nll: float, signal: float, doubt: bool) -> None:
+        state.update(
+            torch.full((2, 1), nll),
+            torch.full((3, 1), signal),
+            torch.tensor([doubt]),
+            torch.ones(1),
+            everyone,
+            4,
+            nonfinite=torch.tensor(0),
+        )
+
+    update(1.0, 0.4, True)
+    assert state.log_quality.tolist() == [-1.0, -1.0]
+    assert_allclose(state.quality, 1 - 1 / math.log(4), rtol=1e-6)
+    assert state.volatility.tolist() == [0.0] * 3
+    assert state.label_noise == 0.25  # from 0: a first doubt is not believed whole
+    update(0.0, 0.8, False)
+    assert state.log_quality.tolist() == [-0.75, -0.75]
+    assert_allclose(state.signal_mean, 0.75 * 0.4 + 0.25 * 0.8, rtol=1e-6)
+    assert_allclose(state.volatility, 0.4 / 0.401, rtol=1e-5)
+    assert_allclose(state.label_noise, 0.75 * 0.25)
+    update(0.0, 0.5, False)
+    assert_allclose(state.volatility, 0.75 * 0.4 / 0.401, atol=1e-6)
+    assert state.step == 3
+    assert state.seen.tolist() == [3, 3]
+
+
+def test_qualities_are_those_of_the_weighted_samples() -> None:
+    state = CurriculumState(1)
+    state.update(
+        torch.tensor([[1.0, 5.0], [2.0, 9.0]]),
+        torch.zeros(3, 2),
+        torch.zeros(2, dtype=torch.bool),
+        torch.tensor([2.0, 0.0]),
+        torch.ones(2, dtype=torch.bool),
+        10,
+        nonfinite=torch.tensor(0),
+    )
+    assert state.log_quality.tolist() == [-1.0, -2.0]
+    assert state.effective_share == 0.5
+
+
+def test_a_modality_not_yet_seen_counts_as_the_fusion() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["a", "b"], num_samples=SAMPLES)
+    present = torch.ones(10, 2, dtype=torch.bool)
+    present[:, 1] = False
+    step(criterion, 0, present=present)
+    state = criterion.state
+    assert state.log_quality[2] == state.log_quality[0]
+    assert state.seen.tolist() == [1, 1, 0]
+    step(criterion, 1)
+    assert state.seen.tolist() == [2, 2, 1]
+    assert state.log_quality[2] != state.log_quality[0]
+
+
+def test_memory_keeps_average_visits_and_weight() -> None:
+    criterion = trained(8)
+    state = criterion.state
+    visits = state.memory_visits
+    assert visits.sum() == 8 * 10 * 3
+    assert (state.memory_nll[visits == 0] == 0).all()
+    assert (state.memory_nll[visits > 0] > 0).all()
+    assert (state.memory_weight[visits[:, 0] == 0] == 1).all()
+
+
+def test_memory_is_the_running_average_of_the_nll() -> None:
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(),
+        state=CurriculumState(num_samples=2, memory_decay=0.5),
+    )
+    for logit in (0.0, 1.0):
+        logits = torch.tensor([[logit, 0.0]], requires_grad=True)
+        criterion(logits, torch.tensor([0]), index=torch.tensor([1]))
+    expected = 0.5 * math.log(2) + 0.5 * math.log1p(math.exp(-1.0))
+    assert_allclose(criterion.state.memory_nll, [[0.0], [expected]], rtol=1e-6)
+
+
+def test_suspects_rank_wrong_labels_and_corrupted_inputs() -> None:
+    """Sample 3 has a wrong label; the second modality of sample 5 is another sample's."""
+    target = torch.arange(SAMPLES) % CLASSES
+    right = 6.0 * nn.functional.one_hot(target, CLASSES).float()
+    corrupted = right.clone()
+    corrupted[5] = corrupted[6]
+    labels = target.clone()
+    labels[3] = (target[3] + 1) % CLASSES
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["a", "b"], num_samples=SAMPLES)
+    for _ in range(5):
+        criterion(
+            right.requires_grad_(),
+            labels,
+            unimodal={"a": right, "b": corrupted},
+            index=torch.arange(SAMPLES),
+        )
+    state = criterion.state
+    assert state.suspects(1).indices.tolist() == [3]
+    assert state.suspects(1, modality="b").indices.tolist() == [5]
+    assert state.suspects(1, modality=1).indices.tolist() == [5]
+    assert state.suspects(modality="a").indices[-1] == 5
+    assert state.suspects().scores.diff().max() <= 0
+
+
+def test_samples_never_seen_come_last() -> None:
+    suspects = trained(1).state.suspects()
+    assert suspects.scores[10:].isneginf().all()
+    assert suspects.scores[:10].isfinite().all()
+    assert sorted(suspects.indices.tolist()) == list(range(SAMPLES))
+
+
+def test_summary_names_every_quantity() -> None:
+    summary = trained(3).state.summary()
+    expected = {"step", "nonfinite", "label_noise", "effective_share"}
+    expected |= {"gmr", "hmir", "balance_factor", "quality/fused"}
+    expected |= {f"{kind}/{name}" for kind in ("quality", "modality_weight") for name in "ab"}
+    signals = ("deviation", "consistency", "stability")
+    expected |= {f"{kind}/{name}" for kind in ("signal", "signal_weight") for name in signals}
+    assert set(summary) == expected
+    assert summary["step"] == 3.0
+    assert_allclose(sum(summary[f"signal_weight/{name}"] for name in signals), 1.0, rtol=1e-6)
+    assert_allclose(summary["modality_weight/a"] + summary["modality_weight/b"], 1.0, rtol=1e-6)
+    assert "gmr" not in CurriculumState().summary()
+
+
+def test_state_keeps_its_dtype() -> None:
+    state = trained(2).state
+    before = {name: value.clone() for name, value in state.named_buffers()}
+    for module in (state.half(), state.double(), state.to(torch.bfloat16)):
+        for name, value in module.named_buffers():
+            assert value.dtype == before[name].dtype
+            assert torch.equal(value, before[name])
+
+
+def test_modalities_are_settled_once() -> None:
+    state = CurriculumState(num_samples=3)
+    state.settle_modalities(["a", "b"])
+    assert state.log_quality.shape == (3,)
+    assert state.memory_nll.shape == state.memory_visits.shape == (3, 3)
+    state.settle_modalities(["a", "b"])
+    with pytest.raises(ValueError, match=r"modalities: expected \['a', 'b'\].*got \['b', 'a'\]"):
+        state.settle_modalities(["b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": 0}, ValueError, r"k: expected a whole number in \[1, 40\], got 0"),
+        ({"k": 41}, ValueError, r"k: expected a whole number in \[1, 40\], got 41"),
+        ({"k": 1.5}, ValueError, r"k: expected a whole number in \[1, 40\], got 1.5"),
+        ({"modality": "x"}, ValueError, r"modality: expected one of \['a', 'b'\], got 'x'"),
+        ({"modality": 2}, ValueError, r"modality: expected one of \['a', 'b'\], got 2"),
+    ],
+)
+def test_suspects_out_of_range(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        trained(1).state.suspects(**options)
+
+
+def test_one_modality_has_no_other_to_be_compared_with() -> None:
+    with pytest.raises(ValueError, match="modality: expected another modality"):
+        CurriculumState(["a"], num_samples=3).suspects(modality="a")
+
+
+def test_suspects_need_a_memory() -> None:
+    with pytest.raises(RuntimeError, match="num_samples="):
+        CurriculumState(2).suspects()
+
+
+@pytest.mark.parametrize("name", ["decay", "memory_decay"])
+@pytest.mark.parametrize("value", [1.0, -0.1, math.nan])
+def test_decays_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected a value in \[0, 1\), got"):
+        CurriculumState(**{name: value})
