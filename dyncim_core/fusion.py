@@ -115,7 +115,7 @@ class GatedFusion(nn.Module):
         self._state = (state,)
         self.bias = nn.Parameter(torch.zeros(len(widths)))
         self.entropy_slope = nn.Parameter(torch.tensor(1.0))
-        self.disagreement_slope = nn.Parameter(torch.tensor(2.0))
+        self.disagreement_slope = nn.Parameter(torch.tensor(1.5))
         self.register_buffer("quality", torch.zeros(len(widths)))
 
     @override

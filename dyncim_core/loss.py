@@ -84,7 +84,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(4.1589, grad_fn=<DivBackward0>)
+        tensor(2.7726, grad_fn=<DivBackward0>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """
@@ -99,7 +99,7 @@ class DynCIMLoss(nn.Module):
         surprise_strength: float = 4.0,
         label_noise: float | None = None,
         pacing_strength: float = 0.2,
-        unimodal_strength: float = 1.0,
+        unimodal_strength: float = 0.5,
         nonfinite: Literal["propagate", "skip"] = "propagate",
         reduction: Reduction | None = None,
     ) -> None:

@@ -56,7 +56,7 @@ def test_gates_are_those_of_the_reference() -> None:
             CLASSES,
             bias=[0.2, -0.1, 0.0],
             entropy_slope=1.0,
-            disagreement_slope=2.0,
+            disagreement_slope=1.5,
             prior=[math.log(0.5), math.log(0.9), math.log(0.1)],
         ),
         mask,

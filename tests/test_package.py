@@ -118,10 +118,7 @@ def test_reference_needs_numpy_alone() -> None:
 
 
 def test_importing_loads_no_extras() -> None:
-    code = (
-        "import sys, dyncim_core\n"
-        "assert not {'triton', 'matplotlib'} & set(sys.modules)\n"
-    )
+    code = "import sys, dyncim_core\nassert not {'triton', 'matplotlib'} & set(sys.modules)\n"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
