@@ -64,11 +64,14 @@ def test_fusion(
     fusion = GatedFusion([128] * modalities)
     head = nn.Linear(fusion.out_features, classes)
 
+    def fuse() -> Tensor:
+        if not gated:
+            return torch.cat(features, dim=1)
+        fused: Tensor = fusion(features, unimodal=logits[1:]).fused
+        return fused
+
     def step() -> tuple[Tensor, ...]:
-        if gated:
-            fused = fusion(features, unimodal=logits[1:]).fused
-        else:
-            fused = torch.cat(features, dim=1)
+        fused = fuse()
         return torch.autograd.grad(head(fused).sum(), features)
 
     benchmark(step)

@@ -41,7 +41,7 @@ def draw_accuracies(table: Sequence[Row], path: Path) -> None:
         panel.set_xticks(range(len(rows)), [name.replace(" label", "\nlabel") for name in names])
         panel.tick_params(axis="x", labelsize=8)
         panel.set_title(views)
-        panel.set_ylim(30, 100)
+        panel.set_ylim(0, 100)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -72,7 +72,6 @@ def draw_curriculum(
                 "correctly labelled, mean": "weight/right",
                 "mislabelled, mean": "weight/wrong",
                 "label noise seen": "label_noise",
-                "effective share of a batch": "effective_share",
             },
         ),
     )
