@@ -168,6 +168,39 @@ def test_rows_without_coefficient_get_no_gradient_even_from_nan() -> None:
     assert logits.grad[1].abs().sum() > 0
 
 
+def test_without_the_guard_nan_logits_show() -> None:
+    """As they do in cross-entropy: the guard is a choice."""
+    logits = torch.full((1, 3), math.nan, requires_grad=True)
+    (0.0 * head_statistics([logits], torch.tensor([0])).loss.nan_to_num()).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isnan().all()
+
+
+@given(heads())
+def test_absent_heads_get_no_gradient_whatever_they_hold(case: Heads) -> None:
+    if case.present is None:
+        return
+    rows = [
+        torch.from_numpy(with_nan(x, p)).requires_grad_()
+        for x, p in zip(case.logits, case.present, strict=True)
+    ]
+    filled = leaves(case)
+    present = to_torch(case.present)
+    for logits in (rows, filled):
+        head_statistics(logits, truth(case), present=present).loss.sum().backward()
+    for row, other, here in zip(rows, filled, present, strict=True):
+        assert row.grad is not None
+        assert (row.grad[~here] == 0).all()
+        assert torch.equal(row.grad, other.grad)
+
+
+def test_only_the_loss_is_differentiable() -> None:
+    logits = torch.zeros(2, 3, requires_grad=True)
+    statistics = head_statistics([logits], torch.tensor([0, 1]))
+    assert statistics.loss.requires_grad
+    assert not any(field.requires_grad for field in statistics[1:])
+
+
 def test_a_head_that_needs_no_gradient_gets_none() -> None:
     fused, other = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
     head_statistics([fused, other], torch.tensor([0, 1])).loss.sum().backward()
@@ -182,6 +215,31 @@ def test_masked_classes_have_no_entropy() -> None:
     assert_allclose(statistics.nll, math.log(2.0) * np.ones((2, 1)), rtol=1e-6)
 
 
+def test_a_batch_of_ignored_samples_has_no_loss_and_no_gradient() -> None:
+    logits = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    target = torch.tensor([7, 7])
+    statistics = head_statistics(logits, target, ignore_index=7, label_smoothing=0.1)
+    assert (statistics.loss == 0).all()
+    assert (statistics.nll == 0).all()
+    assert (statistics.entropy > 0).all()
+    statistics.loss.sum().backward()
+    assert all(x.grad is not None and (x.grad == 0).all() for x in logits)
+
+
+def test_the_fused_head_alone() -> None:
+    statistics = head_statistics([torch.tensor([[0.0, 0.0]])], torch.tensor([1]))
+    assert_allclose(statistics.nll, [[math.log(2.0)]], rtol=1e-6)
+    assert statistics.distance.tolist() == [[0.0]]
+
+
+def test_one_class_is_certain() -> None:
+    logits = [torch.tensor([[value], [-value]], requires_grad=True) for value in (0.0, 1e4)]
+    statistics = head_statistics(logits, torch.tensor([0, 0]), label_smoothing=0.1)
+    assert all((field == 0).all() for field in statistics)
+    statistics.loss.sum().backward()
+    assert all(x.grad is not None and x.grad.abs().max() < 1e-6 for x in logits)
+
+
 def test_empty_batch() -> None:
     statistics = head_statistics([torch.zeros(0, 3)] * 2, torch.zeros(0, dtype=torch.int64))
     assert all(field.shape == (2, 0) for field in statistics)
@@ -193,9 +251,13 @@ def test_strides_do_not_matter() -> None:
     target = torch.arange(4)
     actual = head_statistics([view], target)
     assert torch.equal(actual.loss, head_statistics([view.contiguous()], target).loss)
-    leaf = view.detach().requires_grad_()
-    head_statistics([leaf], target).loss.sum().backward()
-    assert leaf.grad is not None
+    assert not view.is_contiguous()
+    dense = view.contiguous().requires_grad_()
+    strided = view.detach().requires_grad_()
+    for leaf in (dense, strided):
+        head_statistics([leaf], target).loss.sum().backward()
+    assert strided.grad is not None
+    assert torch.equal(strided.grad, dense.grad)
 
 
 def test_no_second_derivative() -> None:
@@ -206,21 +268,36 @@ def test_no_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_operator_is_registered_as_torch_expects() -> None:
+PRESENT = torch.tensor([[True] * 3, [True, False, True]])
+SOFT = torch.full((3, 4), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("target", "present", "weight"),
+    [(torch.tensor([0, 1, -100]), PRESENT, torch.ones(4)), (SOFT, None, None)],
+    ids=["index", "soft"],
+)
+# opcheck of torch 2.15 reads .grad of its own copies, which are not leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_operator_is_registered_as_torch_expects(
+    target: Tensor, present: Tensor | None, weight: Tensor | None
+) -> None:
     logits = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
-    present = torch.tensor([[True] * 3, [True, False, True]])
-    target = torch.tensor([0, 1, -100])
-    arguments = (logits, target, present, torch.ones(4), -100, 0.1, True)
+    arguments = (logits, target, present, weight, -100, 0.1, present is not None)
     torch.library.opcheck(torch.ops.dyncim_core.head_statistics, arguments)
 
 
-def test_compiles_without_a_break() -> None:
+@pytest.mark.parametrize(
+    ("target", "present"),
+    [(torch.tensor([0, 1, -100]), PRESENT), (SOFT, None)],
+    ids=["index", "soft"],
+)
+def test_compiles_without_a_break(target: Tensor, present: Tensor | None) -> None:
     def loss(a: Tensor, b: Tensor, target: Tensor) -> Tensor:
-        return head_statistics([a, b], target).loss.sum()
+        return head_statistics([a, b], target, present=present).loss.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     a, b = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
-    target = torch.tensor([0, 1, 2])
     assert torch.equal(compiled(a, b, target), loss(a, b, target))
     expected = torch.autograd.grad(loss(a, b, target), (a, b))
     actual = torch.autograd.grad(compiled(a, b, target), (a, b))
@@ -245,6 +322,21 @@ INDEX = torch.tensor([0, 1])
             ValueError,
             r"unimodal logits of modality 0: expected the shape.*\[2, 3\], got \[2, 2\]",
         ),
+        (
+            [GOOD, GOOD.long()],
+            INDEX,
+            {},
+            TypeError,
+            r"unimodal logits of modality 0: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            [GOOD, GOOD.to("meta")],
+            INDEX,
+            {},
+            ValueError,
+            r"unimodal logits of modality 0: expected device cpu of the logits, got meta",
+        ),
+        ([GOOD[:, :0]], INDEX, {}, ValueError, r"logits: expected shape .*C >= 1, got \[2, 0\]"),
         ([GOOD], [0, 1], {}, TypeError, r"target: expected a tensor, got list"),
         ([GOOD], INDEX.int(), {}, TypeError, r"target: expected int64.*got torch.int32"),
         ([GOOD], INDEX[:1], {}, ValueError, r"target of class indices: .*\[2\], got \[1\]"),
@@ -257,7 +349,27 @@ INDEX = torch.tensor([0, 1])
             r"target: expected no requires_grad.*target.detach\(\)",
         ),
         ([GOOD], INDEX.to("meta"), {}, ValueError, r"target: expected device cpu.*got meta"),
-        ([GOOD], INDEX, {"present": GOOD}, TypeError, r"present: expected a bool tensor"),
+        (
+            [GOOD],
+            INDEX,
+            {"present": GOOD},
+            TypeError,
+            r"present: expected a bool tensor, got torch.float32",
+        ),
+        (
+            [GOOD],
+            INDEX,
+            {"present": [[True, True]]},
+            TypeError,
+            r"present: expected a bool tensor, got list",
+        ),
+        (
+            [GOOD],
+            INDEX,
+            {"present": torch.ones(1, 2, dtype=torch.bool, device="meta")},
+            ValueError,
+            r"present: expected device cpu of the logits, got meta",
+        ),
         (
             [GOOD],
             INDEX,
@@ -268,10 +380,38 @@ INDEX = torch.tensor([0, 1])
         ([GOOD], INDEX, {"weight": torch.ones(4)}, ValueError, r"weight: .*\[3\], got \[4\]"),
         (
             [GOOD],
+            INDEX,
+            {"weight": torch.ones(3, dtype=torch.int64)},
+            TypeError,
+            r"weight: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            [GOOD],
+            INDEX,
+            {"weight": [1.0, 1.0, 1.0]},
+            TypeError,
+            r"weight: expected a floating-point tensor, got list",
+        ),
+        (
+            [GOOD],
+            INDEX,
+            {"weight": torch.ones(3, device="meta")},
+            ValueError,
+            r"weight: expected device cpu of the logits, got meta",
+        ),
+        (
+            [GOOD],
             torch.tensor([0, 3]),
             {},
             IndexError,
             r"target: expected class indices in \[0, 3\) or ignore_index=-100, got .* 0 to 3",
+        ),
+        (
+            [GOOD],
+            torch.tensor([-1, 2]),
+            {"ignore_index": 9},
+            IndexError,
+            r"target: expected class indices in \[0, 3\) or ignore_index=9, got .* -1 to 2",
         ),
     ],
 )

@@ -164,6 +164,52 @@ def test_difficulty() -> None:
     assert ref.difficulty(signals, [0.5, 0.25, 0.25]).tolist() == [0.375, 0.625]
 
 
+def test_contradiction() -> None:
+    # All agree on a wrong class; on the label; two of three; a lone dissenter is absent;
+    # nobody but the fused head is present.
+    prediction = [[1, 0, 1, 1, 1], [1, 0, 1, 1, 2], [1, 0, 2, 2, 2]]
+    present = [[True] * 5, [True, True, True, True, False], [True, True, True, False, False]]
+    expected = [True, False, False, True, False]
+    assert ref.contradiction(prediction, [0, 0, 0, 0, 0], present).tolist() == expected
+    assert ref.contradiction([[1], [1]], [1]).tolist() == [False]
+    assert ref.contradiction([[1]], [0]).tolist() == [False]
+
+
+def test_noise_pressure() -> None:
+    assert_allclose(ref.noise_pressure([0.0, 0.075, 0.15, 0.6]), [0.0, 0.5, 1.0, 1.0], rtol=1e-14)
+    assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
+
+
+def test_sample_weights_fall_with_surprise() -> None:
+    # 1 and 1/2 over their mean, 3/4; the sample that is not valid stays out of it.
+    weights = ref.sample_weights(
+        [0.0, 1.0, NAN],
+        [0.5, 0.5, NAN],
+        surprise_strength=LN2,
+        pacing_strength=1.0,
+        valid=[True, True, False],
+    )
+    assert_allclose(weights, [4 / 3, 2 / 3, 1.0], rtol=1e-14)
+
+
+def test_sample_weights_fall_with_standardised_difficulty() -> None:
+    # z is -1 and 1: 2 and 1/2 over their mean, 5/4.
+    weights = ref.sample_weights([0.0, 0.0], [0.2, 0.8], surprise_strength=1.0, pacing_strength=LN2)
+    assert_allclose(weights, [1.6, 0.4], rtol=1e-13)
+    # A deviation of 1e-5 counts as 1e-4: z is -0.1 and 0.1.
+    weights = ref.sample_weights(
+        [0.0, 0.0], [0.5, 0.50002], surprise_strength=1.0, pacing_strength=10 * LN2
+    )
+    assert_allclose(weights, [1.6, 0.4], rtol=1e-9)
+
+
+def test_sample_weights_of_a_hopeless_batch_and_of_nothing_valid() -> None:
+    options = {"surprise_strength": 1.0, "pacing_strength": 1.0}
+    assert ref.sample_weights([1e4, 1e4], [0.5, 0.5], **options).tolist() == [1.0, 1.0]
+    nothing = ref.sample_weights([NAN, 0.0], [0.0, NAN], **options, valid=[False, False])
+    assert nothing.tolist() == [1.0, 1.0]
+
+
 # Qualities 0.8, and 0.4 and 0.2: ratios 2 and 4, rates 1 and 3.
 LOG_QUALITY = np.log([0.8, 0.4, 0.2])
 
@@ -199,6 +245,13 @@ def test_a_rate_below_the_floor() -> None:
     assert_allclose(ref.harmonic_mean_improvement_rate([-1.0, -1.0]), 1e-3, rtol=1e-12)
 
 
+def test_a_modality_as_good_as_the_fusion_counts_at_the_default_floor() -> None:
+    # Ratios 1 and 4: HMIR is 2 / (1000 + 1/3), and 1 - (1 + HMIR) / 2.
+    log_quality = np.log([0.8, 0.8, 0.2])
+    assert_allclose(ref.harmonic_mean_improvement_rate(log_quality), 0.0019993335554815, rtol=1e-12)
+    assert_allclose(ref.balance_factor(log_quality), 0.49900033322225925, rtol=1e-12)
+
+
 def test_overflow_is_infinite_but_leaves_the_balance_defined() -> None:
     log_quality = [0.0, -1e4, -1e4]
     assert ref.improvement_ratios(log_quality).tolist() == [np.inf, np.inf]
@@ -226,6 +279,7 @@ def test_augmentation_rates() -> None:
     rates = ref.augmentation_rates([0.7, 0.1, 0.3], eps=0.1)
     assert_allclose(rates, [0.25, 1.0, 0.5], rtol=1e-14)
     assert ref.augmentation_rates([0.0, 0.0]).tolist() == [1.0, 1.0]
+    assert_allclose(ref.augmentation_rates([0.0, 0.999]), [1.0, 1e-3], rtol=1e-14)
 
 
 def test_disagreement() -> None:

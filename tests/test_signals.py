@@ -240,6 +240,13 @@ def test_certain_uniform_and_no_modality() -> None:
     assert prediction_consistency(distance, present).tolist() == [0.75, 0.0]
 
 
+def test_the_defaults_are_those_of_the_reference() -> None:
+    near_zero, moved = torch.tensor([0.0], dtype=torch.float64), torch.tensor([1e-3]).double()
+    assert_allclose(relative_change(moved, near_zero), [1.0], rtol=1e-6)
+    assert_allclose(relative_change(moved, near_zero), ref.relative_change([1e-3], [0.0]), 1e-6)
+    assert_allclose(noise_pressure(torch.tensor([0.075])), [0.5], rtol=1e-6)
+
+
 def test_nothing_volatile_is_uniform() -> None:
     assert volatility_weights(torch.zeros(4)).tolist() == [0.25] * 4
 
@@ -285,6 +292,38 @@ def test_sample_weights_agree_with_the_reference(
         surprised, hard, surprise_strength=rho, pacing_strength=kappa, valid=valid
     )
     agree(weigh(case), expected, torch.float64)
+
+
+@given(weighing())
+def test_sample_weights_in_float32_agree_with_the_reference(
+    case: tuple[Array, Array, Array, float, float],
+) -> None:
+    """To what the exponent, up to 64 in size, and a spread of 1e-4 keep of the digits."""
+    surprised, hard, valid, rho, kappa = case
+    arguments = [to_torch(np.minimum(surprised, 8.0), torch.float32), to_torch(hard, torch.float32)]
+    strengths = {"surprise_strength": rho, "pacing_strength": kappa}
+    actual = sample_weights(*arguments, **strengths, valid=torch.from_numpy(valid))
+    expected = ref.sample_weights(*(upcast(x) for x in arguments), **strengths, valid=valid)
+    assert actual.dtype == torch.float32
+    assert_allclose(actual, expected, rtol=5e-3, atol=1e-6)
+
+
+def test_a_spread_below_the_floor_paces_less() -> None:
+    """A deviation of 1e-5 counts as 1e-4: z is -0.1 and 0.1, the weights are as 2 to 1/2."""
+    weights = sample_weights(
+        torch.zeros(2).double(),
+        torch.tensor([0.5, 0.50002], dtype=torch.float64),
+        surprise_strength=0.0,
+        pacing_strength=10 * math.log(2.0),
+    )
+    assert_allclose(weights, [1.6, 0.4], rtol=1e-9)
+
+
+def test_more_surprise_weighs_less() -> None:
+    weights = sample_weights(
+        torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3), surprise_strength=2.0, pacing_strength=0.5
+    )
+    assert weights[0] > weights[1] > weights[2]
 
 
 @given(weighing())
@@ -343,6 +382,26 @@ def test_contradiction_agrees_with_the_reference(case: tuple[Array, Array, Array
         None if present is None else torch.from_numpy(present),
     )
     assert actual.tolist() == ref.contradiction(prediction, label, present).tolist()
+
+
+@given(arrays((4, 3), st.integers(0, 2)), arrays((3, 3), st.booleans()), st.randoms())
+def test_absent_votes_and_the_order_of_the_modalities_do_not_matter(
+    votes: Array, mask: Array, random: Any
+) -> None:
+    prediction, label = torch.from_numpy(votes).long(), torch.tensor([0, 1, 2])
+    present = torch.cat([torch.ones(1, 3, dtype=torch.bool), torch.from_numpy(mask).bool()])
+    doubted = contradiction(prediction, label, present)
+    garbage = torch.where(present, prediction, -1)
+    assert torch.equal(contradiction(garbage, label, present), doubted)
+    order = [0, *random.sample([1, 2, 3], 3)]
+    assert torch.equal(contradiction(prediction[order], label, present[order]), doubted)
+
+
+def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> None:
+    # All wrong alike; all right; one dissents; the label is right only for the fused head.
+    prediction = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 2, 1]])
+    doubted = contradiction(prediction, torch.tensor([0, 0, 0, 0]))
+    assert doubted.tolist() == [True, False, False, False]
 
 
 def test_one_head_alone_contradicts_nothing() -> None:
