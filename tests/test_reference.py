@@ -258,6 +258,7 @@ def test_overflow_is_infinite_but_leaves_the_balance_defined() -> None:
     assert float(ref.geometric_mean_ratio(log_quality)) == np.inf
     assert float(ref.harmonic_mean_improvement_rate(log_quality)) == np.inf
     assert float(ref.balance_factor(log_quality)) == 0.0
+    assert ref.modality_weights([0.0, 1e4, 1e4]).tolist() == [0.5, 0.5]
     # One dominates: HMIR is governed by the rate 1, GMR by the ratio exp(1e4).
     assert float(ref.balance_factor([LN2, 0.0, -1e4])) == 1.0
 
@@ -272,6 +273,7 @@ def test_modality_quantities_of_a_batch() -> None:
 def test_quality() -> None:
     assert_allclose(ref.quality([0.0, -LN2, -2 * LN2, -9.0], 4), [1.0, 0.5, 0.0, 0.0], rtol=1e-14)
     assert_allclose(ref.quality(-0.1 * LN10, 10), 0.9, rtol=1e-14)
+    assert float(ref.quality(1.0, 10)) == 1.0
     assert ref.quality([-1.0, 0.0], 1).tolist() == [0.0, 0.0]
 
 
