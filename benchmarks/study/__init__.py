@@ -1,0 +1,1 @@
+"""Where the curriculum helps, against what one would use instead: runner and report."""

@@ -1,0 +1,484 @@
+"""The methods: each leaves the gradients of one step in its network's parameters.
+
+Ideas from the papers cited, code of our own. Tests hold each to a fact its paper states.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyncim_core import CurriculumState, DynCIMLoss
+
+from .models import (
+    AttentionPool,
+    Concatenation,
+    Fusion,
+    Gated,
+    Heads,
+    MeanOfLogits,
+    Network,
+    OneModality,
+)
+
+
+class Rehearsal(NamedTuple):
+    """Each head, the fused first, trained on 80% of the training set: ``[M + 1]`` each.
+
+    Attributes:
+        train: Loss on the 80%, before and after.
+        held_out: Loss on the rest, before and after.
+        hits: Share of the rest whose target the head predicts, after.
+    """
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    hits: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method may know before training.
+
+    Attributes:
+        modalities: Their names.
+        num_samples: Size of the training set.
+        epochs: Passes over it.
+        steps: Number of steps of the training.
+        network: Makes the network with a fusion, the same encoders for each method.
+        rehearse: Trains another method, for some epochs, on 80% of the training set.
+    """
+
+    modalities: tuple[str, ...]
+    num_samples: int
+    epochs: int
+    steps: int
+    network: Callable[[Fusion], Network]
+    rehearse: Callable[[Callable[[Problem], Method], int], Rehearsal]
+
+
+class Method:
+    """One method on one problem; subclasses override what differs.
+
+    Attributes:
+        network: What it trains.
+        state: Its ``CurriculumState``, if it has one.
+    """
+
+    fusion: Fusion = Concatenation
+
+    def __init__(self, problem: Problem) -> None:
+        self.network = problem.network(self.fusion)
+        self.state: CurriculumState | None = None
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+        return [{"params": list(self.network.parameters())}]
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Of a batch; ``index`` are its positions in the training set."""
+        raise NotImplementedError
+
+    def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
+        """Leave the gradients of one step in the parameters."""
+        self.loss(self.network(inputs), target, index).backward()  # type: ignore[no-untyped-call]
+
+
+def head_losses(heads: Heads, target: Tensor) -> list[Tensor]:
+    """Cross-entropy of each head, the fused first."""
+    return [F.cross_entropy(logits, target) for logits in heads.all()]
+
+
+def expected(values: Tensor, target: Tensor) -> Tensor:
+    """The value of the target class, or its mean under target probabilities, ``[B]``."""
+    if target.is_floating_point():
+        return (values * target).sum(dim=1)
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+class _Decayed(Method):
+    """The methods without a hyperparameter of their own: what is tuned is weight decay."""
+
+    def __init__(self, problem: Problem, decay: float) -> None:
+        super().__init__(problem)
+        self.decay = decay
+
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.network.parameters()), "weight_decay": self.decay}]
+
+
+class Joint(_Decayed):
+    """Cross-entropy of a head over concatenated features."""
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Of the fused head alone."""
+        return F.cross_entropy(heads.fused, target)
+
+
+class Late(_Decayed):
+    """Each modality trained alone; the prediction is the mean of their logits."""
+
+    fusion = MeanOfLogits
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """No parameter is shared, so the sum trains each modality alone."""
+        return torch.stack(head_losses(heads, target)[1:]).sum()
+
+
+class Single(Late):
+    """The best modality alone: the one best on 20% held out of the training set."""
+
+    fusion = OneModality
+
+    def __init__(self, problem: Problem, decay: float) -> None:
+        super().__init__(problem, decay)
+        found = problem.rehearse(partial(Late, decay=decay), problem.epochs)
+        self.network.fusion.position = int(found.hits[1:].argmax())
+
+
+class Uniform(Method):
+    """Joint training plus one equal loss for each modality: the honest baseline."""
+
+    def __init__(self, problem: Problem, weight: float = 1.0) -> None:
+        super().__init__(problem)
+        self.weight = weight
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Fused loss and weighted unimodal ones."""
+        fused, *unimodal = head_losses(heads, target)
+        return fused + self.weight * torch.stack(unimodal).sum()
+
+
+class OgmGe(Joint):
+    """On-the-fly gradient modulation with generalisation enhancement.
+
+    Peng, Wei, Deng, Wang, Hu: "Balanced Multimodal Learning via On-the-fly Gradient
+    Modulation", CVPR 2022. With more than two modalities, each is compared with the mean
+    of the others.
+    """
+
+    def __init__(self, problem: Problem, alpha: float) -> None:
+        super().__init__(problem, decay=0.0)
+        self.alpha = alpha
+
+    def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
+        heads = self.network(inputs)
+        self.loss(heads, target, index).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            parts = self.network.fusion.parts(heads.features)
+            scores = torch.stack([expected(x.softmax(dim=1), target).sum() for x in parts])
+            factors = ogm_coefficients(scores, self.alpha).tolist()
+            for encoder, factor in zip(self.network.encoders.values(), factors, strict=True):
+                for gradient in gradients(encoder):
+                    gradient.mul_(factor)
+                    gradient.add_(torch.randn_like(gradient) * gradient.std())
+
+
+def ogm_coefficients(scores: Tensor, alpha: float) -> Tensor:
+    """``1 - tanh(alpha * ratio)`` for modalities ahead of the others, 1 for the rest."""
+    ratio = scores * (len(scores) - 1) / (scores.sum() - scores)
+    return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
+
+
+class GBlend(Method):
+    """Gradient blending: losses weighted by generalisation over squared overfitting.
+
+    Wang, Tran, Feiszli: "What Makes Training Multi-Modal Classification Networks Hard?",
+    CVPR 2020 (offline). The weights are estimated with ``epochs`` of uniform losses.
+    """
+
+    def __init__(self, problem: Problem, epochs: float) -> None:
+        super().__init__(problem)
+        found = problem.rehearse(Uniform, round(epochs))
+        self.weights = blend_weights(found.train, found.held_out)
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Weighted sum over the heads."""
+        return (self.weights * torch.stack(head_losses(heads, target))).sum()
+
+
+def blend_weights(train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Tensor:
+    """``G / O^2``, normalised: G the fall of the held-out loss, O the growth of the gap."""
+    gain = (held_out[0] - held_out[1]).clamp_min(1e-6)
+    overfit = (held_out[1] - train[1]) - (held_out[0] - train[0])
+    weights = gain / overfit.square().clamp_min(1e-6)
+    return weights / weights.sum()
+
+
+class MMPareto(Uniform):
+    """Gradients of the fused and the unimodal loss, combined without conflict.
+
+    Wei, Hu: "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance",
+    ICML 2024.
+    """
+
+    def __init__(self, problem: Problem, scale: float) -> None:
+        super().__init__(problem)
+        self.scale = scale
+
+    def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
+        fused, *unimodal = head_losses(self.network(inputs), target)
+        fused.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        encoders = list(self.network.encoders.values())
+        joint = [flat(gradients(encoder)) for encoder in encoders]
+        for encoder in encoders:
+            encoder.zero_grad()
+        torch.stack(unimodal).sum().backward()  # type: ignore[no-untyped-call]
+        for encoder, first in zip(encoders, joint, strict=True):
+            own = gradients(encoder)
+            combined = pareto_gradient(first, flat(own), self.scale)
+            for gradient, part in zip(own, combined.split([g.numel() for g in own]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def pareto_gradient(joint: Tensor, own: Tensor, scale: float) -> Tensor:
+    """The sum; if they conflict, the least-norm convex combination, as long as the sum."""
+    total = joint + own
+    if joint @ own >= 0:
+        return total
+    share = (own @ (own - joint)) / (joint - own).square().sum()
+    direction = share * joint + (1 - share) * own
+    return scale * direction * (total.norm() / direction.norm().clamp_min(1e-12))
+
+
+class Uncertainty(Method):
+    """One learnt log-variance s for each head: ``exp(-s) loss + s``.
+
+    Kendall, Gal, Cipolla: "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR
+    2018.
+    """
+
+    def __init__(self, problem: Problem, rate: float) -> None:
+        super().__init__(problem)
+        self.rate = rate
+        self.log_variance = nn.Parameter(torch.zeros(1 + len(problem.modalities)))
+
+    def parameters(self) -> list[dict[str, Any]]:
+        return [*super().parameters(), {"params": [self.log_variance], "lr": self.rate}]
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Weighted sum over the heads."""
+        return uncertainty_loss(torch.stack(head_losses(heads, target)), self.log_variance)
+
+
+def uncertainty_loss(losses: Tensor, log_variance: Tensor) -> Tensor:
+    """``sum exp(-s) loss + s``, least in s where ``exp(-s) = 1 / loss``."""
+    return (torch.exp(-log_variance) * losses + log_variance).sum()
+
+
+class SmallLoss(Method):
+    """Only the samples of a batch with small loss count; the share dropped grows first.
+
+    Han et al.: "Co-teaching", NeurIPS 2018 (its selection, with one network), after
+    Kumar, Packer, Koller: "Self-Paced Learning", NeurIPS 2010. On top of uniform losses.
+    """
+
+    def __init__(self, problem: Problem, dropped: float) -> None:
+        super().__init__(problem)
+        self.dropped = dropped
+        self.ramp, self.step = problem.steps / 4, 0
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Mean over the samples kept."""
+        losses = torch.stack(
+            [F.cross_entropy(x, target, reduction="none") for x in heads.all()]
+        ).sum(dim=0)
+        self.step += 1
+        return losses[smallest(losses, self.dropped * min(1.0, self.step / self.ramp))].mean()
+
+
+def smallest(losses: Tensor, dropped: float) -> Tensor:
+    """Positions of all but the share with the largest losses."""
+    return losses.topk(max(1, round(len(losses) * (1 - dropped))), largest=False).indices
+
+
+class GeneralisedCrossEntropy(Method):
+    """``(1 - p^q) / q`` for every head, on top of uniform losses.
+
+    Zhang, Sabuncu: "Generalized Cross Entropy Loss for Training Deep Neural Networks with
+    Noisy Labels", NeurIPS 2018.
+    """
+
+    def __init__(self, problem: Problem, q: float) -> None:
+        super().__init__(problem)
+        self.q = q
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Sum over the heads."""
+        losses = [generalised_cross_entropy(x, target, self.q).mean() for x in heads.all()]
+        return torch.stack(losses).sum()
+
+
+def generalised_cross_entropy(logits: Tensor, target: Tensor, q: float) -> Tensor:
+    """``(1 - p^q) / q`` of each sample: cross-entropy as q goes to 0, ``1 - p`` at 1."""
+    return expected(-torch.expm1(q * logits.log_softmax(dim=1)) / q, target)
+
+
+class ModalityDropout(Uniform):
+    """A share of the samples misses one random modality, on top of uniform losses.
+
+    After Neverova, Wolf, Taylor, Nebout: "ModDrop", TPAMI 2016.
+    """
+
+    def __init__(self, problem: Problem, share: float) -> None:
+        super().__init__(problem)
+        self.share = share
+
+    def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
+        present = drop_one(len(index), len(inputs), self.share)
+        self.loss(self.network(inputs, present), target, index).backward()  # type: ignore[no-untyped-call]
+
+
+def drop_one(size: int, modalities: int, share: float) -> Tensor:
+    """Mask of what is present, bool ``[size, modalities]``."""
+    dropped = torch.randint(modalities, (size, 1))
+    return (torch.arange(modalities) != dropped) | (torch.rand(size, 1) >= share)
+
+
+class Aecf(Uniform):
+    """The fusion layer of the package ``aecf`` and its penalty, on top of uniform losses.
+
+    "Adaptive Entropy-Gated Contrastive Fusion", arXiv 2505.15417.
+    """
+
+    fusion = AttentionPool
+
+    def __init__(self, problem: Problem, strength: float) -> None:
+        super().__init__(problem)
+        self.strength = strength
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Uniform losses and the penalty on the attention's entropy."""
+        penalty: Tensor = self.network.fusion.penalty
+        return super().loss(heads, target, index) + self.strength * penalty
+
+
+class DynCIM(Method):
+    """The toolkit, as its README shows; ``options`` go to ``DynCIMLoss``."""
+
+    def __init__(self, problem: Problem, *, gate: bool = True, **options: Any) -> None:
+        self.state = CurriculumState(problem.modalities, num_samples=problem.num_samples)
+        self.network = problem.network(partial(Gated, state=self.state) if gate else Concatenation)
+        self.criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=self.state, **options)
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """The joint objective."""
+        loss: Tensor = self.criterion(heads.fused, target, unimodal=heads.unimodal, index=index)
+        return loss
+
+
+class EqualModalities(DynCIM):
+    """Ablation: the loss of a sample counts alike for each of its modalities.
+
+    The factors of the joint objective are its derivatives by the losses of the heads.
+    """
+
+    def __init__(self, problem: Problem, *, gate: bool = True, **options: Any) -> None:
+        super().__init__(problem, gate=gate, **options)
+        self.criterion = DynCIMLoss(self._recorded, state=self.state, **options)
+        self.losses: list[Tensor] = []
+
+    def _recorded(self, logits: Tensor, target: Tensor) -> Tensor:
+        self.losses.append(F.cross_entropy(logits, target, reduction="none"))
+        return self.losses[-1]
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """The joint objective, each sample's factors of its modalities averaged."""
+        self.losses.clear()
+        objective = super().loss(heads, target, index)
+        factors = torch.stack(torch.autograd.grad(objective, self.losses, retain_graph=True))
+        factors[1:] = factors[1:].mean(dim=0)
+        return (factors * torch.stack(self.losses)).sum()
+
+
+class OneSignal(DynCIM):
+    """Ablation: the difficulty is one signal alone, as if the others had never moved."""
+
+    def __init__(self, problem: Problem, *, signal: int) -> None:
+        super().__init__(problem)
+        self.signal = signal
+
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """The joint objective."""
+        assert self.state is not None
+        self.state.volatility.zero_()[self.signal] = 1.0
+        return super().loss(heads, target, index)
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    """Gradients of its parameters, to change in place."""
+    return [x.grad for x in module.parameters() if x.grad is not None]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """One vector, a copy."""
+    return torch.cat([x.flatten() for x in tensors])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method by name.
+
+    Attributes:
+        make: Makes it for a problem, with a setting unless ``grid`` is empty.
+        setting: Name of its hyperparameter.
+        grid: The values that tuning tries; the middle one until it has.
+        needs: Package that it needs.
+    """
+
+    make: Callable[..., Method]
+    setting: str = ""
+    grid: tuple[float, ...] = ()
+    needs: str = ""
+
+    def build(self, problem: Problem, setting: float | None) -> Method:
+        """The method, on a problem."""
+        return self.make(problem) if setting is None else self.make(problem, setting)
+
+    def missing(self) -> str:
+        """Why it cannot run here, if it cannot."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"needs the package {self.needs} (pip install --no-deps {self.needs})"
+        return ""
+
+
+_DECAY = ("weight decay", (0.0, 1e-4, 1e-3))
+NO_SAMPLE_LEVEL = {"surprise_strength": 0.0, "pacing_strength": 0.0}
+
+METHODS: dict[str, Entry] = {
+    "single": Entry(Single, *_DECAY),
+    "late": Entry(Late, *_DECAY),
+    "joint": Entry(Joint, *_DECAY),
+    "uniform": Entry(Uniform, "weight of each unimodal loss", (0.5, 1.0, 2.0)),
+    "ogm_ge": Entry(OgmGe, "alpha", (0.1, 0.3, 0.8)),
+    "gblend": Entry(GBlend, "epochs of the estimate", (5.0, 10.0, 20.0)),
+    "mmpareto": Entry(MMPareto, "scale", (1.0, 1.5, 2.0)),
+    "uncertainty": Entry(Uncertainty, "learning rate of s", (1e-3, 1e-2, 1e-1)),
+    "small_loss": Entry(SmallLoss, "share dropped", (0.1, 0.25, 0.4)),
+    "gce": Entry(GeneralisedCrossEntropy, "q", (0.3, 0.7, 0.9)),
+    "modality_dropout": Entry(ModalityDropout, "share", (0.1, 0.25, 0.5)),
+    "aecf": Entry(Aecf, "strength of the penalty", (0.01, 0.1, 1.0), needs="aecf"),
+    "dyncim": Entry(DynCIM),
+    "dyncim/no-sample-level": Entry(partial(DynCIM, **NO_SAMPLE_LEVEL)),
+    "dyncim/no-modality-level": Entry(EqualModalities),
+    "dyncim/no-gate": Entry(partial(DynCIM, gate=False)),
+    "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
+    "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
+    "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),
+    "dyncim/constant-strength": Entry(partial(DynCIM, label_noise=1.0)),
+    "dyncim/deviation-alone": Entry(partial(OneSignal, signal=0)),
+    "dyncim/consistency-alone": Entry(partial(OneSignal, signal=1)),
+    "dyncim/stability-alone": Entry(partial(OneSignal, signal=2)),
+}
+
+
+def peers() -> Iterator[str]:
+    """Names of the methods that are no ablation."""
+    return (name for name in METHODS if "/" not in name)

@@ -1,0 +1,169 @@
+"""The networks: the same encoders and heads for each method, and the fusions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyncim_core import CurriculumState, GatedFusion
+
+WIDTH = 64  # of every modality's features
+
+
+class Heads(NamedTuple):
+    """Logits of the fusion and of each modality, and the features that they come from."""
+
+    fused: Tensor
+    unimodal: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+    def all(self) -> list[Tensor]:
+        """The logits, the fused first."""
+        return [self.fused, *self.unimodal.values()]
+
+
+Fusion = Callable[[tuple[str, ...], int], nn.Module]
+
+
+class Network(nn.Module):
+    """An encoder and a head for each modality, and a fusion.
+
+    Args:
+        shapes: Shape of one sample of each modality: vectors get two linear layers,
+            images a small convolutional network.
+        num_classes: Number of classes.
+        fusion: Makes the module that turns features, unimodal logits and the mask of
+            present modalities into fused logits.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size], num_classes: int, fusion: Fusion) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: _encoder(shape) for name, shape in shapes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, num_classes) for name in shapes})
+        self.fusion = fusion(tuple(shapes), num_classes)
+
+    def forward(self, inputs: dict[str, Tensor], present: Tensor | None = None) -> Heads:
+        """Logits of a batch; ``present``, bool ``[B, M]``, is for the fusion."""
+        features = {name: encode(inputs[name]) for name, encode in self.encoders.items()}
+        unimodal = {name: head(features[name]) for name, head in self.heads.items()}
+        return Heads(self.fusion(features, unimodal, present), unimodal, features)
+
+
+class Concatenation(nn.Module):
+    """A linear head over the features of all; zeros for what is absent."""
+
+    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH * len(modalities), num_classes)
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        streams = list(features.values())
+        if present is not None:
+            streams = [x * present[:, m : m + 1] for m, x in enumerate(streams)]
+        fused: Tensor = self.head(torch.cat(streams, dim=1))
+        return fused
+
+    def parts(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """What each modality adds to the logits; they sum to the fused ones."""
+        weights = self.head.weight.split(WIDTH, dim=1)
+        bias = self.head.bias / len(features)
+        return [x @ w.t() + bias for x, w in zip(features.values(), weights, strict=True)]
+
+
+class MeanOfLogits(nn.Module):
+    """Late fusion: the mean of the logits of the modalities that are present."""
+
+    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+        super().__init__()
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        logits = torch.stack(list(unimodal.values()), dim=1)
+        if present is None:
+            return logits.mean(dim=1)
+        return (logits * present.unsqueeze(2)).sum(dim=1) / present.sum(dim=1, keepdim=True)
+
+
+class OneModality(nn.Module):
+    """No fusion: the logits of one modality; equal ones where it is absent."""
+
+    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+        super().__init__()
+        self.position = 0
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """The modality's logits."""
+        logits = list(unimodal.values())[self.position]
+        return logits if present is None else logits * present[:, self.position].unsqueeze(1)
+
+
+class Gated(nn.Module):
+    """``GatedFusion`` with a linear head, as in the toolkit's README."""
+
+    def __init__(
+        self, modalities: tuple[str, ...], num_classes: int, *, state: CurriculumState
+    ) -> None:
+        super().__init__()
+        self.gates = GatedFusion(dict.fromkeys(modalities, WIDTH), state=state)
+        self.head = nn.Linear(self.gates.out_features, num_classes)
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        fused, _, gated = self.gates(features, unimodal=unimodal, present=present)
+        logits: Tensor = self.head(fused) + gated
+        return logits
+
+
+class AttentionPool(nn.Module):
+    """The fusion layer of the package ``aecf``, with a linear head.
+
+    Attributes:
+        penalty: The entropy penalty of the last batch, for the loss.
+    """
+
+    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+        super().__init__()
+        from aecf import create_fusion_pool  # optional: pip install --no-deps aecf
+
+        self.query, self.pool = create_fusion_pool(WIDTH, len(modalities))
+        self.head = nn.Linear(WIDTH, num_classes)
+        self.penalty = torch.zeros(())
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        stack = torch.stack(list(features.values()), dim=1)
+        pooled, info = self.pool(
+            self.query.expand(len(stack), -1, -1),
+            stack,
+            key_padding_mask=None if present is None else ~present,
+            return_info=True,
+        )
+        self.penalty = self.pool.curriculum_masking.entropy_loss(info["entropy"])
+        logits: Tensor = self.head(pooled.squeeze(1))
+        return logits
+
+
+def _encoder(shape: torch.Size) -> nn.Module:
+    if len(shape) == 1:
+        layers: list[nn.Module] = [nn.Linear(shape[0], 128), nn.ReLU(), nn.Linear(128, WIDTH)]
+    else:
+        layers = [nn.Unflatten(1, (1, shape[0]))]
+        for before, after in ((1, 12), (12, 24), (24, 48)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(48 * math.prod(n // 8 for n in shape), WIDTH)]
+    return nn.Sequential(*layers, nn.ReLU())

@@ -1,0 +1,118 @@
+"""Which runs make a suite, and which settings they take."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .conditions import CONDITIONS
+from .config import Config
+from .data import EPOCHS, family
+from .methods import METHODS, peers
+
+# Settings are chosen on the first; the headline is on the others, with other seeds.
+TUNING_DATA = ("uci:kar+fou", "uci:fou+zer+mor")
+TUNING_CONDITIONS = ("clean", "symmetric-40")
+TUNING_SEEDS = range(100, 103)
+PAIR, TRIPLE, ALL = "uci:fou+mor", "uci:fac+zer+mor", "uci:fou+fac+kar+pix+zer+mor"
+OTHERS = ("uci:pix+zer", "uci:kar+fou+mor")
+
+PEERS = tuple(peers())
+ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
+NOISY = ("symmetric-40", "asymmetric-30")
+SETTINGS = Path("settings.csv")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A grid of runs."""
+
+    data: tuple[str, ...]
+    conditions: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: range
+    epochs: int | None = None  # the data's own
+
+    def configs(self, settings: Mapping[str, Sequence[float | None]]) -> Iterator[Config]:
+        """Seed by seed, so that a part of the grid is a fair part."""
+        for seed in self.seeds:
+            for data in self.data:
+                epochs = self.epochs or EPOCHS[family(data)]
+                for condition in self.conditions:
+                    for method in self.methods:
+                        for setting in settings[method]:
+                            yield Config(data, condition, method, setting, seed, epochs)
+
+
+SUITES: dict[str, tuple[Block, ...]] = {
+    "smoke": (
+        Block(
+            ("uci:fou+zer+mor",),
+            ("clean", "symmetric-40"),
+            ("single", "uniform", "ogm_ge", "mmpareto", "gce", "dyncim"),
+            range(2),
+            epochs=6,
+        ),
+        Block(("starving", "diabetes"), ("clean",), ("single", "uniform", "dyncim"), range(2), 4),
+    ),
+    "tuning": (Block(TUNING_DATA, TUNING_CONDITIONS, PEERS, TUNING_SEEDS),),
+    "headline": (
+        Block((PAIR, TRIPLE), ("clean", *NOISY), PEERS, range(10)),
+        Block(("starving", "diabetes"), ("clean",), PEERS, range(10)),
+        Block(("starving",), ("symmetric-40",), PEERS, range(10)),
+    ),
+    "breadth": (
+        Block((*OTHERS, ALL), ("clean", "symmetric-40"), PEERS, range(5)),
+        Block((TRIPLE,), tuple(CONDITIONS.keys() - {"clean", *NOISY}), PEERS, range(5)),
+        Block(("diabetes",), ("symmetric-40",), PEERS, range(5)),
+    ),
+    "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
+    "ablation": (
+        Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
+        Block((TRIPLE,), ("asymmetric-30",), ABLATIONS, range(5)),
+    ),
+}
+
+
+def configs(suite: str, settings: Path) -> list[Config]:
+    """The runs of a suite: in ``tuning`` every value of every grid, elsewhere the chosen one."""
+    values: dict[str, Sequence[float | None]]
+    if suite == "tuning":
+        values = {name: entry.grid or (None,) for name, entry in METHODS.items()}
+    else:
+        values = {name: (value,) for name, value in chosen(settings).items()}
+    found = (config for block in SUITES[suite] for config in block.configs(values))
+    return list(dict.fromkeys(found))
+
+
+def chosen(settings: Path) -> dict[str, float | None]:
+    """Each method's setting: the one that ``choose`` wrote, else the middle of its grid."""
+    values: dict[str, float | None] = {
+        name: entry.grid[len(entry.grid) // 2] if entry.grid else None
+        for name, entry in METHODS.items()
+    }
+    if settings.exists():
+        with settings.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        values |= {row["method"]: float(row["value"]) for row in rows if row["chosen"] == "yes"}
+    return values
+
+
+def select(
+    found: Iterable[Config],
+    data: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    conditions: Sequence[str] | None,
+    seeds: range | None,
+) -> list[Config]:
+    """The runs that pass every filter given."""
+    return [
+        config
+        for config in found
+        if (data is None or config.data in data)
+        and (methods is None or config.method in methods)
+        and (conditions is None or config.condition in conditions)
+        and (seeds is None or config.seed in seeds)
+    ]
