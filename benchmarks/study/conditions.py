@@ -150,9 +150,7 @@ def _some(hit: Tensor, rng: Rng, share: float) -> Tensor:
     return torch.where(torch.from_numpy(rng.random(len(hit)) < share), hit, -1)
 
 
-def _replace(
-    test: dict[str, Tensor], hit: Tensor, other: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _replace(test: dict[str, Tensor], hit: Tensor, other: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: torch.where((hit == m).view(-1, *[1] * (x.dim() - 1)), other[name], x)
         for m, (name, x) in enumerate(test.items())

@@ -101,7 +101,12 @@ def standardise(split: Split) -> Split:
 
 
 def _split(
-    inputs: dict[str, Tensor], truth: Tensor, test_truth: Tensor, train: Any, test: Any, classes: int
+    inputs: dict[str, Tensor],
+    truth: Tensor,
+    test_truth: Tensor,
+    train: Any,
+    test: Any,
+    classes: int,
 ) -> Split:
     return Split(
         {name: x[train] for name, x in inputs.items()},
@@ -131,12 +136,12 @@ def _uci(views: list[str], rng: np.random.Generator) -> Split:
 def _starving(rng: np.random.Generator) -> Split:
     """An easy modality starves a better one.
 
-    ``easy``: one linear feature for each of 8 classes among 512, wrong for 20% of the
-    samples, whose labels the noise in the others allows to memorise. ``hard``: each of
+    ``easy``: six of 512 features show each of 8 classes, linearly, but for a fifth of the
+    samples another one, which the noise in the rest allows to memorise. ``hard``: each of
     the class's three bits is the sign of a product of two features. Joint training fits
-    the training set by ``easy`` before ``hard`` is learnt.
+    its training set by ``easy`` before ``hard`` is learnt.
     """
-    size, classes, width, bits = 3000, 8, 512, 3
+    size, classes, width, bits, copies = 3000, 8, 512, 3, 6
     label = rng.integers(classes, size=size)
     hard = rng.standard_normal((size, 2 * bits)).astype(np.float32)
     for bit in range(bits):
@@ -144,7 +149,8 @@ def _starving(rng: np.random.Generator) -> Split:
         first *= np.sign(first * second) * np.where(label >> bit & 1, -1, 1)
     easy = rng.standard_normal((size, width)).astype(np.float32)
     shown = np.where(rng.random(size) < 0.8, label, rng.integers(classes, size=size))
-    easy[np.arange(size), shown] += 8.0
+    for copy in range(copies):
+        easy[np.arange(size), classes * copy + shown] += 3.0
     inputs = {"easy": torch.from_numpy(easy), "hard": torch.from_numpy(hard)}
     truth = torch.from_numpy(label)
     return _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), classes)
@@ -210,7 +216,9 @@ def _spoken(path: Path) -> tuple[Tensor, NDArray[np.int64], NDArray[np.str_]]:
         arrays = dict(archive)
     ends = np.cumsum(arrays["length"])
     clips = np.split(arrays["audio"].astype(np.float32) / 2**15, ends[:-1])
-    waves = torch.stack([F.pad(torch.from_numpy(x[:6400]), (0, 6400 - len(x[:6400]))) for x in clips])
+    waves = torch.stack(
+        [F.pad(torch.from_numpy(x[:6400]), (0, 6400 - len(x[:6400]))) for x in clips]
+    )
     window = torch.hann_window(256)
     power = torch.stft(waves, 256, 200, window=window, return_complex=True).abs().square()
     mels = (_mel_filters(40, 129, 4000.0) @ power + 1e-6).log()[:, :, :32]

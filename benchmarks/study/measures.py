@@ -18,7 +18,9 @@ def calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 15) -> f
     confidence, predicted = probabilities.double().max(dim=1)
     gap = confidence - (predicted == truth).double()
     which = (confidence * bins).long().clamp_max(bins - 1)
-    return 100.0 * float(torch.zeros(bins).double().index_add_(0, which, gap).abs().sum() / len(gap))
+    return 100.0 * float(
+        torch.zeros(bins).double().index_add_(0, which, gap).abs().sum() / len(gap)
+    )
 
 
 def probe(train: Tensor, target: Tensor, test: Tensor, num_classes: int) -> Tensor:
@@ -33,7 +35,7 @@ def probe(train: Tensor, target: Tensor, test: Tensor, num_classes: int) -> Tens
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(linear(train), target) + 0.005 * linear.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from dyncim_core import CurriculumState, DynCIMLoss
 
@@ -73,10 +74,10 @@ class Method:
     """
 
     fusion: Fusion = Concatenation
+    state: CurriculumState | None = None
 
     def __init__(self, problem: Problem) -> None:
         self.network = problem.network(self.fusion)
-        self.state: CurriculumState | None = None
 
     def parameters(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer."""
@@ -88,7 +89,7 @@ class Method:
 
     def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
         """Leave the gradients of one step in the parameters."""
-        self.loss(self.network(inputs), target, index).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.loss(self.network(inputs), target, index))
 
 
 def head_losses(heads: Heads, target: Tensor) -> list[Tensor]:
@@ -110,6 +111,7 @@ class _Decayed(Method):
         super().__init__(problem)
         self.decay = decay
 
+    @override
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.network.parameters()), "weight_decay": self.decay}]
 
@@ -117,6 +119,7 @@ class _Decayed(Method):
 class Joint(_Decayed):
     """Cross-entropy of a head over concatenated features."""
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Of the fused head alone."""
         return F.cross_entropy(heads.fused, target)
@@ -125,8 +128,9 @@ class Joint(_Decayed):
 class Late(_Decayed):
     """Each modality trained alone; the prediction is the mean of their logits."""
 
-    fusion = MeanOfLogits
+    fusion: Fusion = MeanOfLogits
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """No parameter is shared, so the sum trains each modality alone."""
         return torch.stack(head_losses(heads, target)[1:]).sum()
@@ -135,12 +139,10 @@ class Late(_Decayed):
 class Single(Late):
     """The best modality alone: the one best on 20% held out of the training set."""
 
-    fusion = OneModality
-
     def __init__(self, problem: Problem, decay: float) -> None:
-        super().__init__(problem, decay)
         found = problem.rehearse(partial(Late, decay=decay), problem.epochs)
-        self.network.fusion.position = int(found.hits[1:].argmax())
+        self.fusion = partial(OneModality, position=int(found.hits[1:].argmax()))
+        super().__init__(problem, decay)
 
 
 class Uniform(Method):
@@ -150,6 +152,7 @@ class Uniform(Method):
         super().__init__(problem)
         self.weight = weight
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Fused loss and weighted unimodal ones."""
         fused, *unimodal = head_losses(heads, target)
@@ -168,11 +171,14 @@ class OgmGe(Joint):
         super().__init__(problem, decay=0.0)
         self.alpha = alpha
 
+    @override
     def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
         heads = self.network(inputs)
-        self.loss(heads, target, index).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.loss(heads, target, index))
+        fusion = self.network.fusion
+        assert isinstance(fusion, Concatenation)
         with torch.no_grad():
-            parts = self.network.fusion.parts(heads.features)
+            parts = fusion.parts(heads.features)
             scores = torch.stack([expected(x.softmax(dim=1), target).sum() for x in parts])
             factors = ogm_coefficients(scores, self.alpha).tolist()
             for encoder, factor in zip(self.network.encoders.values(), factors, strict=True):
@@ -199,6 +205,7 @@ class GBlend(Method):
         found = problem.rehearse(Uniform, round(epochs))
         self.weights = blend_weights(found.train, found.held_out)
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Weighted sum over the heads."""
         return (self.weights * torch.stack(head_losses(heads, target))).sum()
@@ -223,18 +230,21 @@ class MMPareto(Uniform):
         super().__init__(problem)
         self.scale = scale
 
+    @override
     def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
         fused, *unimodal = head_losses(self.network(inputs), target)
-        fused.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(fused, retain_graph=True)
         encoders = list(self.network.encoders.values())
         joint = [flat(gradients(encoder)) for encoder in encoders]
         for encoder in encoders:
             encoder.zero_grad()
-        torch.stack(unimodal).sum().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(unimodal)
         for encoder, first in zip(encoders, joint, strict=True):
             own = gradients(encoder)
             combined = pareto_gradient(first, flat(own), self.scale)
-            for gradient, part in zip(own, combined.split([g.numel() for g in own]), strict=True):
+            for gradient, part in zip(
+                own, torch.split(combined, [g.numel() for g in own]), strict=True
+            ):
                 gradient.copy_(part.view_as(gradient))
 
 
@@ -245,7 +255,8 @@ def pareto_gradient(joint: Tensor, own: Tensor, scale: float) -> Tensor:
         return total
     share = (own @ (own - joint)) / (joint - own).square().sum()
     direction = share * joint + (1 - share) * own
-    return scale * direction * (total.norm() / direction.norm().clamp_min(1e-12))
+    length: Tensor = scale * total.norm() / direction.norm().clamp_min(1e-12)
+    return length * direction
 
 
 class Uncertainty(Method):
@@ -260,9 +271,11 @@ class Uncertainty(Method):
         self.rate = rate
         self.log_variance = nn.Parameter(torch.zeros(1 + len(problem.modalities)))
 
+    @override
     def parameters(self) -> list[dict[str, Any]]:
         return [*super().parameters(), {"params": [self.log_variance], "lr": self.rate}]
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Weighted sum over the heads."""
         return uncertainty_loss(torch.stack(head_losses(heads, target)), self.log_variance)
@@ -285,6 +298,7 @@ class SmallLoss(Method):
         self.dropped = dropped
         self.ramp, self.step = problem.steps / 4, 0
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Mean over the samples kept."""
         losses = torch.stack(
@@ -310,6 +324,7 @@ class GeneralisedCrossEntropy(Method):
         super().__init__(problem)
         self.q = q
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Sum over the heads."""
         losses = [generalised_cross_entropy(x, target, self.q).mean() for x in heads.all()]
@@ -331,9 +346,10 @@ class ModalityDropout(Uniform):
         super().__init__(problem)
         self.share = share
 
+    @override
     def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
         present = drop_one(len(index), len(inputs), self.share)
-        self.loss(self.network(inputs, present), target, index).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.loss(self.network(inputs, present), target, index))
 
 
 def drop_one(size: int, modalities: int, share: float) -> Tensor:
@@ -348,29 +364,35 @@ class Aecf(Uniform):
     "Adaptive Entropy-Gated Contrastive Fusion", arXiv 2505.15417.
     """
 
-    fusion = AttentionPool
+    fusion: Fusion = AttentionPool
 
     def __init__(self, problem: Problem, strength: float) -> None:
         super().__init__(problem)
         self.strength = strength
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """Uniform losses and the penalty on the attention's entropy."""
-        penalty: Tensor = self.network.fusion.penalty
-        return super().loss(heads, target, index) + self.strength * penalty
+        fusion = self.network.fusion
+        assert isinstance(fusion, AttentionPool)
+        return super().loss(heads, target, index) + self.strength * fusion.penalty
 
 
 class DynCIM(Method):
     """The toolkit, as its README shows; ``options`` go to ``DynCIMLoss``."""
 
+    criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
+
     def __init__(self, problem: Problem, *, gate: bool = True, **options: Any) -> None:
         self.state = CurriculumState(problem.modalities, num_samples=problem.num_samples)
-        self.network = problem.network(partial(Gated, state=self.state) if gate else Concatenation)
-        self.criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=self.state, **options)
+        self.fusion = partial(Gated, state=self.state) if gate else Concatenation
+        self.network = problem.network(self.fusion)
+        self.objective = DynCIMLoss(self.criterion, state=self.state, **options)
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """The joint objective."""
-        loss: Tensor = self.criterion(heads.fused, target, unimodal=heads.unimodal, index=index)
+        loss: Tensor = self.objective(heads.fused, target, unimodal=heads.unimodal, index=index)
         return loss
 
 
@@ -380,15 +402,16 @@ class EqualModalities(DynCIM):
     The factors of the joint objective are its derivatives by the losses of the heads.
     """
 
-    def __init__(self, problem: Problem, *, gate: bool = True, **options: Any) -> None:
-        super().__init__(problem, gate=gate, **options)
-        self.criterion = DynCIMLoss(self._recorded, state=self.state, **options)
+    def __init__(self, problem: Problem, **options: Any) -> None:
         self.losses: list[Tensor] = []
+        self.criterion = self._recorded
+        super().__init__(problem, **options)
 
     def _recorded(self, logits: Tensor, target: Tensor) -> Tensor:
         self.losses.append(F.cross_entropy(logits, target, reduction="none"))
         return self.losses[-1]
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """The joint objective, each sample's factors of its modalities averaged."""
         self.losses.clear()
@@ -405,6 +428,7 @@ class OneSignal(DynCIM):
         super().__init__(problem)
         self.signal = signal
 
+    @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """The joint objective."""
         assert self.state is not None
@@ -450,7 +474,7 @@ class Entry:
 
 
 _DECAY = ("weight decay", (0.0, 1e-4, 1e-3))
-NO_SAMPLE_LEVEL = {"surprise_strength": 0.0, "pacing_strength": 0.0}
+NO_SAMPLE_LEVEL: dict[str, Any] = {"surprise_strength": 0.0, "pacing_strength": 0.0}
 
 METHODS: dict[str, Entry] = {
     "single": Entry(Single, *_DECAY),

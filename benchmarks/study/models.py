@@ -72,7 +72,7 @@ class Concatenation(nn.Module):
 
     def parts(self, features: dict[str, Tensor]) -> list[Tensor]:
         """What each modality adds to the logits; they sum to the fused ones."""
-        weights = self.head.weight.split(WIDTH, dim=1)
+        weights = torch.split(self.head.weight, WIDTH, dim=1)
         bias = self.head.bias / len(features)
         return [x @ w.t() + bias for x, w in zip(features.values(), weights, strict=True)]
 
@@ -96,9 +96,9 @@ class MeanOfLogits(nn.Module):
 class OneModality(nn.Module):
     """No fusion: the logits of one modality; equal ones where it is absent."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+    def __init__(self, modalities: tuple[str, ...], num_classes: int, *, position: int = 0) -> None:
         super().__init__()
-        self.position = 0
+        self.position = position
 
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
@@ -164,6 +164,6 @@ def _encoder(shape: torch.Size) -> nn.Module:
     else:
         layers = [nn.Unflatten(1, (1, shape[0]))]
         for before, after in ((1, 12), (12, 24), (24, 48)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(48 * math.prod(n // 8 for n in shape), WIDTH)]
     return nn.Sequential(*layers, nn.ReLU())

@@ -22,7 +22,8 @@ OTHERS = ("uci:pix+zer", "uci:kar+fou+mor")
 PEERS = tuple(peers())
 ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
 NOISY = ("symmetric-40", "asymmetric-30")
-SETTINGS = Path("settings.csv")
+RARER = tuple(name for name in CONDITIONS if name not in ("clean", *NOISY))
+SETTINGS = "settings.csv"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     ),
     "breadth": (
         Block((*OTHERS, ALL), ("clean", "symmetric-40"), PEERS, range(5)),
-        Block((TRIPLE,), tuple(CONDITIONS.keys() - {"clean", *NOISY}), PEERS, range(5)),
+        Block((TRIPLE,), RARER, PEERS, range(5)),
         Block(("diabetes",), ("symmetric-40",), PEERS, range(5)),
     ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),

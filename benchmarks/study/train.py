@@ -107,7 +107,7 @@ def _batches(size: int, seed: int) -> Iterator[Tensor]:
     """Indices, pass after pass in a new order; the same for each method."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(size, generator=generator).split(BATCH)
+        yield from torch.split(torch.randperm(size, generator=generator), BATCH)
 
 
 def _rehearse(

@@ -1,0 +1,136 @@
+"""What DynCIM has to reach, and whether the stored runs say that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .results import Cell, Runs, epochs_to_baseline, measure, probes
+from .statistics import Estimate, best, difference, estimate, ranks
+
+OURS = "dyncim"
+NOISY = ("symmetric-40", "asymmetric-30")
+MISSING = ("swap-100", "absent-100")
+
+
+class Bar(NamedTuple):
+    """A bar, whether it is met (``None``: no runs to tell), and what each case shows."""
+
+    name: str
+    met: bool | None
+    cases: str
+
+
+Found = Mapping[tuple[str, str], Runs]
+
+
+def peers(cell: Cell) -> dict[str, Mapping[int, float]]:
+    """Scores of the methods that are no ablation."""
+    return {name: scores for name, scores in cell.scores.items() if "/" not in name}
+
+
+def lead(cell: Cell) -> tuple[str, Estimate] | None:
+    """The best other method, by its mean, and the paired difference of DynCIM to it."""
+    others = peers(cell)
+    ours = others.pop(OURS, None)
+    if ours is None or not others:
+        return None
+    other = best(others)
+    return other, difference(ours, others[other])
+
+
+def mean_ranks(found: Iterable[Cell]) -> tuple[dict[str, float], int]:
+    """Mean rank of each method over the cells that have them all, and how many have."""
+    every = [peers(cell) for cell in found]
+    names = {name for scores in every for name in scores}
+    ranked = [ranks(scores) for scores in every if names == set(scores)]
+    if not ranked:
+        return {}, 0
+    means = {name: float(np.mean([r[name] for r in ranked])) for name in names}
+    return dict(sorted(means.items(), key=lambda item: item[1])), len(ranked)
+
+
+def bars(found: Found, all_cells: list[Cell]) -> list[Bar]:
+    """Every bar."""
+    order, count = mean_ranks(all_cells)
+    first = next(iter(order), None)
+    trained = [cell for cell in all_cells if not cell.tested]
+    return [
+        Bar(
+            "mean rank first over all conditions",
+            None if first is None else first == OURS,
+            "" if first is None else f"{first} is first over {count} conditions",
+        ),
+        _leads(
+            "clean: interval of the difference to the best other reaches 0, mean >= -0.3",
+            (cell for cell in trained if cell.condition == "clean"),
+            lambda gap: gap.high >= 0 and gap.mean >= -0.3,
+        ),
+        _leads(
+            "40% symmetric and 30% asymmetric label noise: +5 over the best other",
+            (cell for cell in trained if cell.condition in NOISY and cell.data != "diabetes"),
+            lambda gap: gap.mean >= 5,
+        ),
+        _leads(
+            "swap and absent with three or more modalities: +3 over the best other",
+            (c for c in all_cells if c.tested and c.condition in MISSING and c.data.count("+") > 1),
+            lambda gap: gap.mean >= 3,
+        ),
+        _probes(found),
+        _convergence(found),
+        _audit(found),
+    ]
+
+
+def _leads(name: str, chosen: Iterable[Cell], reached: Callable[[Estimate], bool]) -> Bar:
+    cases = []
+    for cell in chosen:
+        gap = lead(cell)
+        if gap is not None:
+            text = f"{cell.data} {cell.title} {gap[1].mean:+.1f} ± {gap[1].half:.1f} ({gap[0]})"
+            cases.append((reached(gap[1]), text))
+    return _bar(name, cases)
+
+
+def _probes(found: Found) -> Bar:
+    """Of each task's worst modality: the interval of the difference to ``single`` reaches 0."""
+    cases = []
+    for (data, condition), runs in found.items():
+        if condition == "clean" and {OURS, "single"} <= runs.keys():
+            name, gap = worst_probe(runs, OURS)
+            cases.append((gap.high >= 0, f"{data} {name} {gap.mean:+.1f} ± {gap.half:.1f}"))
+    return _bar("probe of the worst modality not below training it alone (clean)", cases)
+
+
+def worst_probe(runs: Runs, method: str) -> tuple[str, Estimate]:
+    """The modality whose probe loses most against ``single``, and the paired difference."""
+    alone = probes(runs, "single")
+    gaps = {name: difference(x, alone[name]) for name, x in probes(runs, method).items()}
+    return min(gaps.items(), key=lambda item: item[1].mean)
+
+
+def _convergence(found: Found) -> Bar:
+    runs = found.get(("starving", "clean"), {})
+    cases = []
+    if {OURS, "uniform"} <= runs.keys():
+        ours, base = (estimate(epochs_to_baseline(runs, name)).mean for name in (OURS, "uniform"))
+        cases.append((ours <= 0.8 * base, f"{ours:.1f} epochs, uniform {base:.1f}"))
+    return _bar("starving task: 0.8 of the epochs of uniform to 95% of its final score", cases)
+
+
+def _audit(found: Found) -> Bar:
+    cases = []
+    for (data, condition), runs in found.items():
+        ours, other = (measure(runs, x).get(OURS) for x in ("audit", "audit_other"))
+        if ours and other:
+            gap = difference(ours, other)
+            cases.append((gap.mean >= 0, f"{data} {condition} {gap.mean:+.3f} ± {gap.half:.3f}"))
+    return _bar("label audit: AUROC at or above cleanlab's score in every cell", cases)
+
+
+def _bar(name: str, cases: list[tuple[bool, str]]) -> Bar:
+    failed_first = sorted(cases, key=lambda case: case[0])
+    text = "; ".join(("" if met else "**") + t + ("" if met else "**") for met, t in failed_first)
+    return Bar(name, all(met for met, _ in cases) if cases else None, text)
