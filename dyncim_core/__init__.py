@@ -8,6 +8,7 @@ remembers. The quantities that they compute are pure functions, public here;
 from dyncim_core.fusion import FusionOutput, GatedFusion
 from dyncim_core.gates import disagreement, gate_logits, reliability_gates
 from dyncim_core.heads import HeadStatistics, head_statistics
+from dyncim_core.kernels import backends
 from dyncim_core.loss import DynCIMLoss
 from dyncim_core.modality import (
     augmentation_rates,
@@ -43,6 +44,7 @@ __all__ = [
     "HeadStatistics",
     "Suspects",
     "augmentation_rates",
+    "backends",
     "balance_factor",
     "contradiction",
     "difficulty",

@@ -92,17 +92,18 @@ def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
     """Logits of every head ``[B, C]``, alike in shape and device; a target that fits them."""
     if not heads:
         raise ValueError("logits: expected at least one head, got none")
-    for h, head in enumerate(heads):
-        name = "logits" if h == 0 else f"unimodal logits of modality {h - 1}"
-        _check_tensor(name, head, "floating-point", torch.is_floating_point)
-        if head.dim() != 2 or head.shape[1] == 0:
-            raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
-        if head.shape != heads[0].shape:
-            raise ValueError(
-                f"{name}: expected the shape of the fused logits, {_shape(heads[0])}, "
-                f"got {_shape(head)}"
-            )
-        check_device(name, head, heads[0].device)
+    if not _all_alike(heads):  # this runs at every step: look for the culprit only then
+        for h, head in enumerate(heads):
+            name = "logits" if h == 0 else f"unimodal logits of modality {h - 1}"
+            _check_tensor(name, head, "floating-point", torch.is_floating_point)
+            if head.dim() != 2 or head.shape[1] == 0:
+                raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
+            if head.shape != heads[0].shape:
+                raise ValueError(
+                    f"{name}: expected the shape of the fused logits, {_shape(heads[0])}, "
+                    f"got {_shape(head)}"
+                )
+            check_device(name, head, heads[0].device)
     _check_target(target, heads[0])
 
 
@@ -156,6 +157,16 @@ def as_list(
             f"{name}: expected {len(names)} modalities {list(names)}, got {len(values)}"
         )
     return list(values)
+
+
+def _all_alike(heads: Sequence[Tensor]) -> bool:
+    """Whether all are floating-point ``[B, C]`` tensors of one shape and device."""
+    if not all(isinstance(head, Tensor) and head.is_floating_point() for head in heads):
+        return False
+    shape, device = heads[0].shape, heads[0].device
+    if len(shape) != 2 or shape[1] == 0:
+        return False
+    return all(head.shape == shape and head.device == device for head in heads)
 
 
 def _check_target(target: Tensor, logits: Tensor) -> None:

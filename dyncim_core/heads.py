@@ -1,7 +1,7 @@
-"""Head statistics and their backward: the one operator on the hot path.
+"""Statistics of every head, and the one place where they become differentiable.
 
-One pass over the logits of every head gives all that the curriculum needs. Only the
-loss is differentiable; its backward is analytic and recomputes the softmax, so that
+One pass over the logits of every head gives all that the curriculum needs. Only losses
+are differentiable; their backward is analytic and recomputes the softmax, so that
 nothing of the size of the logits is kept between forward and backward.
 """
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dyncim_core import _checks
-from dyncim_core.backends import eager
+from dyncim_core.kernels import check_backend, select
+from dyncim_core.kernels.interface import Criterion, Kernels
 
-__all__ = ["HeadStatistics", "head_statistics"]
+__all__ = ["HeadStatistics", "differentiable", "head_statistics"]
 
 
 class HeadStatistics(NamedTuple):
@@ -47,8 +48,9 @@ def head_statistics(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     guard: bool = False,
+    backend: str | None = None,
 ) -> HeadStatistics:
-    """Statistics of the fused head (first) and the unimodal heads, in one operator.
+    """Statistics of the fused head (first) and the unimodal heads.
 
     Args:
         logits: One floating-point ``[B, C]`` tensor per head, the fused one first.
@@ -60,6 +62,8 @@ def head_statistics(
         label_smoothing: In [0, 1], with the meaning of ``torch.nn.CrossEntropyLoss``.
         guard: Rows of the loss that receive a gradient of 0 pass on exactly 0, even
             where the logits are not finite. Always on when ``present`` is given.
+        backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
+            the tensors when ``None``.
 
     Returns:
         A ``HeadStatistics``. Values are computed in float32, or in float64 when any
@@ -69,6 +73,7 @@ def head_statistics(
         TypeError: An argument is not a tensor of the dtype described.
         ValueError: Shapes do not fit.
         IndexError: ``target`` is out of range (on CPU; a device assertion on a GPU).
+        RuntimeError: The backend asked for is not available or does not take the tensors.
 
     Example:
         >>> fused, audio = torch.zeros(2, 4), torch.zeros(2, 4)
@@ -79,100 +84,77 @@ def head_statistics(
     _checks.check_heads(logits, target)
     _checks.check_present(present, (len(logits), logits[0].shape[0]), logits[0].device)
     _checks.check_class_weight(weight, logits[0])
-    return HeadStatistics(
-        *torch.ops.dyncim_core.head_statistics(
-            list(logits),
-            target,
-            present,
-            weight,
-            ignore_index,
-            label_smoothing,
-            guard or present is not None,
+    kernels = select(check_backend(backend), logits, target)
+    criterion = Criterion(target, weight, ignore_index, label_smoothing)
+    found = kernels.statistics(logits, present, criterion)
+    loss, nll, entropy, distance = found.rows
+    present_or_all = None if present is None else present.to(loss.dtype)
+    loss = differentiable(
+        loss,
+        present_or_all,
+        found.normaliser,
+        kernels,
+        criterion,
+        guard or present is not None,
+        logits,
+    )
+    return HeadStatistics(loss, nll, entropy, distance, found.prediction)
+
+
+def differentiable(
+    value: Tensor,
+    coefficient: Tensor | None,
+    normaliser: Tensor | None,
+    kernels: Kernels,
+    criterion: Criterion,
+    guard: bool,
+    logits: Sequence[Tensor],
+) -> Tensor:
+    """``value``, computed without autograd as a sum of ``coefficient * loss``, with its gradient.
+
+    Args:
+        value: ``[M + 1, B]``, its sum over heads ``[B]``, or over all, scalar.
+        coefficient: Factor of every loss in it, ``[M + 1, B]``; all 1 when ``None``.
+        normaliser: What the kernels gave for their gradient.
+        kernels: Those that computed ``value``.
+        criterion: What they computed it with.
+        guard: Rows of factor 0 pass on exactly 0, whatever their logits hold.
+        logits: One ``[B, C]`` tensor per head.
+    """
+    result: Tensor = _Objective.apply(  # type: ignore[no-untyped-call]
+        value, (coefficient, normaliser, kernels, criterion, guard), *logits
+    )
+    return result
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
+        ctx.known = known
+        ctx.save_for_backward(*logits)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coefficient, normaliser, kernels, criterion, guard = ctx.known
+        logits = ctx.saved_tensors
+        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
+        return (None, None, *grads)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Gradients that know their logits, only to refuse a second derivative aloud."""
+
+    @staticmethod
+    def forward(ctx: Any, *logits_and_grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in logits_and_grads[len(logits_and_grads) // 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "the curriculum loss has no second derivative: its backward is analytic. "
+            "Call backward without create_graph, or take the second derivative of the "
+            "wrapped criterion instead"
         )
-    )
-
-
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, bool guard"
-
-
-@torch.library.custom_op(
-    "dyncim_core::head_statistics",
-    mutates_args=(),
-    schema=f"(Tensor[] logits, Tensor target, Tensor? present, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(
-    logits: list[Tensor],
-    target: Tensor,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    guard: bool,
-) -> _Outputs:
-    return eager.forward(logits, target, present, weight, ignore_index, label_smoothing)
-
-
-@torch.library.custom_op(
-    "dyncim_core::head_statistics_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor[] logits, Tensor target, {_OPTIONS}) -> Tensor[]",
-)
-def _backward(
-    grad_loss: Tensor,
-    logits: list[Tensor],
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    guard: bool,
-) -> list[Tensor]:
-    return eager.backward(grad_loss, logits, target, weight, ignore_index, label_smoothing, guard)
-
-
-@_forward.register_fake
-def _(logits: list[Tensor], target: Tensor, *_: Any) -> _Outputs:
-    dtype = eager.accumulation_dtype(logits)
-    rows = logits[0].new_empty((len(logits), logits[0].shape[0]), dtype=dtype)
-    loss, nll, entropy, distance = (torch.empty_like(rows) for _ in range(4))
-    return loss, nll, entropy, distance, rows.to(torch.int64)
-
-
-@_backward.register_fake
-def _(grad_loss: Tensor, logits: list[Tensor], *_: Any) -> list[Tensor]:
-    return [torch.empty_like(head, memory_format=torch.contiguous_format) for head in logits]
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, present, weight, *options = inputs
-    ctx.save_for_backward(*logits, target, present, weight)
-    ctx.options = options
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *logits, target, present, weight = ctx.saved_tensors
-    if grad_loss is None:
-        return ([None] * len(logits), *[None] * 6)
-    if present is not None:
-        grad_loss = torch.where(present, grad_loss, 0.0)
-    grads = torch.ops.dyncim_core.head_statistics_backward(
-        grad_loss, logits, target, weight, *ctx.options
-    )
-    return (grads, *[None] * 6)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "the curriculum loss has no second derivative: its backward is analytic. "
-        "Call backward without create_graph, or take the second derivative of the "
-        "wrapped criterion instead"
-    )
-
-
-torch.library.register_autograd(
-    "dyncim_core::head_statistics", _loss_backward, setup_context=_save_for_backward
-)
-torch.library.register_autograd("dyncim_core::head_statistics_backward", _no_second_derivative)

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeGuard
+from typing import Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from dyncim_core import _checks
-from dyncim_core.heads import HeadStatistics, head_statistics
-from dyncim_core.modality import modality_coefficients
-from dyncim_core.signals import (
-    contradiction,
-    difficulty,
-    noise_pressure,
-    prediction_consistency,
-    prediction_deviation,
-    prediction_stability,
-    sample_weights,
-    surprise,
-    volatility_weights,
-)
-from dyncim_core.state import CurriculumState, Recollection
+from dyncim_core.heads import differentiable
+from dyncim_core.kernels import check_backend, eager, select
+from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
+from dyncim_core.state import CurriculumState
 
 __all__ = ["DynCIMLoss"]
 
@@ -68,6 +58,8 @@ class DynCIMLoss(nn.Module):
             the state.
         reduction: "mean" (over samples, or over class weights as cross-entropy does),
             "sum" or "none"; the criterion's own when ``None``.
+        backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
+            the tensors when ``None``.
 
     Attributes:
         criterion: The wrapped criterion.
@@ -77,6 +69,7 @@ class DynCIMLoss(nn.Module):
         TypeError: An argument has the wrong type.
         ValueError: A value is out of range, or both ``state`` and what it is made from
             are given.
+        RuntimeError: The backend asked for is not available.
 
     Example:
         >>> criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["audio", "image"])
@@ -84,7 +77,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(2.7726, grad_fn=<DivBackward0>)
+        tensor(2.7726, grad_fn=<_ObjectiveBackward>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """
@@ -102,6 +95,7 @@ class DynCIMLoss(nn.Module):
         unimodal_strength: float = 0.5,
         nonfinite: Literal["propagate", "skip"] = "propagate",
         reduction: Reduction | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if not callable(criterion):
@@ -119,7 +113,8 @@ class DynCIMLoss(nn.Module):
             ("unimodal_strength", unimodal_strength),
         ):
             _checks.check_range(name, strength, 0.0, float("inf"), high_excluded=True)
-        reduction = reduction or getattr(criterion, "reduction", "mean")
+        if reduction is None:
+            reduction = cast(Reduction, getattr(criterion, "reduction", "mean"))
         _checks.check_choice("nonfinite", nonfinite, ("propagate", "skip"))
         _checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.criterion = criterion
@@ -131,7 +126,8 @@ class DynCIMLoss(nn.Module):
         self.pacing_strength = pacing_strength
         self.unimodal_strength = unimodal_strength
         self.nonfinite = nonfinite
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
+        self.backend = check_backend(backend)
         self._neutral = not surprise_strength and not pacing_strength and nonfinite == "propagate"
         # The same criterion without reduction: a shallow copy shares parameters and
         # buffers; in a tuple, so that they are not registered twice.
@@ -174,117 +170,51 @@ class DynCIMLoss(nn.Module):
             IndexError: ``target`` or ``index`` is out of range (on CPU; a device
                 assertion on a GPU).
         """
-        others = (
-            [] if unimodal is None else _checks.as_list("unimodal", unimodal, self.state.modalities)
-        )
+        state, criterion = self.state, self.criterion
+        others = [] if unimodal is None else _checks.as_list("unimodal", unimodal, state.modalities)
         heads = [logits, *others]
         _checks.check_heads(heads, target)
         _checks.check_present(present, (len(logits), len(others)), logits.device)
-        _checks.check_index(index, self.state.num_samples, logits)
-        _checks.check_device("state", self.state.step, logits.device)
+        _checks.check_index(index, state.num_samples, logits)
+        _checks.check_device("state", state.step, logits.device)
         self._check_soft_target(target)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
+
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
-
-        # Whatever can still be rejected is, before the state changes.
-        statistics = self._statistics(heads, target, present)
-        recalled = None if index is None else self.state.recall(index)
-        if unimodal is not None and self.state.modalities is None:
-            self.state.settle_modalities(
-                list(unimodal) if isinstance(unimodal, Mapping) else len(others)
-            )
-            recalled = None if index is None else self.state.recall(index)
-        kept = self._kept(target)
-        finite = (statistics.nll + statistics.entropy).detach().sum(dim=0).isfinite()
-        weights = self._observe(
-            statistics, target, logits.shape[1], present, kept, finite, index, recalled
+        kernels = select(self.backend, heads, target)
+        if unimodal is not None and state.modalities is None:
+            self._settle(unimodal, kernels, heads, target, index)
+        memory = None if index is None else state.memory(index)
+        if not _is_cross_entropy(criterion):
+            return self._generic(heads, target, present, kernels, memory)
+        read = Criterion(
+            target, criterion.weight, criterion.ignore_index, criterion.label_smoothing
         )
+        joint = kernels.curriculum(heads, present, read, state.averages(), memory, self._settings())
         if self._neutral and unimodal is None:
             return self._plain(logits, target)
+        guard = present is not None or self.nonfinite == "skip"
+        return differentiable(
+            joint.value, joint.coefficient, joint.normaliser, kernels, read, guard, heads
+        )
 
-        losses = (self._coefficients(len(others)).unsqueeze(1) * statistics.loss).sum(dim=0)
-        if self.nonfinite == "skip":
-            kept = kept & finite
-            losses = torch.where(kept, losses, 0.0)
-        return self._reduce(weights * losses, target, kept)
-
-    def _check_soft_target(self, target: Tensor) -> None:
-        ignore_index = getattr(self.criterion, "ignore_index", -100)
-        if target.is_floating_point() and ignore_index >= 0:
-            raise ValueError(
-                "target: expected class indices, since the criterion has "
-                f"ignore_index={ignore_index}, got class probabilities"
-            )
-
-    @torch.no_grad()
-    def _observe(
+    def _generic(
         self,
-        statistics: HeadStatistics,
+        heads: Sequence[Tensor],
         target: Tensor,
-        num_classes: int,
         present: Tensor | None,
-        kept: Tensor,
-        finite: Tensor,
-        index: Tensor | None,
-        recalled: Recollection | None,
+        kernels: Kernels,
+        memory: Memory | None,
     ) -> Tensor:
-        """Weigh the samples by what is known so far; then take the batch into the state."""
-        valid = kept & finite
-        _, nll, entropy, distance, prediction = statistics
-        signals = torch.stack(
-            [
-                prediction_deviation(nll, present),
-                prediction_consistency(distance, present),
-                prediction_stability(entropy, num_classes),
-            ]
-        )
-        noise = self.state.label_noise
-        if self.label_noise is not None:
-            noise = torch.full_like(noise, self.label_noise)
-        weights = sample_weights(
-            surprise(nll, entropy, num_classes, present),
-            difficulty(signals, volatility_weights(self.state.volatility)),
-            surprise_strength=self.surprise_strength * noise_pressure(noise),
-            pacing_strength=self.pacing_strength * (1.0 - self.state.quality[0]),
-            valid=valid,
-        )
-        label = target.argmax(dim=1) if target.is_floating_point() else target
-        self.state.update(
-            nll,
-            signals,
-            contradiction(prediction, label, present),
-            weights,
-            valid,
-            num_classes,
-            nonfinite=(kept & ~finite).sum(),
-            present=present,
-            index=index,
-            recalled=recalled,
-        )
-        return weights
-
-    def _statistics(
-        self, heads: Sequence[Tensor], target: Tensor, present: Tensor | None
-    ) -> HeadStatistics:
-        guard = self.nonfinite == "skip"
-        criterion = self.criterion
-        if _is_cross_entropy(criterion):
-            return head_statistics(
-                heads,
-                target,
-                present=present,
-                weight=criterion.weight,
-                ignore_index=criterion.ignore_index,
-                label_smoothing=criterion.label_smoothing,
-                guard=guard,
-            )
-        with torch.no_grad():
-            statistics = head_statistics(heads, target, present=present)
+        """The joint objective of any criterion that gives one loss per sample."""
+        settings = self._settings()
+        criterion = Criterion(target)
+        found = kernels.statistics(heads, present, criterion)
         usable = present
-        if guard:
-            finite = (statistics.nll + statistics.entropy).isfinite()
+        if settings.skip_nonfinite:
+            finite = (found.rows[1] + found.rows[2]).isfinite()
             usable = finite if present is None else finite & present
         losses = []
         for h, head in enumerate(heads):
@@ -293,17 +223,50 @@ class DynCIMLoss(nn.Module):
             else:  # zeros in, so that a row left out cannot have a NaN gradient
                 loss = self._per_sample(torch.where(usable[h].unsqueeze(1), head, 0.0), target)
                 losses.append(torch.where(usable[h], loss, 0.0))
-        return statistics._replace(loss=torch.stack(losses))
+        classes, averages = heads[0].shape[1], self.state.averages()
+        coefficient = eager.weigh(found, present, criterion, classes, averages, memory, settings)
+        if self._neutral and len(heads) == 1:
+            return self._plain(heads[0], target)
+        return eager.combine(coefficient, torch.stack(losses), settings)
 
-    @torch.no_grad()
-    def _coefficients(self, modalities: int) -> Tensor:
-        """Factor of each head's loss in the joint objective, ``[M + 1]``."""
-        fused = self.state.log_quality.new_ones(1)
-        if modalities == 0:
-            return fused
-        return torch.cat(
-            [fused, self.unimodal_strength * modality_coefficients(self.state.log_quality)]
+    def _settle(
+        self,
+        unimodal: Mapping[str, Tensor] | Sequence[Tensor],
+        kernels: Kernels,
+        heads: Sequence[Tensor],
+        target: Tensor,
+        index: Tensor | None,
+    ) -> None:
+        """Take the modalities from the first call, unless that call is to be rejected."""
+        criterion = self.criterion
+        ignore_index = criterion.ignore_index if _is_cross_entropy(criterion) else -100
+        kernels.statistics(heads, None, Criterion(target, ignore_index=ignore_index))
+        if index is not None:
+            eager.recall(self.state.memory(index))
+        self.state.settle_modalities(
+            list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         )
+
+    def _settings(self) -> Settings:
+        state = self.state
+        return Settings(
+            self.surprise_strength,
+            self.label_noise,
+            self.pacing_strength,
+            self.unimodal_strength,
+            self.nonfinite == "skip",
+            state.decay,
+            state.memory_decay,
+            self.reduction,
+        )
+
+    def _check_soft_target(self, target: Tensor) -> None:
+        ignore_index = getattr(self.criterion, "ignore_index", -100)
+        if target.is_floating_point() and ignore_index >= 0:
+            raise ValueError(
+                "target: expected class indices, since the criterion has "
+                f"ignore_index={ignore_index}, got class probabilities"
+            )
 
     def _plain(self, logits: Tensor, target: Tensor) -> Tensor:
         """Exactly what the criterion returns, under this reduction."""

@@ -10,27 +10,20 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from dyncim_core import _checks
+from dyncim_core.kernels.interface import Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     modality_weights,
-    quality,
 )
-from dyncim_core.signals import SIGNALS, relative_change, volatility_weights
+from dyncim_core.signals import SIGNALS, volatility_weights
 
-__all__ = ["CurriculumState", "Recollection", "Suspects"]
+__all__ = ["CurriculumState", "Suspects"]
 
 # Buffers with one entry per head; with a memory, one row of them per sample.
 _PER_HEAD = ("log_quality", "quality", "seen")
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
-
-
-class Recollection(NamedTuple):
-    """Rows of the per-sample memory for one batch: average NLL and visits, ``[B, M + 1]``."""
-
-    nll: Tensor
-    visits: Tensor
 
 
 class Suspects(NamedTuple):
@@ -154,109 +147,14 @@ class CurriculumState(nn.Module):
                 f"modalities: expected {list(self.modalities)} as settled before, got {list(names)}"
             )
 
-    def recall(self, index: Tensor) -> Recollection:
-        """Rows of the memory, ``[B, M + 1]``, for int64 indices ``[B]``.
+    def averages(self) -> Buffers:
+        """The running averages, for the kernels that update them in place."""
+        held = self._buffers
+        return Buffers._make(held[name] for name in Buffers._fields)
 
-        Raises:
-            IndexError: An index is out of range (on CPU; a device assertion on a GPU).
-        """
-        try:
-            return Recollection(
-                self.memory_nll.index_select(0, index), self.memory_visits.index_select(0, index)
-            )
-        except (RuntimeError, IndexError) as error:  # only then is a look at the values due
-            raise IndexError(
-                f"index: expected sample indices in [0, {self.num_samples}), got values from "
-                f"{int(index.min())} to {int(index.max())}"
-            ) from error
-
-    @torch.no_grad()
-    def update(
-        self,
-        nll: Tensor,
-        signals: Tensor,
-        contradicted: Tensor,
-        weights: Tensor,
-        valid: Tensor,
-        num_classes: int,
-        *,
-        nonfinite: Tensor,
-        present: Tensor | None = None,
-        index: Tensor | None = None,
-        recalled: Recollection | None = None,
-    ) -> None:
-        """Take one batch into the running averages and the memory. Called by ``DynCIMLoss``.
-
-        Qualities are averaged with the sample weights, so that labels in doubt do not
-        make a good modality look bad.
-
-        Args:
-            nll: ``[M + 1, B]``, or ``[1, B]`` of the fused head alone, in nats.
-            signals: ``[3, B]`` in [0, 1], in the order of ``SIGNALS``.
-            contradicted: Bool ``[B]``, samples whose label all heads contradict together.
-            weights: Sample weights, ``[B]``, mean 1 over the valid samples.
-            valid: Bool ``[B]``, samples to count; the others may hold anything.
-            num_classes: Number of classes C.
-            nonfinite: How many samples are left out because they are not finite, scalar.
-            present: Bool, like ``nll``; all when ``None``.
-            index: Position of each sample in the training set, int64 ``[B]`` without
-                repeats; ``None`` leaves the memory alone.
-            recalled: What ``recall`` gave for ``index``.
-        """
-        counted = valid.expand_as(nll) if present is None else valid & present
-        if len(nll) < len(self.log_quality):  # a step without unimodal predictions
-            absent = nll.new_zeros(len(self.log_quality) - len(nll), nll.shape[1])
-            nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
-        count = valid.sum()
-        first, moves = self.seen[0] == 0, count > 0
-
-        weight = torch.where(counted, weights, 0.0)
-        weight_of_head = weight.sum(dim=1)
-        has_weight = weight_of_head > 0
-        mean_nll = (weight * torch.where(counted, nll, 0.0)).sum(dim=1) / torch.where(
-            has_weight, weight_of_head, 1.0
-        )
-        seen = self.seen + has_weight
-        log_quality = self._average(self.log_quality, -mean_nll, self.seen == 0, has_weight)
-        # A modality never seen counts as equal to the fusion, which favours neither side.
-        log_quality = torch.where(seen > 0, log_quality, log_quality[0])
-
-        signal = torch.where(valid, signals, 0.0).sum(dim=1) / count.clamp_min(1)
-        signal_mean = self._average(self.signal_mean, signal, first, moves)
-        # The first batch has nothing to have moved from.
-        change = torch.where(first, 0.0, relative_change(signal, self.signal_mean))
-        volatility = self._average(self.volatility, change, self.seen[0] == 1, moves)
-
-        # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
-        doubt = (contradicted & valid).sum() / count.clamp_min(1)
-        label_noise = self._average(self.label_noise, doubt, torch.zeros_like(first), moves)
-
-        fused_weight = weight[0]
-        share = fused_weight.sum().square() / (fused_weight.square().sum() * count).clamp_min(1e-12)
-        effective_share = self._average(self.effective_share, share, first, moves)
-
-        self.log_quality.copy_(log_quality)
-        self.quality.copy_(quality(log_quality, num_classes))
-        self.signal_mean.copy_(signal_mean)
-        self.volatility.copy_(volatility)
-        self.label_noise.copy_(label_noise)
-        self.effective_share.copy_(effective_share)
-        self.seen.copy_(seen)
-        self.nonfinite.add_(nonfinite)
-        self.step.add_(1)
-        if index is not None and recalled is not None:
-            self._remember(nll, weights, counted, index, recalled)
-
-    def _remember(
-        self, nll: Tensor, weights: Tensor, counted: Tensor, index: Tensor, recalled: Recollection
-    ) -> None:
-        current = nll.t().to(recalled.nll.dtype)
-        averaged = torch.where(
-            recalled.visits == 0, current, torch.lerp(current, recalled.nll, self.memory_decay)
-        )
-        self.memory_nll.index_copy_(0, index, torch.where(counted.t(), averaged, recalled.nll))
-        self.memory_visits.index_copy_(0, index, recalled.visits + counted.t())
-        self.memory_weight.index_copy_(0, index, weights.to(self.memory_weight.dtype))
+    def memory(self, index: Tensor) -> Memory:
+        """The per-sample memory, for the kernels that update its rows ``index`` in place."""
+        return Memory(index, self.memory_nll, self.memory_visits, self.memory_weight)
 
     def suspects(self, k: int | None = None, *, modality: str | int | None = None) -> Suspects:
         """Rank training samples by how wrong they look, from the per-sample memory.
@@ -340,11 +238,6 @@ class CurriculumState(nn.Module):
                 values[f"modality_weight/{name}"] = alpha[m]
         numbers = torch.stack([value.double() for value in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))
-
-    def _average(self, mean: Tensor, value: Tensor, first: Tensor, moves: Tensor) -> Tensor:
-        """Exponential average that starts at its first value, and stays where nothing moves."""
-        value = value.to(mean.dtype)
-        return torch.where(moves, torch.where(first, value, value.lerp(mean, self.decay)), mean)
 
     def _position(self, modality: str | int) -> int:
         names = self.modalities or ()

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
 from dyncim_core import CurriculumState, DynCIMLoss
+from dyncim_core.kernels import eager
 
 SAMPLES = 40
 CLASSES = 4
@@ -66,17 +67,17 @@ def test_a_checkpoint_of_other_modalities_is_refused() -> None:
 def test_averages_follow_their_definition() -> None:
     """One sample of certain heads: log quality is minus its NLL, averaged with the decay."""
     state = CurriculumState(1, decay=0.75)
-    everyone = torch.ones(1, dtype=torch.bool)
 
     def update(nll: float, signal: float, doubt: bool) -> None:
-        state.update(
+        eager.take_in(
             torch.full((2, 1), nll),
             torch.full((3, 1), signal),
             torch.tensor([doubt]),
-            torch.ones(1),
-            everyone,
+            torch.ones(2, 1),
+            torch.tensor(1),
             4,
-            nonfinite=torch.tensor(0),
+            state.averages(),
+            state.decay,
         )
 
     update(1.0, 0.4, True)
@@ -97,14 +98,15 @@ def test_averages_follow_their_definition() -> None:
 
 def test_qualities_are_those_of_the_weighted_samples() -> None:
     state = CurriculumState(1)
-    state.update(
+    eager.take_in(
         torch.tensor([[1.0, 5.0], [2.0, 9.0]]),
         torch.zeros(3, 2),
         torch.zeros(2, dtype=torch.bool),
-        torch.tensor([2.0, 0.0]),
-        torch.ones(2, dtype=torch.bool),
+        torch.tensor([[2.0, 0.0], [2.0, 0.0]]),
+        torch.tensor(2),
         10,
-        nonfinite=torch.tensor(0),
+        state.averages(),
+        state.decay,
     )
     assert state.log_quality.tolist() == [-1.0, -2.0]
     assert state.effective_share == 0.5

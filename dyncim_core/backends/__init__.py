@@ -1,1 +1,0 @@
-"""Implementations of the head statistics: same inputs, same outputs, nothing else."""

@@ -1,0 +1,122 @@
+"""Which kernels compute a call: plain PyTorch, Triton on a GPU, or C on a CPU.
+
+The choice is made for each call from where its tensors are. ``DYNCIM_BACKEND`` in the
+environment, or ``backend=`` of a building block, takes it over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dyncim_core.kernels import eager
+from dyncim_core.kernels.interface import Kernels
+
+__all__ = ["BACKENDS", "backends", "check_backend", "select"]
+
+BACKENDS = ("eager", "native", "triton")
+_VARIABLE = "DYNCIM_BACKEND"
+
+
+def backends() -> dict[str, str]:
+    """Which backends can run here, and why another can not.
+
+    Returns:
+        For each backend "available", or the reason why it is not. Of those that are, a
+        call on a CPU takes "native" (C), one on a GPU "triton", and "eager" (plain
+        PyTorch) takes what these two do not: float64, class probabilities, tensor
+        subclasses, and everything under ``torch.compile``, which fuses it itself.
+
+    Example:
+        >>> backends()["eager"]
+        'available'
+    """
+    return {name: _load(name)[1] for name in BACKENDS}
+
+
+def check_backend(name: str | None) -> str | None:
+    """The backend asked for by argument or environment, if any.
+
+    Raises:
+        ValueError: There is no backend of that name.
+        RuntimeError: It is not available here.
+    """
+    if torch.compiler.is_compiling():
+        return None  # eager, whatever is asked for
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get(_VARIABLE) or None, _VARIABLE
+    if name is None:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {list(BACKENDS)}, got {name!r}")
+    module, reason = _load(name)
+    if module is None:
+        raise RuntimeError(f"{source}: {name!r} is not available: {reason}")
+    return name
+
+
+def select(asked: str | None, logits: Sequence[Tensor], target: Tensor) -> Kernels:
+    """The kernels for a call: those asked for, or the fastest that take its tensors.
+
+    Raises:
+        RuntimeError: The backend asked for cannot take them.
+    """
+    if torch.compiler.is_compiling():
+        return eager
+    name = asked
+    if name is None:
+        name = _FASTEST.get(logits[0].device.type, "eager")
+    module = _load(name)[0]
+    if module is None or name == "eager":
+        return eager
+    reason = _unsuited(name, logits, target)
+    if reason is None:
+        return cast(Kernels, module)
+    if asked is None:
+        return eager
+    raise RuntimeError(f"backend: {asked!r} does not take {reason}; leave backend=None")
+
+
+_FASTEST = {"cpu": "native", "cuda": "triton"}
+_DTYPES = {
+    "native": {torch.float32},
+    "triton": {torch.float32, torch.bfloat16, torch.float16},
+}
+_DEVICES = {"native": {"cpu"}, "triton": {"cuda"}}
+_MAX_HEADS = 9
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor) -> str | None:
+    """What keeps these tensors from a backend."""
+    dtypes = _DTYPES[name]
+    for head in logits:
+        if type(head) not in _PLAIN:
+            return f"a {type(head).__name__}"
+        if head.dtype not in dtypes:
+            return f"logits of {head.dtype}"
+    if logits[0].device.type not in _DEVICES[name]:
+        return f"device {logits[0].device}"
+    if target.dtype != torch.int64:
+        return "class probabilities"
+    if len(logits) > _MAX_HEADS:
+        return f"more than {_MAX_HEADS} heads"
+    return None
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    if name == "triton" and not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use"
+    try:
+        return importlib.import_module(f"dyncim_core.kernels.{name}"), "available"
+    except ImportError as error:
+        return None, str(error)

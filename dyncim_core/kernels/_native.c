@@ -1,0 +1,553 @@
+/* The kernels for float32 logits on a CPU: statistics of every head, the curriculum step and
+ * the gradient, each in one call. No torch headers: native.py passes addresses.
+ *
+ * Layout is head-major: logits are one row-strided [B, C] array per head, statistics [4, H, B].
+ * eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
+ */
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAVE_TARGETS
+#endif
+
+#define MAX_HEADS 9
+#define SIGNALS 3
+#define LANES 16 /* floats in a vector; narrower processors take it in parts */
+#define BLOCK 512
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+#define COUNT_UP {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+
+typedef struct {
+    double max, log_sum, entropy; /* log_sum: log sum exp(x - max) */
+    float inverse_sum;
+    int64_t argmax;
+} Row;
+
+/* One set of row kernels; which, depends on the processor. */
+typedef struct {
+    Row (*softmax_row)(const float *x, int64_t classes, float *e);
+    void (*scale_row)(float *e, float factor, int64_t classes);
+    double (*squared_distance)(const float *e, float factor, const float *p, int64_t classes);
+    double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
+    void (*gradient_row)(const float *x, double lse, float factor, float smooth,
+                         const float *weight, int64_t classes, float *out);
+} RowKernels;
+
+#define JOIN(name, target) name##_##target
+#define FOR_TARGET_(name, target) JOIN(name, target)
+#define FOR_TARGET(name) FOR_TARGET_(name, TARGET)
+
+#define TARGET baseline
+#include "_native_rows.h"
+#undef TARGET
+
+#ifdef HAVE_TARGETS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define TARGET avx2
+#include "_native_rows.h"
+#undef TARGET
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define TARGET avx512
+#include "_native_rows.h"
+#undef TARGET
+#pragma GCC pop_options
+#endif
+
+static RowKernels rows_of;
+
+static void choose_kernels(void) {
+    rows_of = kernels_baseline;
+#ifdef HAVE_TARGETS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        rows_of = kernels_avx2;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            rows_of = kernels_avx512;
+    }
+#endif
+}
+
+typedef struct {
+    int64_t heads, batch, classes;
+    int64_t start, stop; /* the samples to work on, of the batch */
+    const float *logits[MAX_HEADS];
+    int64_t stride[MAX_HEADS];
+    const int64_t *target;
+    const uint8_t *present; /* [H, B] or NULL */
+    const float *weight;    /* [C] or NULL */
+    int64_t ignore_index;
+    double smoothing;
+} Problem;
+
+static int target_fits(const Problem *p) {
+    for (int64_t i = p->start; i < p->stop; i++) {
+        int64_t y = p->target[i];
+        if (y != p->ignore_index && (y < 0 || y >= p->classes)) return 0;
+    }
+    return 1;
+}
+
+static double sum_of(const float *weight, int64_t classes) {
+    double sum = 0.0;
+    if (!weight) return (double)classes;
+    for (int64_t c = 0; c < classes; c++) sum += weight[c];
+    return sum;
+}
+
+static void statistics_of_sample(const Problem *p, int64_t i, double weight_sum, float *fused,
+                                 float *other, float *rows, int64_t *prediction, double *lse) {
+    int64_t plane = p->heads * p->batch, y = p->target[i];
+    for (int64_t h = 0; h < p->heads; h++) {
+        int64_t at = h * p->batch + i;
+        float *loss = rows + at, *nll = loss + plane, *entropy = nll + plane,
+              *distance = entropy + plane;
+        if (p->present && !p->present[at]) {
+            *loss = *nll = *entropy = *distance = 0.0f;
+            prediction[at] = 0;
+            lse[at] = 0.0;
+            continue;
+        }
+        const float *x = p->logits[h] + i * p->stride[h];
+        float *e = h ? other : fused;
+        Row row = rows_of.softmax_row(x, p->classes, e);
+        prediction[at] = row.argmax;
+        lse[at] = row.max + row.log_sum;
+        *entropy = (float)row.entropy;
+        *distance = 0.0f;
+        if (h) {
+            double squared = rows_of.squared_distance(e, row.inverse_sum, fused, p->classes);
+            *distance = (float)sqrt(squared / 2.0);
+        } else if (p->heads > 1) {
+            rows_of.scale_row(e, row.inverse_sum, p->classes);
+        }
+        *loss = *nll = 0.0f;
+        if (y == p->ignore_index) continue;
+        double surprisal = row.log_sum - ((double)x[y] - row.max);
+        double weighted = p->weight ? surprisal * p->weight[y] : surprisal;
+        if (p->smoothing > 0.0) {
+            double total = weight_sum * row.log_sum -
+                           rows_of.weighted_sum(x, row.max, p->weight, p->classes);
+            weighted = (1.0 - p->smoothing) * weighted + p->smoothing * total / (double)p->classes;
+        }
+        *nll = (float)surprisal;
+        *loss = (float)weighted;
+    }
+}
+
+/* 0, or -1 without memory for two rows. */
+static int statistics(const Problem *p, float *rows, int64_t *prediction, double *lse) {
+    int64_t padded = (p->classes + LANES - 1) / LANES * LANES;
+    double weight_sum = sum_of(p->weight, p->classes);
+    float *scratch = malloc(2 * (size_t)padded * sizeof *scratch);
+    if (!scratch) return -1;
+    for (int64_t i = p->start; i < p->stop; i++)
+        statistics_of_sample(p, i, weight_sum, scratch, scratch + padded, rows, prediction, lse);
+    free(scratch);
+    return 0;
+}
+
+/* coefficient [H, B] or NULL; grad has the given strides over heads and samples. */
+static void gradients(const Problem *p, const float *grad, int64_t head_stride,
+                      int64_t sample_stride, const float *coefficient, const double *lse,
+                      int guard, float **out) {
+    int64_t classes = p->classes;
+    double on_target = 1.0 - p->smoothing;
+    double smooth_mass = p->smoothing * sum_of(p->weight, classes) / (double)classes;
+    float smooth = (float)(p->smoothing / (double)classes);
+    for (int64_t h = 0; h < p->heads; h++)
+        for (int64_t i = p->start; i < p->stop; i++) {
+            int64_t at = h * p->batch + i, y = p->target[i];
+            int ignored = y == p->ignore_index;
+            float g = grad[h * head_stride + i * sample_stride];
+            if (coefficient) g *= coefficient[at];
+            if (ignored) g = 0.0f;
+            float *row = out[h] + i * classes;
+            if (g == 0.0f && guard) {
+                memset(row, 0, (size_t)classes * sizeof *row);
+                continue;
+            }
+            double hit = p->weight && !ignored ? p->weight[y] : 1.0;
+            rows_of.gradient_row(p->logits[h] + i * p->stride[h], lse[at],
+                                 (float)(g * (on_target * hit + smooth_mass)), g * smooth,
+                                 p->weight, classes, row);
+            if (!ignored) row[y] -= (float)(g * on_target * hit);
+        }
+}
+
+/* The running averages of a CurriculumState and its per-sample memory, updated in place. */
+typedef struct {
+    int64_t heads; /* of the state: at least those of the batch */
+    float *log_quality, *quality;
+    int64_t *seen;
+    float *signal_mean, *volatility, *label_noise, *effective_share;
+    int64_t *step, *nonfinite;
+    int64_t samples; /* 0 without a memory */
+    const int64_t *index;
+    float *memory_nll;
+    int32_t *memory_visits;
+    float *memory_weight;
+} State;
+
+typedef enum { REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE } Reduction;
+
+typedef struct {
+    double surprise_strength, label_noise /* < 0: as the state says */, pacing_strength;
+    double unimodal_strength;
+    int skip_nonfinite;
+    double decay, memory_decay;
+    Reduction reduction;
+} Settings;
+
+static double clamp(double x, double low, double high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+static void average(float *mean, double value, int first, double decay) {
+    *mean = first ? (float)value : (float)(value + decay * (*mean - value));
+}
+
+/* (1 - lambda) + lambda * M * alpha_m for every modality. */
+static void modality_coefficients(const float *log_quality, int64_t modalities, double *out) {
+    const double eps = 1e-3, cap = 1.0;
+    double mean = 0.0, inverse_rates = 0.0, total = 0.0, alpha[MAX_HEADS];
+    for (int64_t m = 0; m < modalities; m++) {
+        double log_ratio = (double)log_quality[0] - log_quality[1 + m];
+        double floored = log_ratio > log1p(eps) ? log_ratio : log1p(eps);
+        mean += log_ratio / (double)modalities;
+        inverse_rates += exp(-floored) / -expm1(-floored);
+        total += alpha[m] = exp((log_ratio < cap ? log_ratio : cap) - cap);
+    }
+    double log_hmir = log((double)modalities) - log(inverse_rates);
+    double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
+    double balance = -expm1(excess < 0.0 ? excess : 0.0);
+    for (int64_t m = 0; m < modalities; m++)
+        out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
+}
+
+/* Weigh the samples by what the state knows, then take the batch into it. */
+static int curriculum(const Problem *p, const float *rows, const int64_t *prediction, State *s,
+                      const Settings *o, float *coefficient, float *value) {
+    int64_t B = p->batch, H = p->heads, plane = H * B;
+    const float *loss = rows, *nll = rows + plane, *entropy = nll + plane,
+                *distance = entropy + plane;
+    double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
+    float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 2));
+    if (!scratch) return -1;
+    float *exponent = scratch, *difficulty = scratch + B;
+    uint8_t *kept = (uint8_t *)(scratch + 2 * B), *valid = kept + B;
+
+    double volatility = 0.0, share[SIGNALS];
+    for (int k = 0; k < SIGNALS; k++) volatility += s->volatility[k];
+    for (int k = 0; k < SIGNALS; k++)
+        share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
+    double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
+    double rho = o->surprise_strength * clamp(noise / 0.15, 0.0, 1.0);
+    double kappa = o->pacing_strength * (1.0 - s->quality[0]);
+
+    /* Signals of each sample. */
+    int64_t count = 0, nonfinite = 0, contradicted = 0;
+    double signal[SIGNALS] = {0.0}, mean_difficulty = 0.0;
+    for (int64_t i = 0; i < B; i++) {
+        int64_t y = p->target[i], present = 0, agreeing = 0;
+        double surprisal = 0.0, excess = 0.0, apart = 0.0;
+        int finite = 1;
+        for (int64_t h = 0; h < H; h++) {
+            int64_t at = h * B + i;
+            if (p->present && !p->present[at]) continue;
+            double more = (double)nll[at] - entropy[at];
+            finite &= isfinite(more);
+            present++;
+            surprisal += nll[at];
+            excess += more > 0.0 ? more : 0.0;
+            apart += distance[at];
+            agreeing += prediction[at] == prediction[i];
+        }
+        kept[i] = y != p->ignore_index;
+        valid[i] = kept[i] && finite;
+        nonfinite += kept[i] && !finite;
+        if (!valid[i]) continue;
+        double found[SIGNALS] = {
+            -expm1(-surprisal / (double)present),
+            present > 1 ? apart / (double)(present - 1) : 0.0,
+            clamp(entropy[i] * per_log, 0.0, 1.0),
+        };
+        double hard = 0.0;
+        for (int k = 0; k < SIGNALS; k++) {
+            signal[k] += found[k];
+            hard += share[k] * found[k];
+        }
+        count++;
+        contradicted += present > 1 && agreeing == present && prediction[i] != y;
+        exponent[i] = (float)(-rho * excess / (double)present * per_log);
+        difficulty[i] = (float)hard;
+        mean_difficulty += hard;
+    }
+
+    /* Their weights, mean 1 over the valid ones: a softmax. */
+    double some = count ? (double)count : 1.0, spread = 0.0, top = -INFINITY, total = 0.0;
+    mean_difficulty /= some;
+    for (int64_t i = 0; i < B; i++)
+        if (valid[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
+    spread = sqrt(spread / some);
+    spread = spread > 1e-4 ? spread : 1e-4;
+    for (int64_t i = 0; i < B; i++)
+        if (valid[i]) {
+            exponent[i] -= (float)(kappa * (difficulty[i] - mean_difficulty) / spread);
+            top = exponent[i] > top ? exponent[i] : top;
+        }
+    float *weight = exponent;
+    for (int64_t i = 0; i < B; i++)
+        if (valid[i]) total += weight[i] = expf((float)(exponent[i] - top));
+    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count * weight[i] / total) : 1.0f;
+
+    /* The running averages. */
+    int first = s->seen[0] == 0, second = s->seen[0] == 1;
+    double mass[MAX_HEADS] = {0.0}, weighted[MAX_HEADS] = {0.0}, squares = 0.0;
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t i = 0; i < B; i++)
+            if (valid[i] && (!p->present || p->present[h * B + i])) {
+                mass[h] += weight[i];
+                weighted[h] += (double)weight[i] * nll[h * B + i];
+                if (h == 0) squares += (double)weight[i] * weight[i];
+            }
+    if (count) {
+        double effective = squares * some > 1e-12 ? squares * some : 1e-12;
+        average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
+        for (int k = 0; k < SIGNALS; k++) {
+            double now = signal[k] / some, before = s->signal_mean[k];
+            double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
+            average(s->volatility + k, change, second, o->decay);
+            average(s->signal_mean + k, now, first, o->decay);
+        }
+        average(s->label_noise, contradicted / some, 0, o->decay);
+    }
+    for (int64_t h = 0; h < s->heads; h++) {
+        if (h < H && mass[h] > 0.0) {
+            average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);
+            s->seen[h]++;
+        } else if (s->seen[h] == 0) {
+            s->log_quality[h] = s->log_quality[0];
+        }
+        s->quality[h] =
+            per_log > 0.0 ? (float)clamp(1.0 + s->log_quality[h] * per_log, 0.0, 1.0) : 0.0f;
+    }
+    *s->step += 1;
+    *s->nonfinite += nonfinite;
+    for (int64_t i = 0; s->samples && i < B; i++) {
+        int64_t row = s->index[i];
+        for (int64_t h = 0; h < H; h++)
+            if (valid[i] && (!p->present || p->present[h * B + i])) {
+                float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
+                int32_t *visits = s->memory_visits + row * s->heads + h;
+                average(mean, now, *visits == 0, o->memory_decay);
+                *visits += 1;
+            }
+        s->memory_weight[row] = weight[i];
+    }
+
+    /* Factor of every loss in the joint objective, and the objective. */
+    double factor[MAX_HEADS] = {1.0}, scale = 1.0, sum = 0.0;
+    if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
+    for (int64_t h = 1; h < H; h++) factor[h] *= o->unimodal_strength;
+    if (o->reduction == REDUCE_MEAN) {
+        double counted = 0.0;
+        for (int64_t i = 0; i < B; i++)
+            if (o->skip_nonfinite ? valid[i] : kept[i])
+                counted += p->weight ? p->weight[p->target[i]] : 1.0;
+        scale = 1.0 / counted;
+    }
+    if (o->reduction == REDUCE_NONE) memset(value, 0, (size_t)B * sizeof *value);
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t i = 0; i < B; i++) {
+            int64_t at = h * B + i;
+            int skipped = o->skip_nonfinite && !valid[i], absent = p->present && !p->present[at];
+            double c = absent ? 0.0 : (skipped ? 0.0 : factor[h] * weight[i]) * scale;
+            double term = o->skip_nonfinite && c == 0.0 ? 0.0 : c * loss[at];
+            coefficient[at] = (float)c;
+            if (o->reduction == REDUCE_NONE) value[i] += (float)term;
+            else sum += term;
+        }
+    if (o->reduction != REDUCE_NONE) *value = (float)sum;
+    free(scratch);
+    return 0;
+}
+
+/* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
+
+static void *address(PyObject *number) { return (void *)(intptr_t)PyLong_AsLongLong(number); }
+
+static int64_t integer(PyObject *number) { return PyLong_AsLongLong(number); }
+
+#define PROBLEM_ARGUMENTS 11
+
+static Problem problem_from(PyObject *const *args) {
+    Problem p = {0};
+    p.heads = PyList_Size(args[0]);
+    if (p.heads > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many heads");
+    for (int64_t h = 0; h < p.heads && h < MAX_HEADS; h++) {
+        p.logits[h] = address(PyList_GetItem(args[0], h));
+        p.stride[h] = integer(PyList_GetItem(args[1], h));
+    }
+    p.batch = integer(args[2]);
+    p.classes = integer(args[3]);
+    p.start = integer(args[4]);
+    p.stop = integer(args[5]);
+    p.target = address(args[6]);
+    p.present = address(args[7]);
+    p.weight = address(args[8]);
+    p.ignore_index = integer(args[9]);
+    p.smoothing = PyFloat_AsDouble(args[10]);
+    return p;
+}
+
+static int arguments_are(Py_ssize_t got, Py_ssize_t expected) {
+    if (got == expected) return 1;
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, got);
+    return 0;
+}
+
+/* The name of the argument that is out of range, or None. */
+static PyObject *answer(int failed, const char *rejected) {
+    if (failed) return PyErr_NoMemory();
+    if (rejected) return PyUnicode_FromString(rejected);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_statistics(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 3)) return NULL;
+    Problem p = problem_from(args);
+    args += PROBLEM_ARGUMENTS;
+    float *rows = address(args[0]);
+    int64_t *prediction = address(args[1]);
+    double *lse = address(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    if (!target_fits(&p)) return answer(0, "target");
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = statistics(&p, rows, prediction, lse);
+    Py_END_ALLOW_THREADS
+    return answer(failed, NULL);
+}
+
+static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 7)) return NULL;
+    Problem p = problem_from(args);
+    args += PROBLEM_ARGUMENTS;
+    const float *grad = address(args[0]);
+    int64_t head_stride = integer(args[1]), sample_stride = integer(args[2]);
+    const float *coefficient = address(args[3]);
+    const double *lse = address(args[4]);
+    int guard = PyObject_IsTrue(args[5]);
+    float *out[MAX_HEADS];
+    for (int64_t h = 0; h < p.heads && h < MAX_HEADS; h++)
+        out[h] = address(PyList_GetItem(args[6], h));
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    gradients(&p, grad, head_stride, sample_stride, coefficient, lse, guard, out);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static State state_from(PyObject *buffers, PyObject *memory) {
+    State s = {0};
+    PyObject *of[9];
+    for (int k = 0; k < 9; k++) of[k] = PyList_GetItem(buffers, 1 + k);
+    s.heads = integer(PyList_GetItem(buffers, 0));
+    s.log_quality = address(of[0]);
+    s.quality = address(of[1]);
+    s.seen = address(of[2]);
+    s.signal_mean = address(of[3]);
+    s.volatility = address(of[4]);
+    s.label_noise = address(of[5]);
+    s.effective_share = address(of[6]);
+    s.step = address(of[7]);
+    s.nonfinite = address(of[8]);
+    if (memory != Py_None) {
+        s.samples = integer(PyList_GetItem(memory, 0));
+        s.index = address(PyList_GetItem(memory, 1));
+        s.memory_nll = address(PyList_GetItem(memory, 2));
+        s.memory_visits = address(PyList_GetItem(memory, 3));
+        s.memory_weight = address(PyList_GetItem(memory, 4));
+    }
+    return s;
+}
+
+static Settings settings_from(PyObject *settings) {
+    PyObject *of[8];
+    for (int k = 0; k < 8; k++) of[k] = PyTuple_GetItem(settings, k);
+    Settings o;
+    o.surprise_strength = PyFloat_AsDouble(of[0]);
+    o.label_noise = of[1] == Py_None ? -1.0 : PyFloat_AsDouble(of[1]);
+    o.pacing_strength = PyFloat_AsDouble(of[2]);
+    o.unimodal_strength = PyFloat_AsDouble(of[3]);
+    o.skip_nonfinite = PyObject_IsTrue(of[4]);
+    o.decay = PyFloat_AsDouble(of[5]);
+    o.memory_decay = PyFloat_AsDouble(of[6]);
+    o.reduction = PyUnicode_CompareWithASCIIString(of[7], "mean") == 0   ? REDUCE_MEAN
+                  : PyUnicode_CompareWithASCIIString(of[7], "none") == 0 ? REDUCE_NONE
+                                                                         : REDUCE_SUM;
+    return o;
+}
+
+/* Statistics may be given; when they are not, one call does all. */
+static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
+    Problem p = problem_from(args);
+    args += PROBLEM_ARGUMENTS;
+    const float *rows = address(args[0]);
+    const int64_t *prediction = address(args[1]);
+    double *lse = address(args[2]);
+    State s = state_from(args[3], args[4]);
+    Settings o = settings_from(args[5]);
+    float *coefficient = address(args[6]), *value = address(args[7]);
+    if (PyErr_Occurred()) return NULL;
+    if (!target_fits(&p)) return answer(0, "target");
+    for (int64_t i = 0; s.samples && i < p.batch; i++)
+        if (s.index[i] < 0 || s.index[i] >= s.samples) return answer(0, "index");
+    int failed = 0;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t *found = NULL;
+    if (!rows) {
+        size_t size = (size_t)(p.heads * p.batch + 1);
+        found = malloc(size * (sizeof *found + 4 * sizeof(float)));
+        prediction = found;
+        rows = (float *)(found + size);
+        failed = found ? statistics(&p, (float *)(found + size), found, lse) : -1;
+    }
+    if (!failed) failed = curriculum(&p, rows, prediction, &s, &o, coefficient, value);
+    free(found);
+    Py_END_ALLOW_THREADS
+    return answer(failed, NULL);
+}
+
+#define FAST(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL
+
+static PyMethodDef methods[] = {
+    {"statistics", FAST(py_statistics), NULL},
+    {"curriculum", FAST(py_curriculum), NULL},
+    {"gradients", FAST(py_gradients), NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    choose_kernels();
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,179 @@
+/* Loops over the classes of one row, compiled once for each instruction set by _native.c.
+ *
+ * They work on whole vectors; the end of a row is padded with classes of probability 0. Sums
+ * run over blocks, so that no float32 sum is long. */
+
+static inline Floats FOR_TARGET(choose)(Ints mask, Floats a, Floats b) {
+    return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask));
+}
+
+static inline Floats FOR_TARGET(load)(const float *x) {
+    Floats v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+/* The end of a row, filled up. A loop over lanes becomes one masked instruction. */
+static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
+    float v[LANES];
+    for (int32_t k = 0; k < LANES; k++) v[k] = k < count ? x[k] : fill;
+    return FOR_TARGET(load)(v);
+}
+
+static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
+    for (int32_t k = 0; k < LANES; k++)
+        if (k < count) x[k] = v[k];
+}
+
+static inline float FOR_TARGET(sum)(Floats v) {
+    Half a[2];
+    Quarter b[2];
+    memcpy(a, &v, sizeof v);
+    a[0] += a[1];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+}
+
+static inline float FOR_TARGET(largest)(Floats v) {
+    Half a[2];
+    Quarter b[2];
+    memcpy(a, &v, sizeof v);
+    for (int k = 0; k < LANES / 2; k++) a[0][k] = a[0][k] > a[1][k] ? a[0][k] : a[1][k];
+    memcpy(b, a, sizeof b);
+    for (int k = 0; k < LANES / 4; k++) b[0][k] = b[0][k] > b[1][k] ? b[0][k] : b[1][k];
+    float even = b[0][0] > b[0][2] ? b[0][0] : b[0][2], odd = b[0][1] > b[0][3] ? b[0][1] : b[0][3];
+    return even > odd ? even : odd;
+}
+
+/* exp(x) for x <= 0 to float32 rounding; 0 below the smallest normal number; NaN stays. */
+static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
+    Ints tiny = x < -87.0f;
+    Floats clamped = FOR_TARGET(choose)(tiny, (Floats){0} - 87.0f, x);
+    Floats n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
+    Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return (Floats)((Ints)(p * (Floats)power) & ~tiny);
+}
+
+typedef struct {
+    Floats sum, weighted; /* of exp(d) and d exp(d) */
+    Ints position, first; /* of the next lane; of the first lane where d is 0 */
+} FOR_TARGET(Softmax);
+
+static inline void FOR_TARGET(take)(FOR_TARGET(Softmax) *s, Floats d, float *e) {
+    Ints is_first = (d == 0.0f) & (s->first == INT32_MAX);
+    s->first = (s->position & is_first) | (s->first & ~is_first);
+    s->position += LANES;
+    Floats exponential = FOR_TARGET(exp_nonpositive)(d);
+    memcpy(e, &exponential, sizeof exponential);
+    s->sum += exponential;
+    /* 0 log 0 is 0, also for a logit of -inf */
+    s->weighted += exponential * FOR_TARGET(choose)(d < -88.0f, (Floats){0}, d);
+}
+
+/* Softmax of a row, not yet divided by its sum, into e, which has room for whole vectors. */
+static Row FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes, float *restrict e) {
+    int64_t whole = classes / LANES * LANES;
+    Floats end = FOR_TARGET(load_end)(x + whole, (int32_t)(classes - whole), -INFINITY), highest = end;
+    for (int64_t c = 0; c < whole; c += LANES) {
+        Floats v = FOR_TARGET(load)(x + c);
+        highest = FOR_TARGET(choose)(v > highest, v, highest);
+    }
+    float top = FOR_TARGET(largest)(highest);
+
+    Floats sum = {0}, weighted = {0};
+    FOR_TARGET(Softmax) s = {{0}, {0}, COUNT_UP, (Ints){0} + INT32_MAX};
+    for (int64_t start = 0; start < whole; start += BLOCK) {
+        int64_t stop = start + BLOCK < whole ? start + BLOCK : whole;
+        for (int64_t c = start; c < stop; c += LANES)
+            FOR_TARGET(take)(&s, FOR_TARGET(load)(x + c) - top, e + c);
+        sum += s.sum;
+        weighted += s.weighted;
+        s.sum = s.weighted = (Floats){0};
+    }
+    if (whole < classes) FOR_TARGET(take)(&s, end - top, e + whole);
+    double total = FOR_TARGET(sum)(sum + s.sum), log_sum = log(total);
+    int32_t best = INT32_MAX;
+    for (int k = 0; k < LANES; k++) best = s.first[k] < best ? s.first[k] : best;
+    return (Row){
+        .max = top,
+        .log_sum = log_sum,
+        .entropy = log_sum - FOR_TARGET(sum)(weighted + s.weighted) / total,
+        .inverse_sum = (float)(1.0 / total),
+        .argmax = best == INT32_MAX ? 0 : best, /* not finite: anything will do */
+    };
+}
+
+static void FOR_TARGET(scale_row)(float *restrict e, float factor, int64_t classes) {
+    for (int64_t c = 0; c < classes; c += LANES) {
+        Floats v = FOR_TARGET(load)(e + c) * factor;
+        memcpy(e + c, &v, sizeof v);
+    }
+}
+
+/* sum_c (factor * e_c - p_c)^2, of padded rows */
+static double FOR_TARGET(squared_distance)(const float *restrict e, float factor,
+                                           const float *restrict p, int64_t classes) {
+    Floats sum = {0};
+    for (int64_t start = 0; start < classes; start += BLOCK) {
+        int64_t stop = start + BLOCK < classes ? start + BLOCK : classes;
+        Floats s = {0};
+        for (int64_t c = start; c < stop; c += LANES) {
+            Floats d = FOR_TARGET(load)(e + c) * factor -
+                       FOR_TARGET(load)(p + c);
+            s += d * d;
+        }
+        sum += s;
+    }
+    return FOR_TARGET(sum)(sum);
+}
+
+/* sum_c weight_c * (x_c - shift), with weights of 1 when NULL */
+static double FOR_TARGET(weighted_sum)(const float *restrict x, double shift,
+                                       const float *restrict weight, int64_t classes) {
+    double sum = 0.0;
+    for (int64_t start = 0; start < classes; start += BLOCK) {
+        int64_t stop = start + BLOCK < classes ? start + BLOCK : classes;
+        float s = 0.0f;
+        for (int64_t c = start; c < stop; c++) s += (weight ? weight[c] : 1.0f) * (x[c] - (float)shift);
+        sum += s;
+    }
+    return sum;
+}
+
+static inline Floats FOR_TARGET(gradient)(Floats x, float high, float low, float factor,
+                                          Floats smooth) {
+    return FOR_TARGET(exp_nonpositive)(x - high - low) * factor - smooth;
+}
+
+/* out_c = factor * exp(x_c - lse) - smooth * weight_c; lse in two parts, since float32 alone
+ * would round away what decides. */
+static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float factor,
+                                     float smooth, const float *restrict weight, int64_t classes,
+                                     float *restrict out) {
+    int64_t whole = classes / LANES * LANES;
+    float high = (float)lse, low = (float)(lse - high);
+    Floats even = (Floats){0} + smooth, g;
+    for (int64_t c = 0; c < whole; c += LANES) {
+        if (weight) even = FOR_TARGET(load)(weight + c) * smooth;
+        g = FOR_TARGET(gradient)(FOR_TARGET(load)(x + c), high, low, factor, even);
+        memcpy(out + c, &g, sizeof g);
+    }
+    int32_t left = (int32_t)(classes - whole);
+    if (weight) even = FOR_TARGET(load_end)(weight + whole, left, 0.0f) * smooth;
+    g = FOR_TARGET(load_end)(x + whole, left, high);
+    g = FOR_TARGET(gradient)(g, high, low, factor, even);
+    FOR_TARGET(store_end)(out + whole, g, left);
+}
+
+static const RowKernels FOR_TARGET(kernels) = {
+    FOR_TARGET(softmax_row),  FOR_TARGET(scale_row),    FOR_TARGET(squared_distance),
+    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row),
+};

@@ -1,0 +1,109 @@
+"""What every kernel takes and gives: plain tuples of tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+__all__ = ["Buffers", "Criterion", "Curriculum", "Kernels", "Memory", "Settings", "Statistics"]
+
+
+class Criterion(NamedTuple):
+    """The target and how cross-entropy is to read it."""
+
+    target: Tensor  # class indices, int64 [B], or class probabilities, [B, C]
+    weight: Tensor | None = None  # [C]
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+class Statistics(NamedTuple):
+    """``rows`` are loss, nll, entropy and distance, ``[4, M + 1, B]``; ``prediction`` is int64.
+
+    ``normaliser`` is what the same kernel wants back for the gradient, if anything.
+    """
+
+    rows: Tensor
+    prediction: Tensor
+    normaliser: Tensor | None
+
+
+class Buffers(NamedTuple):
+    """The running averages of a ``CurriculumState``, updated in place."""
+
+    log_quality: Tensor
+    quality: Tensor
+    seen: Tensor
+    signal_mean: Tensor
+    volatility: Tensor
+    label_noise: Tensor
+    effective_share: Tensor
+    step: Tensor
+    nonfinite: Tensor
+
+
+class Memory(NamedTuple):
+    """Rows of the per-sample memory, updated in place."""
+
+    rows: Tensor
+    nll: Tensor
+    visits: Tensor
+    weight: Tensor
+
+
+class Settings(NamedTuple):
+    """Constants of a ``DynCIMLoss`` and its state."""
+
+    surprise_strength: float
+    label_noise: float | None
+    pacing_strength: float
+    unimodal_strength: float
+    skip_nonfinite: bool
+    decay: float
+    memory_decay: float
+    reduction: Literal["mean", "sum", "none"]
+
+
+class Curriculum(NamedTuple):
+    """The joint objective of a batch and what its gradient takes.
+
+    ``value`` is a scalar, or ``[B]`` under reduction "none"; ``coefficient`` is the factor
+    of every head's loss in it, ``[M + 1, B]``.
+    """
+
+    value: Tensor
+    coefficient: Tensor
+    normaliser: Tensor | None
+
+
+class Kernels(Protocol):
+    """A backend. All of them agree to rounding; none reads a value on the host."""
+
+    def statistics(
+        self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
+    ) -> Statistics:
+        """What each head says about each sample."""
+
+    def curriculum(
+        self,
+        logits: Sequence[Tensor],
+        present: Tensor | None,
+        criterion: Criterion,
+        buffers: Buffers,
+        memory: Memory | None,
+        settings: Settings,
+    ) -> Curriculum:
+        """Weigh the samples by what the state knows; then take the batch into the state."""
+
+    def gradients(
+        self,
+        grad: Tensor,
+        coefficient: Tensor | None,
+        normaliser: Tensor | None,
+        logits: Sequence[Tensor],
+        criterion: Criterion,
+        guard: bool,
+    ) -> list[Tensor]:
+        """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""

@@ -1,0 +1,182 @@
+"""The kernels in C, for float32 logits on a CPU: hands addresses to ``_native.c``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyncim_core.kernels import _native
+from dyncim_core.kernels.interface import (
+    Buffers,
+    Criterion,
+    Curriculum,
+    Memory,
+    Settings,
+    Statistics,
+)
+
+__all__ = ["curriculum", "gradients", "statistics"]
+
+
+# Logits that pay for handing them to another thread.
+_WORTH_A_THREAD = 2**19
+
+
+def statistics(
+    logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
+) -> Statistics:
+    """What each head says about each sample."""
+    return Statistics(*_statistics(_Problem(logits, present, criterion)))
+
+
+def curriculum(
+    logits: Sequence[Tensor],
+    present: Tensor | None,
+    criterion: Criterion,
+    buffers: Buffers,
+    memory: Memory | None,
+    settings: Settings,
+) -> Curriculum:
+    """Weigh the samples by what the state knows; then take the batch into the state."""
+    problem = _Problem(logits, present, criterion)
+    shape = len(logits), problem.batch
+    coefficient = torch.empty(shape)
+    value = torch.empty(problem.batch if settings.reduction == "none" else ())
+    if _parts(problem) > 1:
+        rows, prediction, normaliser = _statistics(problem)
+        statistics_at = rows.data_ptr(), prediction.data_ptr()
+    else:  # all in one call
+        normaliser = torch.empty(shape, dtype=torch.float64)
+        statistics_at = 0, 0
+    remembered = None
+    if memory is not None:
+        memory = memory._replace(rows=memory.rows.contiguous())
+        remembered = [len(memory.nll), *[x.data_ptr() for x in memory]]
+    rejected = _native.curriculum(
+        *problem.of(0, problem.batch),
+        *statistics_at,
+        normaliser.data_ptr(),
+        [len(buffers.seen), *[x.data_ptr() for x in buffers]],
+        remembered,
+        settings,
+        coefficient.data_ptr(),
+        value.data_ptr(),
+    )
+    if rejected:
+        raise _out_of_range(rejected, problem, memory)
+    return Curriculum(value, coefficient, normaliser)
+
+
+def gradients(
+    grad: Tensor,
+    coefficient: Tensor | None,
+    normaliser: Tensor | None,
+    logits: Sequence[Tensor],
+    criterion: Criterion,
+    guard: bool,
+) -> list[Tensor]:
+    """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+    assert normaliser is not None  # noqa: S101
+    problem = _Problem(logits, None, criterion)
+    # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
+    head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
+    grads = [torch.empty(head.shape) for head in logits]
+    _in_parts(
+        _native.gradients,
+        problem,
+        grad.data_ptr(),
+        head_stride,
+        sample_stride,
+        0 if coefficient is None else coefficient.data_ptr(),
+        normaliser.data_ptr(),
+        guard,
+        [x.data_ptr() for x in grads],
+    )
+    return grads
+
+
+class _Problem:
+    """The arguments common to all calls; holds the tensors whose addresses they are."""
+
+    def __init__(
+        self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
+    ) -> None:
+        target, weight, self.ignore_index, self.label_smoothing = criterion
+        self.logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+        self.target = target.contiguous()
+        self.present = None if present is None else present.contiguous()
+        self.weight = None if weight is None else weight.to(torch.float32).contiguous()
+        self.batch, self.classes = logits[0].shape
+
+    def of(self, start: int, stop: int) -> tuple[Any, ...]:
+        """As ``_native.c`` takes them, to work on these samples."""
+        return (
+            [x.data_ptr() for x in self.logits],
+            [x.stride(0) for x in self.logits],
+            self.batch,
+            self.classes,
+            start,
+            stop,
+            self.target.data_ptr(),
+            0 if self.present is None else self.present.data_ptr(),
+            0 if self.weight is None else self.weight.data_ptr(),
+            self.ignore_index,
+            self.label_smoothing,
+        )
+
+
+def _statistics(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(problem.logits), problem.batch
+    rows = torch.empty((4, *shape))
+    prediction = torch.empty(shape, dtype=torch.int64)
+    normaliser = torch.empty(shape, dtype=torch.float64)
+    rejected = _in_parts(
+        _native.statistics, problem, rows.data_ptr(), prediction.data_ptr(), normaliser.data_ptr()
+    )
+    if rejected:
+        raise _out_of_range(rejected, problem, None)
+    return rows, prediction, normaliser
+
+
+def _in_parts(call: Callable[..., str | None], problem: _Problem, *arguments: Any) -> str | None:
+    """The call, over parts of the batch side by side when there is work enough."""
+    batch, parts = problem.batch, _parts(problem)
+    if parts == 1:
+        return call(*problem.of(0, batch), *arguments)
+    ends = [batch * k // parts for k in range(parts + 1)]
+    calls = [
+        _pool(torch.get_num_threads()).submit(call, *problem.of(*span), *arguments)
+        for span in pairwise(ends)
+    ]
+    return next(filter(None, [part.result() for part in calls]), None)
+
+
+def _parts(problem: _Problem) -> int:
+    work = len(problem.logits) * problem.batch * problem.classes // _WORTH_A_THREAD
+    return max(1, min(torch.get_num_threads(), problem.batch, work)) if work > 1 else 1
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dyncim_core")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _out_of_range(name: str, problem: _Problem, memory: Memory | None) -> IndexError:
+    values = problem.target
+    expected = f"class indices in [0, {problem.classes}) or ignore_index={problem.ignore_index}"
+    if name == "index" and memory is not None:
+        values, expected = memory.rows, f"sample indices in [0, {len(memory.nll)})"
+    return IndexError(
+        f"{name}: expected {expected}, got values from {int(values.min())} to {int(values.max())}"
+    )

@@ -1,0 +1,315 @@
+"""Backends agree with each other, and a call takes the one it should."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dyncim_core
+from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
+from dyncim_core.kernels import eager
+from dyncim_core.kernels.interface import Criterion, Settings
+
+native_status = kernels.backends()["native"]
+needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
+FIELDS = ("loss", "nll", "entropy", "distance")
+
+
+@pytest.fixture
+def native() -> ModuleType:
+    if native_status != "available":
+        pytest.skip(native_status)
+    from dyncim_core.kernels import native
+
+    return native
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Float32 heads, with what cross-entropy may be told, and a mask."""
+    heads = draw(st.integers(1, 9))
+    batch = draw(st.sampled_from([1, 2, 7, 33]))
+    classes = draw(st.sampled_from([1, 2, 5, 15, 16, 17, 31, 100, 513, 1040]))
+    seed = draw(st.integers(0, 10**6))
+    scale = draw(st.sampled_from([0.1, 3.0, 60.0]))
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(heads, batch, classes, generator=generator)
+    if draw(st.booleans()) and classes > 1:  # a class that a mask has ruled out
+        logits[..., 0] = -math.inf
+    target = torch.randint(1 if classes > 1 else 0, classes, (batch,), generator=generator)
+    ignore_index = draw(st.sampled_from([-100, -1]))
+    target[torch.rand(batch, generator=generator) < 0.2] = ignore_index
+    weight = None
+    if draw(st.booleans()):
+        weight = torch.rand(classes, generator=generator) + 0.1
+    present = None
+    if draw(st.booleans()):
+        present = torch.rand(heads, batch, generator=generator) < 0.7
+        present[0] = True
+        logits[~present] = math.nan
+    smoothing = 0.0 if logits.isinf().any() else draw(st.sampled_from([0.0, 0.1]))
+    return {
+        "logits": list(logits.unbind()),
+        "present": present,
+        "criterion": Criterion(target, weight, ignore_index, smoothing),
+    }
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    scale = max(1.0, float(expected.double().nan_to_num().abs().max())) if expected.numel() else 1.0
+    assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@needs_native
+@given(problem=problems())
+def test_native_statistics_and_gradients_are_those_of_eager(problem: dict[str, Any]) -> None:
+    from dyncim_core.kernels import native
+
+    ours, theirs = native.statistics(**problem), eager.statistics(**problem)
+    close(ours.rows, theirs.rows)
+    present = problem["present"]
+    everywhere = torch.ones_like(ours.prediction, dtype=torch.bool)
+    seen = everywhere if present is None else present
+    # Where two classes tie within rounding, either is right.
+    chosen, best = (
+        torch.stack([x.gather(1, p.unsqueeze(1)).squeeze(1) for x, p in zip(*pair, strict=True)])
+        for pair in ((problem["logits"], s.prediction) for s in (ours, theirs))
+    )
+    assert torch.equal(chosen[seen], best[seen])
+
+    coefficient = torch.where(seen, torch.rand(seen.shape) + 0.5, 0.0)
+    args = problem["logits"], problem["criterion"], present is not None
+    for grad in (torch.tensor(2.0), torch.rand(seen.shape[1]), torch.rand(seen.shape)):
+        actual = native.gradients(grad, coefficient, ours.normaliser, *args)
+        expected = eager.gradients(grad, coefficient, None, *args)
+        for x, y in zip(actual, expected, strict=True):
+            close(x, y)
+
+
+@needs_native
+@given(
+    problem=problems(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    skip=st.booleans(),
+    noise=st.sampled_from([None, 0.4]),
+    corrupt=st.booleans(),
+)
+def test_native_curriculum_is_that_of_eager(
+    problem: dict[str, Any], reduction: Any, skip: bool, noise: float | None, corrupt: bool
+) -> None:
+    from dyncim_core.kernels import native
+
+    logits = problem["logits"]
+    batch, modalities = len(logits[0]), len(logits) - 1
+    if corrupt:
+        logits[0][0] = math.nan
+    settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction)
+
+    def run(backend: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+        state = CurriculumState(modalities or 1, num_samples=50)
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for scale in (1.0, 1.5, 0.7):  # or volatilities would be those of rounding
+            index = torch.randperm(50, generator=generator)[:batch]
+            joint = backend.curriculum(
+                **{**problem, "logits": [scale * x.to(dtype) for x in logits]},
+                buffers=state.averages(),
+                memory=state.memory(index),
+                settings=settings,
+            )
+            found += [joint.value, joint.coefficient]
+        return found, dict(state.named_buffers())
+
+    ours, mine = run(native, torch.float32)
+    theirs, others = run(eager, torch.float32)
+    truths, true = run(eager, torch.float64)
+    # Standardising amplifies rounding: nobody has to be nearer to the truth than eager is.
+    for actual, plain, truth in zip(ours, theirs, truths, strict=True):
+        no_further(actual, plain, truth)
+    for name in true:
+        no_further(mine[name], others[name], true[name])
+
+
+def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+    assert torch.equal(actual.isnan(), truth.isnan())
+    actual, plain, truth = (x.double().nan_to_num() for x in (actual, plain, truth))
+    scale = 1.0 + truth.abs()
+    allowed = 3.0 * ((plain - truth).abs() / scale).max() + 1e-4
+    assert ((actual - truth).abs() / scale).max() <= allowed
+
+
+@needs_native
+@pytest.mark.parametrize("classes", [1000, 50257])
+def test_gradients_are_exact_to_rounding(native: ModuleType, classes: int) -> None:
+    for scale in (1.0, 30.0):
+        logits = [scale * randn(3, classes, seed=s) for s in range(2)]
+        criterion = Criterion(torch.tensor([0, 5, classes - 1]))
+        found = native.statistics(logits, None, criterion)
+        one = torch.ones(2, 3)
+        grads = native.gradients(one, None, found.normaliser, logits, criterion, False)
+        double = eager.gradients(
+            one.double(), None, None, [x.double() for x in logits], criterion, False
+        )
+        for grad, truth in zip(grads, double, strict=True):
+            assert (grad - truth).norm() / truth.norm() < 1e-6
+
+
+@needs_native
+def test_work_is_shared_between_threads(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = [randn(50, 40, seed=s) for s in range(3)]
+    criterion = Criterion(torch.arange(50) % 40)
+    alone = native.statistics(logits, None, criterion)
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = native.statistics(logits, None, criterion)
+    assert torch.equal(alone.rows, together.rows)
+    grad = torch.ones(())
+    state = CurriculumState(2)
+    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean")
+    joint = native.curriculum(logits, None, criterion, state.averages(), None, settings)
+    grads = native.gradients(grad, joint.coefficient, joint.normaliser, logits, criterion, False)
+    expected = eager.gradients(grad, joint.coefficient, None, logits, criterion, False)
+    for x, y in zip(grads, expected, strict=True):
+        close(x, y)
+    with pytest.raises(IndexError, match=r"target: expected class indices in \[0, 40\).* to 99"):
+        native.statistics(logits, None, Criterion(torch.full((50,), 99)))
+
+
+@needs_native
+def test_strides_do_not_matter(native: ModuleType) -> None:
+    whole = randn(6, 40)
+    views = [whole[:, :10], whole[:, 10:20], whole.t()[:6, :].t()[:, :6], whole[::2]]
+    for view in views:
+        criterion = Criterion(torch.arange(len(view)) % view.shape[1])
+        ours = native.statistics([view], None, criterion)
+        assert torch.equal(ours.rows, native.statistics([view.contiguous()], None, criterion).rows)
+        (grad,) = native.gradients(torch.ones(()), None, ours.normaliser, [view], criterion, False)
+        (expected,) = eager.gradients(torch.ones(1, 1), None, None, [view], criterion, False)
+        close(grad, expected)
+
+
+@needs_native
+def test_a_rejected_call_leaves_the_state_alone(native: ModuleType) -> None:
+    state = CurriculumState(1, num_samples=5)
+    before = {name: x.clone() for name, x in state.named_buffers()}
+    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean")
+    logits = [randn(2, 3, seed=s) for s in range(2)]
+    good = torch.tensor([0, 1])
+    for target, index, name in ((good, good + 4, "index"), (good + 2, good, "target")):
+        with pytest.raises(IndexError, match=f"{name}: expected .* got values from"):
+            native.curriculum(
+                logits, None, Criterion(target), state.averages(), state.memory(index), settings
+            )
+    assert all(torch.equal(before[name], x) for name, x in state.named_buffers())
+
+
+def test_backends_are_told_apart_with_their_reasons() -> None:
+    status = dyncim_core.backends()
+    assert list(status) == ["eager", "native", "triton"]
+    assert status["eager"] == "available"
+    if not torch.cuda.is_available():
+        assert "GPU" in status["triton"]
+
+
+LOGITS, TARGET = [torch.zeros(2, 3)], torch.tensor([0, 1])
+
+
+@needs_native
+def test_a_call_takes_the_kernels_that_fit_its_tensors(native: ModuleType) -> None:
+    assert kernels.select(None, LOGITS, TARGET) is native
+    assert kernels.select("eager", LOGITS, TARGET) is eager
+    for logits, target in (
+        ([LOGITS[0].double()], TARGET),
+        ([LOGITS[0].bfloat16()], TARGET),
+        (LOGITS, torch.zeros(2, 3)),
+        (LOGITS * 10, TARGET),
+        ([LOGITS[0].to("meta")], TARGET),
+    ):
+        assert kernels.select(None, logits, target) is eager
+    with FakeTensorMode():
+        assert kernels.select(None, [torch.zeros(2, 3)], TARGET) is eager
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (([LOGITS[0].double()], TARGET), "logits of torch.float64"),
+        ((LOGITS, torch.zeros(2, 3)), "class probabilities"),
+        ((LOGITS * 10, TARGET), "more than 9 heads"),
+        (([LOGITS[0].to("meta")], TARGET), "device meta"),
+    ],
+)
+@needs_native
+def test_a_backend_asked_for_must_fit(tensors: Any, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=f"'native' does not take {reason}"):
+        kernels.select("native", *tensors)
+
+
+def test_an_unknown_or_unavailable_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of .*got 'cuda'"):
+        DynCIMLoss(nn.CrossEntropyLoss(), backend="cuda")
+    monkeypatch.setenv("DYNCIM_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"DYNCIM_BACKEND: expected one of .*got 'fast'"):
+        head_statistics(LOGITS, TARGET)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DYNCIM_BACKEND", "triton")
+        with pytest.raises(RuntimeError, match=r"DYNCIM_BACKEND: 'triton' is not available: .*GPU"):
+            DynCIMLoss(nn.CrossEntropyLoss())
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNCIM_BACKEND", "eager")
+    assert DynCIMLoss(nn.CrossEntropyLoss()).backend == "eager"
+    assert DynCIMLoss(nn.CrossEntropyLoss(), backend="eager").backend == "eager"
+
+
+def test_without_the_extension_everything_runs() -> None:
+    """As on a machine without a compiler."""
+    code = (
+        "import sys, torch; sys.modules['dyncim_core.kernels._native'] = None\n"
+        "import dyncim_core\n"
+        "assert dyncim_core.backends()['native'] != 'available'\n"
+        "loss = dyncim_core.DynCIMLoss(torch.nn.CrossEntropyLoss(), modalities=1)\n"
+        "x = torch.zeros(2, 3, requires_grad=True)\n"
+        "loss(x, torch.tensor([0, 1]), unimodal=[x]).backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+def test_threads_are_made_anew_after_a_fork() -> None:
+    code = (
+        "import os, torch\n"
+        "from dyncim_core.kernels import native\n"
+        "from dyncim_core.kernels.interface import Criterion\n"
+        "native._WORTH_A_THREAD = 1\n"
+        "torch.set_num_threads(2)\n"
+        "run = lambda: native.statistics([torch.zeros(8, 4)], None, "
+        "Criterion(torch.zeros(8, dtype=torch.int64)))\n"
+        "run()\n"
+        "pid = os.fork()\n"
+        "run()\n"
+        "if pid == 0: os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
