@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import Config
 from .methods import METHODS
-from .results import cells, gather
+from .results import Cell, cells, gather
 from .statistics import estimate
 from .store import Row
 
@@ -18,8 +18,8 @@ from .store import Row
 def choose(tuning: Sequence[Config], rows: dict[str, Row], path: Path) -> list[dict[str, str]]:
     """Write, for every value of every grid, its mean score over the tuning cells.
 
-    The value with the largest is chosen; the cells are every task and condition, those
-    of testing included, each the mean over its seeds.
+    The value with the largest is chosen. Every task counts alike, and in it every
+    condition of training, and those of testing together as one more.
     """
     table = []
     for method, entry in METHODS.items():
@@ -27,8 +27,7 @@ def choose(tuning: Sequence[Config], rows: dict[str, Row], path: Path) -> list[d
         for value in entry.grid:
             wanted = [c for c in tuning if (c.method, c.setting) == (method, value)]
             if wanted and all(config.key in rows for config in wanted):
-                found = cells(gather(wanted, rows))
-                scores[value] = float(np.mean([estimate(c.scores[method]).mean for c in found]))
+                scores[value] = _mean_score(cells(gather(wanted, rows)), method)
         if len(scores) == len(entry.grid) > 0:
             best = max(scores, key=lambda value: scores[value])
             table += [
@@ -48,3 +47,11 @@ def choose(tuning: Sequence[Config], rows: dict[str, Row], path: Path) -> list[d
         writer.writeheader()
         writer.writerows(table)
     return table
+
+
+def _mean_score(found: Sequence[Cell], method: str) -> float:
+    parts: dict[tuple[str, str], list[float]] = {}
+    for cell in found:
+        part = "testing" if cell.tested else cell.condition
+        parts.setdefault((cell.data, part), []).append(estimate(cell.scores[method]).mean)
+    return float(np.mean([np.mean(values) for values in parts.values()]))

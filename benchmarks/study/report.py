@@ -160,19 +160,24 @@ def _probes(found: Found) -> str:
 
 
 def _convergence(found: Found) -> str:
-    runs = found.get(("starving", "clean"), {})
-    if "uniform" not in runs:
-        return ""
+    """Where not all seeds get there, how many do; the mean is over those."""
+    tasks = {
+        data: runs
+        for (data, condition), runs in found.items()
+        if condition == "clean" and "uniform" in runs and measure(runs, "ece")
+    }
+    methods = list(dict.fromkeys(m for runs in tasks.values() for m in runs if "/" not in m))
     lines = []
-    for method in (m for m in runs if "/" not in m):
-        epochs = epochs_to_baseline(runs, method)
-        reached = {seed: value for seed, value in epochs.items() if np.isfinite(value)}
-        mean = number(estimate(reached)) if reached else ""
-        lines.append((method, mean, f"{len(reached)} of {len(epochs)}"))
-    return table(
-        ("starving, clean", "epochs to 95% of the final score of uniform", "seeds that reach it"),
-        lines,
-    )
+    for method in methods:
+        cells_ = []
+        for runs in tasks.values():
+            epochs = epochs_to_baseline(runs, method) if method in runs else {}
+            reached = {seed: value for seed, value in epochs.items() if np.isfinite(value)}
+            text = number(estimate(reached)) if reached else ""
+            few = len(reached) < len(epochs)
+            cells_.append(f"{text} ({len(reached)} of {len(epochs)} seeds)" if few else text)
+        lines.append([method, *cells_])
+    return table(("epochs to 95% of the final accuracy of uniform, clean", *tasks), lines)
 
 
 def _calibration(found: Found) -> str:

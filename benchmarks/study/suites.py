@@ -17,7 +17,7 @@ TUNING_DATA = ("uci:kar+fou", "uci:fou+zer+mor")
 TUNING_CONDITIONS = ("clean", "symmetric-40")
 TUNING_SEEDS = range(100, 103)
 PAIR, TRIPLE, ALL = "uci:fou+mor", "uci:fac+zer+mor", "uci:fou+fac+kar+pix+zer+mor"
-OTHERS = ("uci:pix+zer", "uci:kar+fou+mor")
+OTHERS = ("uci:pix+zer", "uci:fac+fou+zer")
 
 PEERS = tuple(peers())
 ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
