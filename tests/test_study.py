@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -581,6 +582,18 @@ class TestCommands:
         assert chosen["gce"] == 0.9
         assert chosen["uniform"] == 1.0  # not tuned here: the middle of its grid
         assert chosen["dyncim"] is None
+
+    def test_a_missing_package_names_the_extra(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        assert main([*self.arguments, "--out", str(tmp_path)]) == 1
+        assert 'tqdm halted; None in sys.modules; pip install -e ".[study]"' in (
+            capsys.readouterr().err
+        )
 
     def test_choose_without_runs_says_so(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

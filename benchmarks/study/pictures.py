@@ -12,15 +12,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .bars import OURS, lead
+from .bars import NOISY, OURS, lead
 from .results import Cell, Runs, curve
 
+TESTED = ("noise-2", "swap-100", "absent-100")  # of the severities, for want of room
+COLUMNS = 4
 LINES = ("single", "late", "joint", "uniform", "ogm_ge", "mmpareto", OURS)
 
 
 def draw_leads(cells: list[Cell], path: Path) -> bool:
-    """Difference of DynCIM to the best other method of every cell, with its interval."""
-    found = [(cell, *pair) for cell in cells if (pair := lead(cell))]
+    """Difference of DynCIM to the best other method of each cell, with its interval."""
+    shown = [cell for cell in cells if not cell.tested or cell.condition in TESTED]
+    found = [(cell, *pair) for cell in shown if (pair := lead(cell))]
     if not found:
         return False
     figure, axes = plt.subplots(figsize=(7, 1 + 0.17 * len(found)), layout="constrained")
@@ -31,7 +34,7 @@ def draw_leads(cells: list[Cell], path: Path) -> bool:
     titles = [f"{cell.data}, {cell.title} (best other: {other})" for cell, other, _ in found]
     axes.set_yticks(range(len(found)), titles[::-1], fontsize=6)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("DynCIM minus the best other method, points (paired, 95%)")
+    figure.supxlabel("DynCIM minus the best other method, points (paired by seed, 95%)", fontsize=8)
     return _save(figure, path)
 
 
@@ -55,23 +58,33 @@ def draw_label_noise(found: dict[tuple[str, str], Runs], path: Path) -> bool:
     chosen = {
         key: runs[OURS]
         for key, runs in found.items()
-        if OURS in runs and all(row["label_noise"] for row in runs[OURS].values())
+        if OURS in runs
+        and key[1] in ("clean", *NOISY)
+        and all(row["label_noise"] for row in runs[OURS].values())
     }
     if not chosen:
         return False
     titles = list(dict.fromkeys(data for data, _ in chosen))
+    rows = -(-len(titles) // COLUMNS)
     figure, grid = plt.subplots(
-        1, len(titles), figsize=(2.6 * len(titles), 3), sharey=True, layout="constrained"
+        *(rows, min(COLUMNS, len(titles))),
+        figsize=(9, 0.5 + 2.1 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, title in zip(np.atleast_1d(grid), titles, strict=True):
+    for axes in grid.flat[len(titles) :]:
+        axes.set_axis_off()
+    for axes, title in zip(grid.flat, titles, strict=False):
         for (data, condition), runs in chosen.items():
             if data == title:
                 mean = np.mean([curve(row, "label_noise") for row in runs.values()], axis=0)
                 axes.plot(np.linspace(0, 1, len(mean)), mean, label=condition)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("share of training")
+        axes.set_title(title, fontsize=7)
         axes.legend(fontsize=6)
-    np.atleast_1d(grid)[0].set_ylabel("label noise seen")
+    figure.supxlabel("share of training", fontsize=8)
+    figure.supylabel("label noise seen", fontsize=8)
     return _save(figure, path)
 
 

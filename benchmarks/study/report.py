@@ -21,10 +21,8 @@ def write(configs: Sequence[Config], rows: dict[str, Row], folder: Path, name: s
     found = gather(configs, rows)
     if not found:
         raise ValueError("report: expected finished runs of these suites, found none")
-    try:
-        from . import pictures
-    except ImportError as error:
-        raise ImportError("the report draws with matplotlib: install the extra study") from error
+    from . import pictures  # the extra "study"
+
     everything = cells(found)
     drawn = []
     if pictures.draw_leads(everything, folder / f"{name}-leads.png"):
@@ -40,7 +38,7 @@ def write(configs: Sequence[Config], rows: dict[str, Row], folder: Path, name: s
         _section("Mean rank", _ranks(everything)),
         *(_section(f"Scores: {data}", text) for data, text in _scores(everything)),
         _section("Ablation", _ablation(everything)),
-        _section("Starving: probes of the encoders", _probes(found)),
+        _section("Probes of the encoders", _probes(found)),
         _section("Convergence", _convergence(found)),
         _section("Calibration", _calibration(found)),
         _section("Label audit", _audit(found)),
@@ -129,15 +127,17 @@ def _ablation(everything: list[Cell]) -> str:
     """Each variant minus the whole."""
     chosen = [c for c in everything if OURS in c.scores and any("/" in m for m in c.scores)]
     methods = list(dict.fromkeys(m for c in chosen for m in c.scores if "/" in m))
+    means: dict[str, list[float]] = {name: [] for name in methods}
     lines = []
     for cell in chosen:
-        whole = cell.scores[OURS]
-        cells_ = [
-            number(difference(cell.scores[m], whole), sign=True) if m in cell.scores else ""
-            for m in methods
-        ]
-        seeds = {seed: whole[seed] for seed in whole if seed in cell.scores[methods[0]]}
-        lines.append([cell.data, cell.title, number(estimate(seeds)), *cells_])
+        whole, texts = cell.scores[OURS], []
+        for name in methods:
+            gap = difference(cell.scores[name], whole) if name in cell.scores else None
+            texts.append("" if gap is None else number(gap, sign=True))
+            means[name] += [] if gap is None else [gap.mean]
+        lines.append([cell.data, cell.title, number(estimate(whole)), *texts])
+    if lines:
+        lines.append(["mean", "", "", *(f"{np.mean(means[name]):+.2f}" for name in methods)])
     short = [name.partition("/")[2] for name in methods]
     return table(("data", "condition", "whole", *short), lines)
 

@@ -49,9 +49,10 @@ def gather(configs: Iterable[Config], rows: dict[str, Row]) -> dict[tuple[str, s
 
 
 def cells(found: dict[tuple[str, str], Runs]) -> list[Cell]:
-    """Cells of training, each task's clean one followed by those of testing."""
+    """Cells task by task, each task's clean one followed by those of testing."""
     result = []
-    for (data, condition), runs in found.items():
+    tasks = list(dict.fromkeys(data for data, _ in found))
+    for (data, condition), runs in sorted(found.items(), key=lambda item: tasks.index(item[0][0])):
         result.append(Cell(data, condition, False, measure(runs, "score")))
         if condition == "clean":
             result += [Cell(data, name, True, measure(runs, name)) for name in TEST_CONDITIONS]
