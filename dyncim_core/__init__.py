@@ -6,7 +6,7 @@ remembers. The quantities that they compute are pure functions, public here;
 """
 
 from dyncim_core.fusion import FusionOutput, GatedFusion
-from dyncim_core.gates import disagreement, gate_logits, reliability_gates
+from dyncim_core.gates import disagreement, reliability_gates
 from dyncim_core.heads import HeadStatistics, head_statistics
 from dyncim_core.kernels import backends
 from dyncim_core.loss import DynCIMLoss
@@ -49,7 +49,6 @@ __all__ = [
     "contradiction",
     "difficulty",
     "disagreement",
-    "gate_logits",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dyncim_core import _checks
-from dyncim_core.gates import disagreement, gate_logits, reliability_gates
-from dyncim_core.modality import augmentation_rates
+from dyncim_core.kernels import check_backend, select
+from dyncim_core.kernels.interface import Gate
 from dyncim_core.state import CurriculumState
 
 __all__ = ["FusionOutput", "GatedFusion"]
-
-_QUALITY_FLOOR = 0.1  # a modality that has learnt nothing yet still gets a say
 
 
 class FusionOutput(NamedTuple):
@@ -38,29 +36,32 @@ class FusionOutput(NamedTuple):
 class GatedFusion(nn.Module):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
-    The gate of a modality falls with the entropy of its own prediction and with its
-    disagreement with the others, so that it works without labels. Features are scaled
+    The gate of a modality falls with how much the others, as far as they are sure,
+    contradict its own prediction, so that it works without labels. Features are scaled
     by their gate over the largest gate of the sample, so that equal gates give plain
-    concatenation. In training, some modalities of some samples are swapped with
-    another sample's or dropped, to teach gate and head what an unreliable one looks
-    like: at most one modality of a sample, and the more quality it has, the less often.
-    The paper (arXiv 2503.06456) names
-    a gating-based dynamic fusion; this one is a definition chosen here.
+    concatenation. In training, some modalities of some samples are dropped or swapped
+    with another sample's: at most one modality of a sample, and the more quality it has,
+    the less often. The paper (arXiv 2503.06456) names a gating-based dynamic fusion; this
+    one is a definition chosen here.
 
-    It has ``M + 2`` parameters. Predictions enter the gate detached: the encoders are
-    not trained to look reliable.
+    It has no parameters, and predictions enter the gate detached: the encoders are not
+    trained to look reliable.
 
     Args:
         features: Width of each modality's features, by name or by position.
-        state: The ``CurriculumState`` whose qualities set the prior of each gate and
-            the rates of swap and dropout; the last ones seen in training are kept in
-            ``quality`` for inference. All alike when ``None``.
+        state: The ``CurriculumState`` whose qualities weigh the modalities in their
+            consensus and set the rates of swap and dropout; the last ones seen in training
+            are kept in ``quality`` for inference. All alike when ``None``.
+        disagreement_slope: How sharply a gate falls with disagreement, >= 0; 0 for plain
+            concatenation.
         threshold: Share under which a gate is cut as redundant, in [0, 1 / M).
         swap: Share of the samples of a training batch, in [0, 1], that take one modality,
             picked at random, from another sample; less as far as the picked one has
             more quality than the weakest. Worth 0.1 where inputs do get mixed up, at
             some cost on clean ones.
         dropout: Share that misses one modality, likewise; ``swap + dropout <= 1``.
+        backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
+            the tensors when ``None``.
 
     Attributes:
         out_features: Width of ``fused``.
@@ -70,28 +71,32 @@ class GatedFusion(nn.Module):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: A value is out of range, or the state was made for other modalities.
+        RuntimeError: The backend asked for is not available.
 
     Example:
         >>> fusion = GatedFusion({"audio": 3, "image": 2}).eval()
         >>> features = {"audio": torch.ones(4, 3), "image": torch.ones(4, 2)}
         >>> fusion(features).fused.shape
         torch.Size([4, 5])
-        >>> sure, unsure = torch.tensor([[9.0, 0.0]] * 4), torch.zeros(4, 2)
+        >>> sure, unsure = torch.tensor([[9.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
         >>> gates = fusion(features, unimodal={"audio": sure, "image": unsure}).gates
         >>> [round(gate, 2) for gate in gates[0].tolist()]
-        [0.73, 0.27]
+        [0.55, 0.45]
     """
 
     quality: Tensor
+    modality_of_column: Tensor
 
     def __init__(
         self,
         features: Mapping[str, int] | Sequence[int],
         *,
         state: CurriculumState | None = None,
+        disagreement_slope: float = 1.5,
         threshold: float = 0.05,
         swap: float = 0.0,
         dropout: float = 0.05,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         widths = _checks.as_list("features", features, None)
@@ -102,21 +107,24 @@ class GatedFusion(nn.Module):
             _checks.check_count(f"width of {name}", width)
         self.widths = tuple(widths)
         self.out_features = sum(widths)
+        slope, infinity = disagreement_slope, float("inf")
+        _checks.check_range("disagreement_slope", slope, 0.0, infinity, high_excluded=True)
         _checks.check_range("threshold", threshold, 0.0, 1.0 / len(widths), high_excluded=True)
         _checks.check_range("swap", swap, 0.0, 1.0)
         _checks.check_range("dropout", dropout, 0.0, 1.0)
         _checks.check_range("swap + dropout", swap + dropout, 0.0, 1.0)
+        self.disagreement_slope = disagreement_slope
         self.threshold = threshold
         self.swap = swap
         self.dropout = dropout
+        self.backend = check_backend(backend)
         if state is not None:
             state.settle_modalities(self.modalities)
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
-        self.bias = nn.Parameter(torch.zeros(len(widths)))
-        self.entropy_slope = nn.Parameter(torch.tensor(1.0))
-        self.disagreement_slope = nn.Parameter(torch.tensor(1.5))
         self.register_buffer("quality", torch.zeros(len(widths)))
+        columns = [m for m, width in enumerate(widths) for _ in range(width)]
+        self.register_buffer("modality_of_column", torch.tensor(columns), persistent=False)
 
     @override
     def forward(
@@ -151,77 +159,40 @@ class GatedFusion(nn.Module):
             _checks.check_unimodal(logits, self.modalities, batch, device)
         _checks.check_present(present, (batch, len(streams)), device)
         available = None if present is None else present.t()
-
+        chance = None
         if self.training:
             self._recall_quality()
             if self.swap or self.dropout:
-                source, available = self._disturb(available, batch)
-                streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
-                if logits is not None:
-                    logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
-        gates = self._gates(logits, available, batch)
-        # The most reliable modality passes whole: equal gates give plain concatenation.
-        largest = gates.amax(dim=0)
-        scale = gates / torch.where(largest > 0, largest, 1.0)
-        scaled = []
-        for m, stream in enumerate(streams):
-            per_row = (batch,) + (1,) * (stream.dim() - 1)
-            if available is not None:
-                stream = torch.where(available[m].view(per_row), stream, 0.0)
-            scaled.append(stream * scale[m].to(stream.dtype).view(per_row))
-        consensus = None
-        if logits is not None:
-            parts = torch.stack(logits).float()
-            if available is not None:
-                parts = torch.where(available.unsqueeze(-1), parts, 0.0)
-            consensus = (gates.unsqueeze(-1) * parts).sum(dim=0)
-        return FusionOutput(torch.cat(scaled, dim=-1), gates.t(), consensus)
+                chance = torch.rand((3, batch), device=device)
 
-    def _gates(
-        self, logits: Sequence[Tensor] | None, available: Tensor | None, batch: int
-    ) -> Tensor:
-        shape = (len(self.widths), batch)
-        quality = self.quality.float()
-        if logits is None:
-            uncertainty = conflict = torch.zeros(shape, device=self.bias.device)
-            num_classes = 1
-        else:
-            probs = torch.stack([x.detach().float() for x in logits]).softmax(dim=-1)
-            if available is not None:
-                probs = torch.where(available.unsqueeze(-1), probs, 0.0)
-            uncertainty = torch.special.entr(probs).sum(dim=-1)
-            conflict = disagreement(probs, quality, available)
-            num_classes = probs.shape[-1]
-        reliability = gate_logits(
-            uncertainty,
-            conflict,
-            num_classes,
-            bias=self.bias.float(),
-            entropy_slope=self.entropy_slope.float(),
-            disagreement_slope=self.disagreement_slope.float(),
-            prior=quality.clamp_min(_QUALITY_FLOOR).log(),
+        # Without logits all agree.
+        evidence = [x.new_zeros(batch, 1) for x in streams] if logits is None else logits
+        gates, scale, available, source = select(self.backend, evidence).gate(
+            evidence,
+            self.quality.float(),
+            available,
+            chance,
+            Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        return reliability_gates(reliability, available, self.threshold)
+        if source is not None:
+            streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
+        fused = torch.cat(list(streams), dim=-1)
+        if present is not None and available is not None:
+            fused = fused.masked_fill(self._over_columns(~available, fused), 0.0)
+        fused = fused * self._over_columns(scale.to(fused.dtype), fused)
+        if logits is None:
+            return FusionOutput(fused, gates.t(), None)
+        parts = torch.stack(list(logits)).float()
+        if source is not None:
+            parts = torch.stack([x[rows] for x, rows in zip(parts, source, strict=True)])
+        if present is not None and available is not None:
+            parts = parts.masked_fill(~available.unsqueeze(-1), 0.0)
+        return FusionOutput(fused, gates.t(), (gates.unsqueeze(-1) * parts).sum(dim=0))
 
-    @torch.no_grad()
-    def _disturb(self, available: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Row that each modality of each sample is taken from, and what remains present.
-
-        At most one modality of a sample is disturbed, and never its only one.
-        """
-        modalities, device = len(self.widths), self.quality.device
-        if available is None:
-            available = torch.ones((modalities, batch), dtype=torch.bool, device=device)
-        rates = augmentation_rates(self.quality.float()).unsqueeze(1)
-        pick, event, step = torch.rand((3, batch), device=device)
-
-        position = torch.arange(modalities, device=device).unsqueeze(1)
-        chosen = (position == (pick * modalities).long()) & (available.sum(dim=0) > 1)
-        own = torch.arange(batch, device=device)
-        other = (own + 1 + (step * (batch - 1)).long()) % max(batch, 1)
-        swapped = chosen & (event < self.swap * rates) & available & available[:, other]
-        dropped = chosen & (event >= 1.0 - self.dropout * rates)
-        return torch.where(swapped, other, own), available & ~dropped
+    def _over_columns(self, values: Tensor, fused: Tensor) -> Tensor:
+        """``[M, B]`` spread over the columns of the fused features."""
+        wide = values.t().index_select(1, self.modality_of_column)
+        return wide if fused.dim() == 2 else wide.unsqueeze(1)
 
     @torch.no_grad()
     def _recall_quality(self) -> None:
@@ -235,4 +206,7 @@ class GatedFusion(nn.Module):
         sizes = ", ".join(
             f"{name}: {width}" for name, width in zip(self.modalities, self.widths, strict=True)
         )
-        return f"{{{sizes}}}, threshold={self.threshold}, swap={self.swap}, dropout={self.dropout}"
+        return (
+            f"{{{sizes}}}, disagreement_slope={self.disagreement_slope}, "
+            f"threshold={self.threshold}, swap={self.swap}, dropout={self.dropout}"
+        )

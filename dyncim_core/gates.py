@@ -12,9 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncim_core._units import per_log_classes
-
-__all__ = ["disagreement", "gate_logits", "reliability_gates"]
+__all__ = ["disagreement", "reliability_gates"]
 
 _QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
 
@@ -22,11 +20,13 @@ _QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt
 def disagreement(
     probs: Tensor, quality: Tensor | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Squared distance of each modality's prediction from the consensus of the others.
+    """How much the others, as far as they are sure of something, contradict each modality.
 
     The consensus of modality m is the mean prediction of the other present modalities,
-    each weighted by its quality. Half the squared Euclidean distance, so that the small
-    differences between reliable modalities count for little. Definition chosen here.
+    each weighted by its quality. Half the squared Euclidean distance from it, so that the
+    small differences between reliable modalities count for little, times the probability
+    of its likeliest class: a consensus that is unsure contradicts nobody. Definition
+    chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
@@ -39,7 +39,7 @@ def disagreement(
     Example:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
         >>> disagreement(probs).squeeze(1)
-        tensor([0.2500, 0.2500, 1.0000])
+        tensor([0.1250, 0.1250, 1.0000])
     """
     if present is None:
         present = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device)
@@ -53,48 +53,7 @@ def disagreement(
     weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
     consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
     squared = (probs - consensus).square().sum(dim=-1) / 2.0
-    return torch.where(comparable, squared.clamp_max(1.0), 0.0)
-
-
-def gate_logits(
-    entropy: Tensor,
-    disagreement: Tensor,
-    num_classes: int,
-    *,
-    bias: Tensor,
-    entropy_slope: Tensor,
-    disagreement_slope: Tensor,
-    prior: Tensor,
-) -> Tensor:
-    """Reliability of each modality for each sample, before the softmax.
-
-    ``b_m - a_H * H / log C - a_D * D + prior_m``. Definition chosen here.
-
-    Args:
-        entropy: Of each modality's prediction, ``[M, B]``, in nats.
-        disagreement: Of each modality with the others, ``[M, B]`` in [0, 1].
-        num_classes: Number of classes C.
-        bias: ``[M]``.
-        entropy_slope: Scalar.
-        disagreement_slope: Scalar.
-        prior: ``[M]``, from the modalities' qualities.
-
-    Returns:
-        ``[M, B]``.
-
-    Example:
-        >>> zero, one = torch.zeros(2), torch.tensor(1.0)
-        >>> uncertain = torch.tensor([[0.0], [0.34657]])
-        >>> gate_logits(uncertain, torch.zeros(2, 1), 2, bias=zero, entropy_slope=one,
-        ...             disagreement_slope=one, prior=zero).squeeze(1)
-        tensor([ 0.0000, -0.5000])
-    """
-    uncertainty = entropy * per_log_classes(num_classes)
-    return (
-        (bias + prior).unsqueeze(1)
-        - entropy_slope * uncertainty
-        - disagreement_slope * disagreement
-    )
+    return torch.where(comparable, (squared * consensus.amax(dim=-1)).clamp_max(1.0), 0.0)
 
 
 def reliability_gates(

@@ -28,7 +28,6 @@ __all__ = [
     "contradiction",
     "difficulty",
     "disagreement",
-    "gate_logits",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",
@@ -568,10 +567,10 @@ def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
 def disagreement(
     probs: ArrayLike, quality: ArrayLike | None = None, present: ArrayLike | None = None
 ) -> Array:
-    """Squared distance of each modality's prediction from the consensus of the others.
+    """How much the others, as far as they are sure of something, contradict each modality.
 
-    ``||p_m - c_m||_2^2 / 2`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over the present
-    ``k != m``. Definition chosen here.
+    ``max_c c_m[c] * ||p_m - c_m||_2^2 / 2`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over
+    the present ``k != m``. Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
@@ -583,7 +582,7 @@ def disagreement(
 
     Example:
         >>> disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]]).round(4).tolist()
-        [[0.25], [0.25], [1.0]]
+        [[0.125], [0.125], [1.0]]
     """
     p = np.asarray(probs, dtype=np.float64)
     modalities, batch, _ = p.shape
@@ -599,49 +598,8 @@ def disagreement(
         total = np.where(comparable, weight[others].sum(axis=0), 1.0)
         consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
         squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0
-        result[m] = np.where(comparable, squared, 0.0)
+        result[m] = np.where(comparable, squared * consensus.max(axis=1), 0.0)
     return result
-
-
-def gate_logits(
-    entropy: ArrayLike,
-    disagreement: ArrayLike,
-    num_classes: int,
-    *,
-    bias: ArrayLike,
-    entropy_slope: ArrayLike,
-    disagreement_slope: ArrayLike,
-    prior: ArrayLike,
-) -> Array:
-    """Reliability of each modality, ``b_m - a_H * H / log C - a_D * D + prior_m``.
-
-    Definition chosen here; the paper names a gating-based fusion.
-
-    Args:
-        entropy: ``[M, B]`` in nats.
-        disagreement: D, ``[M, B]`` in [0, 1].
-        num_classes: C; the entropy term is 0 when C = 1.
-        bias: b, ``[M]``.
-        entropy_slope: a_H, scalar.
-        disagreement_slope: a_D, scalar.
-        prior: ``[M]``.
-
-    Returns:
-        ``[M, B]``; decreasing in entropy and disagreement while the slopes are positive.
-
-    Example:
-        >>> gate_logits([[np.log(2.0)]], [[0.5]], 4, bias=[1.0], entropy_slope=2.0,
-        ...             disagreement_slope=1.0, prior=[0.25]).tolist()
-        [[-0.25]]
-    """
-    offset = np.asarray(bias, dtype=np.float64) + np.asarray(prior, dtype=np.float64)
-    uncertainty = _in_log_classes(entropy, num_classes)
-    d = np.asarray(disagreement, dtype=np.float64)
-    return np.asarray(
-        offset[:, None]
-        - np.asarray(entropy_slope) * uncertainty
-        - np.asarray(disagreement_slope) * d
-    )
 
 
 def reliability_gates(

@@ -27,7 +27,7 @@ from strategies import (
 from torch import Tensor
 
 from dyncim_core import reference as ref
-from dyncim_core.gates import disagreement, gate_logits, reliability_gates
+from dyncim_core.gates import disagreement, reliability_gates
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -60,41 +60,6 @@ def measured(case: Panel, dtype: torch.dtype = torch.float64) -> Tensor:
     return disagreement(*(to_torch(x, dtype) for x in case))
 
 
-class Evidence(NamedTuple):
-    """The arguments of ``gate_logits``."""
-
-    entropy: Array
-    disagreement: Array
-    num_classes: int
-    options: dict[str, Any]
-
-
-@st.composite
-def evidence(draw: st.DrawFn) -> Evidence:
-    modalities, batch = draw(st.integers(1, 8)), draw(batch_sizes)
-    classes = draw(class_counts)
-    return Evidence(
-        draw(arrays((modalities, batch), reals(0, 1))) * math.log(classes),
-        draw(arrays((modalities, batch), reals(0, 1))),
-        classes,
-        {
-            "bias": draw(arrays(modalities, reals(-4, 4))),
-            "entropy_slope": draw(reals(-4, 4)),
-            "disagreement_slope": draw(reals(-4, 4)),
-            "prior": draw(arrays(modalities, reals(-4, 4))),
-        },
-    )
-
-
-def fused_logits(case: Evidence, dtype: torch.dtype = torch.float64, **changed: Any) -> Tensor:
-    options = {
-        name: torch.as_tensor(value, dtype=dtype)
-        for name, value in {**case.options, **changed}.items()
-    }
-    entropy, apart = to_torch(case.entropy, dtype), to_torch(case.disagreement, dtype)
-    return gate_logits(entropy, apart, case.num_classes, **options)
-
-
 def thresholds(modalities: int) -> st.SearchStrategy[float]:
     """In [0, 1 / M), clear of the upper end, where rounding decides."""
     return st.just(0.0) | reals(0, 1).map(lambda share: 0.99 * share / modalities)
@@ -120,18 +85,6 @@ def test_disagreement_agrees_with_the_reference(dtype: torch.dtype, case: Panel)
     assert actual.dtype == dtype
     tolerance = TOLERANCES[dtype]
     assert_allclose(upcast(actual), expected, rtol=tolerance, atol=tolerance)
-
-
-@all_dtypes
-@given(evidence())
-def test_gate_logits_agree_with_the_reference(dtype: torch.dtype, case: Evidence) -> None:
-    held = {name: upcast(torch.as_tensor(x, dtype=dtype)) for name, x in case.options.items()}
-    entropy, apart = (upcast(to_torch(x, dtype)) for x in case[:2])
-    expected = ref.gate_logits(entropy, apart, case.num_classes, **held)
-    actual = fused_logits(case, dtype)
-    assert actual.dtype == dtype
-    # Up to 16 in size before it cancels.
-    assert_allclose(upcast(actual), expected, rtol=0, atol=16 * TOLERANCES[dtype])
 
 
 @all_dtypes
@@ -217,19 +170,26 @@ def test_no_quality_is_any_uniform_quality(case: Panel, level: float) -> None:
 
 
 @given(st.integers(2, 6).flatmap(lambda c: probabilities(2, 3, c)), arrays(2, reals(0, 1)))
-def test_two_modalities_disagree_alike_at_any_quality(probs: Array, quality: Array) -> None:
-    expected = np.square(probs[0] - probs[1]).sum(axis=-1) / 2
-    for apart in measured(Panel(probs, quality, None)):
-        assert_allclose(apart, expected, rtol=1e-9, atol=1e-12)
+def test_two_modalities_hear_each_other_at_any_quality(probs: Array, quality: Array) -> None:
+    squared = np.square(probs[0] - probs[1]).sum(axis=-1) / 2
+    for apart, other in zip(measured(Panel(probs, quality, None)), probs[::-1], strict=True):
+        assert_allclose(apart, squared * other.max(axis=-1), rtol=1e-9, atol=1e-12)
 
 
 def test_the_better_modality_carries_the_consensus() -> None:
     """What the first and third hear from the others changes with quality, alone it would not."""
     probs = np.array([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
     apart = measured(Panel(probs, np.array([1.0, 3.0, 1.0]), None))
-    assert_allclose(apart[:, 0], [0.0625, 0.25, 1.0], rtol=1e-12)
+    assert_allclose(apart[:, 0], [0.0625 * 0.75, 0.25 * 0.5, 1.0], rtol=1e-12)
     alike = measured(Panel(probs, None, None))
-    assert_allclose(alike[:, 0], [0.25, 0.25, 1.0], rtol=1e-12)
+    assert_allclose(alike[:, 0], [0.25 * 0.5, 0.25 * 0.5, 1.0], rtol=1e-12)
+
+
+def test_others_that_are_unsure_contradict_nobody_much() -> None:
+    certain, unsure = np.array([[1.0, 0.0, 0.0, 0.0]]), np.full((1, 4), 0.25)
+    towards_unsure = measured(Panel(np.stack([certain, unsure]), None, None))[0]
+    towards_certain = measured(Panel(np.stack([unsure, certain]), None, None))[0]
+    assert_allclose(towards_certain, 4 * towards_unsure, rtol=1e-12)
 
 
 @all_dtypes
@@ -241,40 +201,6 @@ def test_one_good_modality_does_not_drown_the_consensus_of_the_rest(dtype: torch
     probs = np.array([[[0.5, 0.5]], [[1.0, 0.0]], [[1.0, 0.0]]])
     apart = measured(Panel(probs, np.array([1.0, 0.0, 0.0]), None), dtype)
     assert_allclose(upcast(apart)[0, 0], 0.25, rtol=TOLERANCES[dtype])
-
-
-# Gate logits.
-
-
-@given(evidence(), reals(0.125, 4))
-def test_uncertain_and_disagreeing_modalities_lose(case: Evidence, step: float) -> None:
-    slopes = {"entropy_slope": step, "disagreement_slope": step}
-    before = fused_logits(case, **slopes)
-    apart = fused_logits(case._replace(disagreement=case.disagreement + 0.5), **slopes)
-    assert_allclose(apart, before - 0.5 * step, rtol=1e-12, atol=1e-12)
-    undecided = fused_logits(case._replace(entropy=case.entropy + 0.5), **slopes)
-    if case.num_classes == 1:
-        assert torch.equal(undecided, before)
-    else:
-        assert (undecided < before).all()
-
-
-@given(evidence(), reals(-4, 4))
-def test_bias_and_prior_shift_their_own_modality(case: Evidence, step: float) -> None:
-    before = fused_logits(case)
-    for name in ("bias", "prior"):
-        raised = case.options[name].copy()
-        raised[0] += step
-        after = fused_logits(case, **{name: raised})
-        assert_allclose(after[0], before[0] + step, rtol=1e-12, atol=1e-12)
-        assert torch.equal(after[1:], before[1:])
-
-
-@given(evidence())
-def test_flat_slopes_leave_bias_and_prior(case: Evidence) -> None:
-    flat = fused_logits(case, entropy_slope=0.0, disagreement_slope=0.0)
-    expected = (case.options["bias"] + case.options["prior"])[:, None]
-    assert_allclose(flat, np.broadcast_to(expected, flat.shape), rtol=1e-12, atol=1e-12)
 
 
 # Gates.

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Settings
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -152,6 +152,33 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     scale = 1.0 + truth.abs()
     allowed = 3.0 * ((plain - truth).abs() / scale).max() + 1e-4
     assert ((actual - truth).abs() / scale).max() <= allowed
+
+
+@needs_native
+@given(
+    problem=problems(),
+    swap=st.sampled_from([0.0, 0.4]),
+    dropout=st.sampled_from([0.0, 0.4]),
+    slope=st.sampled_from([0.0, 1.5]),
+    disturbed=st.booleans(),
+)
+def test_native_gates_are_those_of_eager(
+    problem: dict[str, Any], swap: float, dropout: float, slope: float, disturbed: bool
+) -> None:
+    from dyncim_core.kernels import native
+
+    logits, present = problem["logits"], problem["present"]
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(3, len(logits[0]), generator=generator) if disturbed else None
+    quality = torch.linspace(0.0, 0.9, len(logits))
+    settings = Gate(slope, 0.05, swap, dropout)
+    actual, expected = (
+        backend.gate(logits, quality, present, chance, settings) for backend in (native, eager)
+    )
+    for ours, theirs in zip(actual[2:], expected[2:], strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
+    assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
 
 
 @needs_native

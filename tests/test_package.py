@@ -32,8 +32,8 @@ MODULES = sorted(
 NATIVE = "dyncim_core.kernels._native"  # C
 LAYERS = (
     ("_units", "_checks", "kernels.interface", "kernels._native", "reference"),
-    ("signals", "modality"),
-    ("gates", "kernels.eager", "kernels.native", "kernels.triton"),
+    ("signals", "modality", "gates"),
+    ("kernels.eager", "kernels.native", "kernels.triton"),
     ("kernels",),
     ("heads", "state"),
     ("fusion", "loss"),

@@ -289,38 +289,24 @@ def test_disagreement() -> None:
     # Against the consensus of the others, at qualities 1, 3 and 1:
     # (1/8, 7/8), (3/4, 1/4) and (1/4, 3/4).
     out = ref.disagreement([[a], [b], [c]], quality=[1.0, 3.0, 1.0])
-    assert_allclose(out, [[0.765625], [0.5625], [0.0625]], rtol=1e-14)
+    sure = [7 / 8, 3 / 4, 3 / 4]
+    expected = [[0.765625 * sure[0]], [0.5625 * sure[1]], [0.0625 * sure[2]]]
+    assert_allclose(out, expected, rtol=1e-14)
     # A second sample without the last modality, a third with the first alone.
     probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
     present = [[True, True, True], [True, True, False], [True, False, False]]
     out = ref.disagreement(probs, [1.0, 3.0, 1.0], present)
-    assert_allclose(out, [[0.765625, 1.0, 0.0], [0.5625, 1.0, 0.0], [0.0625, 0.0, 0.0]], rtol=1e-14)
+    expected = [[*expected[0], 1.0, 0.0], [*expected[1], 1.0, 0.0], [*expected[2], 0.0, 0.0]]
+    assert_allclose(out, expected, rtol=1e-14)
 
 
 def test_disagreement_floors_the_qualities() -> None:
     # Qualities 0 and 0 count as 1e-3 each: the consensus is (1/2, 1/2).
     out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 0.0])
-    assert_allclose(out[0], [0.25], rtol=1e-14)
+    assert_allclose(out[0], [0.25 * 0.5], rtol=1e-14)
     # 1e-3 against 3e-3: (1/4, 3/4).
     out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 3e-3])
-    assert_allclose(out[0], [0.5625], rtol=1e-14)
-
-
-def test_gate_logits() -> None:
-    out = ref.gate_logits(
-        [[LN2, 0.0], [2 * LN2, LN2]],
-        [[0.5, 0.0], [0.25, 1.0]],
-        4,
-        bias=[1.0, 0.0],
-        entropy_slope=2.0,
-        disagreement_slope=4.0,
-        prior=[0.5, -0.5],
-    )
-    assert_allclose(out, [[-1.5, 1.5], [-3.5, -5.5]], rtol=1e-14)
-    single = ref.gate_logits(
-        [[0.0]], [[0.0]], 1, bias=[1.0], entropy_slope=2.0, disagreement_slope=4.0, prior=[0.5]
-    )
-    assert single.tolist() == [[1.5]]
+    assert_allclose(out[0], [0.5625 * 0.75], rtol=1e-14)
 
 
 def test_reliability_gates() -> None:

@@ -63,7 +63,7 @@ def check_backend(name: str | None) -> str | None:
     return name
 
 
-def select(asked: str | None, logits: Sequence[Tensor], target: Tensor) -> Kernels:
+def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = None) -> Kernels:
     """The kernels for a call: those asked for, or the fastest that take its tensors.
 
     Raises:
@@ -95,7 +95,7 @@ _MAX_HEADS = 9
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor) -> str | None:
+def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor | None) -> str | None:
     """What keeps these tensors from a backend."""
     dtypes = _DTYPES[name]
     for head in logits:
@@ -105,7 +105,7 @@ def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor) -> str | None
             return f"logits of {head.dtype}"
     if logits[0].device.type not in _DEVICES[name]:
         return f"device {logits[0].device}"
-    if target.dtype != torch.int64:
+    if target is not None and target.dtype != torch.int64:
         return "class probabilities"
     if len(logits) > _MAX_HEADS:
         return f"more than {_MAX_HEADS} heads"

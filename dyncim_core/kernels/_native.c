@@ -41,6 +41,8 @@ typedef struct {
     double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
     void (*gradient_row)(const float *x, double lse, float factor, float smooth,
                          const float *weight, int64_t classes, float *out);
+    double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
+                            const float *share, int64_t classes);
 } RowKernels;
 
 #define JOIN(name, target) name##_##target
@@ -384,6 +386,85 @@ static int curriculum(const Problem *p, const float *rows, const int64_t *predic
     return 0;
 }
 
+typedef struct {
+    double slope, threshold, swap, dropout;
+} Gate;
+
+/* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
+typedef struct {
+    const float *chance, *quality;
+    uint8_t *available; /* [M, B] */
+    int64_t *source;    /* [M, B] or NULL */
+} Disturbance;
+
+static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64_t i) {
+    int64_t M = p->heads, B = p->batch, count = 0;
+    for (int64_t m = 0; m < M; m++) {
+        d->available[m * B + i] = p->present ? p->present[m * B + i] : 1;
+        count += d->available[m * B + i];
+        if (d->source) d->source[m * B + i] = i;
+    }
+    int64_t m = (int64_t)(d->chance[i] * (float)M);
+    if (count < 2 || m >= M) return;
+    double least = d->quality[0];
+    for (int64_t k = 1; k < M; k++) least = d->quality[k] < least ? d->quality[k] : least;
+    double rate = (least + 1e-3) / (d->quality[m] + 1e-3), event = d->chance[B + i];
+    int64_t other = (i + 1 + (int64_t)(d->chance[2 * B + i] * (float)(B - 1))) % B;
+    int here = d->available[m * B + i], there = p->present ? p->present[m * B + other] : 1;
+    if (d->source && event < o->swap * rate && here && there) d->source[m * B + i] = other;
+    if (event >= 1.0 - o->dropout * rate) d->available[m * B + i] = 0;
+}
+
+static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *gates,
+                float *scale) {
+    int64_t M = p->heads, B = p->batch, padded = (p->classes + LANES - 1) / LANES * LANES;
+    float *probs = malloc((size_t)(M * padded) * sizeof *probs);
+    if (!probs) return -1;
+    for (int64_t i = p->start; i < p->stop; i++) {
+        if (d->chance) disturb(p, o, d, i);
+        const uint8_t *available = d->chance ? d->available : p->present;
+        double weight[MAX_HEADS], all = 0.0;
+        int64_t count = 0;
+        for (int64_t m = 0; m < M; m++) {
+            int here = available ? available[m * B + i] : 1;
+            weight[m] = !here ? 0.0 : d->quality[m] > 1e-3f ? d->quality[m] : 1e-3;
+            all += weight[m];
+            count += here;
+            if (!here) continue;
+            int64_t from = d->chance && d->source ? d->source[m * B + i] : i;
+            float *e = probs + m * padded;
+            Row row = rows_of.softmax_row(p->logits[m] + from * p->stride[m], p->classes, e);
+            rows_of.scale_row(e, row.inverse_sum, p->classes);
+        }
+        double share[MAX_HEADS], top = -INFINITY, total = 0.0, kept = 0.0, largest = 0.0;
+        for (int64_t m = 0; m < M; m++) {
+            if (weight[m] == 0.0) continue;
+            float others[MAX_HEADS];
+            double sum = 0.0;
+            for (int64_t k = 0; k < M; k++) sum += k == m ? 0.0 : weight[k];
+            for (int64_t k = 0; k < M; k++) others[k] = (float)(weight[k] / sum);
+            double found = count < 2 ? 0.0
+                                     : rows_of.contradiction(probs, padded, M, m, others,
+                                                             p->classes);
+            share[m] = -o->slope * found;
+            top = share[m] > top ? share[m] : top;
+        }
+        for (int64_t m = 0; m < M; m++)
+            if (weight[m] > 0.0) total += share[m] = exp(share[m] - top);
+        for (int64_t m = 0; m < M; m++) {
+            if (weight[m] == 0.0 || share[m] / total < o->threshold) share[m] = 0.0;
+            kept += share[m];
+            largest = share[m] > largest ? share[m] : largest;
+        }
+        for (int64_t m = 0; m < M; m++) {
+            gates[m * B + i] = count ? (float)(share[m] / kept) : 0.0f;
+            scale[m * B + i] = count ? (float)(share[m] / largest) : 0.0f;
+        }
+    }
+    free(probs);
+    return 0;
+}
+
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
 
 static void *address(PyObject *number) { return (void *)(intptr_t)PyLong_AsLongLong(number); }
@@ -535,12 +616,31 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
     return answer(failed, NULL);
 }
 
+static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 7)) return NULL;
+    Problem p = problem_from(args);
+    args += PROBLEM_ARGUMENTS;
+    Disturbance d = {address(args[0]), address(args[1]), address(args[2]), address(args[3])};
+    Gate o;
+    double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[4], k));
+    float *gates = address(args[5]), *scale = address(args[6]);
+    if (PyErr_Occurred()) return NULL;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = gate(&p, &o, &d, gates, scale);
+    Py_END_ALLOW_THREADS
+    return answer(failed, NULL);
+}
+
 #define FAST(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL
 
 static PyMethodDef methods[] = {
     {"statistics", FAST(py_statistics), NULL},
     {"curriculum", FAST(py_curriculum), NULL},
     {"gradients", FAST(py_gradients), NULL},
+    {"gate", FAST(py_gate), NULL},
     {NULL, NULL, 0, NULL},
 };
 

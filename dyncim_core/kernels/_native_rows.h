@@ -135,6 +135,25 @@ static double FOR_TARGET(squared_distance)(const float *restrict e, float factor
     return FOR_TARGET(sum)(sum);
 }
 
+/* Of modality m: ||p_m - consensus||^2 / 2 * max_c consensus_c, where the consensus of the
+ * others is their mean under the given weights, of sum 1. Rows are padded. */
+static double FOR_TARGET(contradiction)(const float *restrict probs, int64_t stride,
+                                        int64_t modalities, int64_t m,
+                                        const float *restrict share, int64_t classes) {
+    Floats sum = {0}, highest = {0};
+    for (int64_t c = 0; c < classes; c += LANES) {
+        Floats consensus = {0};
+        for (int64_t k = 0; k < modalities; k++)
+            if (k != m && share[k] > 0.0f)
+                consensus += FOR_TARGET(load)(probs + k * stride + c) * share[k];
+        Floats d = FOR_TARGET(load)(probs + m * stride + c) - consensus;
+        sum += d * d;
+        highest = FOR_TARGET(choose)(consensus > highest, consensus, highest);
+    }
+    double found = FOR_TARGET(sum)(sum) / 2.0 * FOR_TARGET(largest)(highest);
+    return found < 1.0 ? found : 1.0;
+}
+
 /* sum_c weight_c * (x_c - shift), with weights of 1 when NULL */
 static double FOR_TARGET(weighted_sum)(const float *restrict x, double shift,
                                        const float *restrict weight, int64_t classes) {
@@ -175,5 +194,5 @@ static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float 
 
 static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_row),  FOR_TARGET(scale_row),    FOR_TARGET(squared_distance),
-    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row),
+    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(contradiction),
 };

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dyncim_core.gates import disagreement, reliability_gates
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
+    Gate,
+    Gating,
     Memory,
     Settings,
     Statistics,
 )
-from dyncim_core.modality import modality_coefficients, quality
+from dyncim_core.modality import augmentation_rates, modality_coefficients, quality
 from dyncim_core.signals import (
     contradiction,
     difficulty,
@@ -34,6 +37,7 @@ __all__ = [
     "accumulation_dtype",
     "combine",
     "curriculum",
+    "gate",
     "gradients",
     "recall",
     "statistics",
@@ -261,6 +265,53 @@ def take_in(
     buffers.log_quality.copy_(torch.where(seen > 0, log_quality, log_quality[0]))
     buffers.quality.copy_(quality(buffers.log_quality, num_classes))
     buffers.step.add_(1)
+
+
+@torch.no_grad()
+def gate(
+    logits: Sequence[Tensor],
+    quality: Tensor,
+    available: Tensor | None,
+    chance: Tensor | None,
+    settings: Gate,
+) -> Gating:
+    """Gates of the modalities from their logits, some of them disturbed."""
+    source = None
+    if chance is not None:
+        source, available = _disturb(quality, available, chance, settings)
+        if settings.swap:
+            logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
+        else:
+            source = None
+    probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
+    conflict = disagreement(probs, quality, available)
+    gates = reliability_gates(
+        -settings.disagreement_slope * conflict, available, settings.threshold
+    )
+    # The most reliable modality passes whole: equal gates give plain concatenation.
+    largest = gates.amax(dim=0)
+    return Gating(gates, gates / torch.where(largest > 0, largest, 1.0), available, source)
+
+
+def _disturb(
+    quality: Tensor, available: Tensor | None, chance: Tensor, settings: Gate
+) -> tuple[Tensor, Tensor]:
+    """Row that each modality of each sample is taken from, and what remains present.
+
+    At most one modality of a sample is disturbed, and never its only one.
+    """
+    modalities, batch, device = len(quality), chance.shape[1], chance.device
+    if available is None:
+        available = torch.ones((modalities, batch), dtype=torch.bool, device=device)
+    rates = augmentation_rates(quality).unsqueeze(1)
+    pick, event, step = chance
+    position = torch.arange(modalities, device=device).unsqueeze(1)
+    chosen = (position == (pick * modalities).long()) & (available.sum(dim=0) > 1)
+    own = torch.arange(batch, device=device)
+    other = (own + 1 + (step * (batch - 1)).long()) % max(batch, 1)
+    swapped = chosen & (event < settings.swap * rates) & available & available[:, other]
+    dropped = chosen & (event >= 1.0 - settings.dropout * rates)
+    return torch.where(swapped, other, own), available & ~dropped
 
 
 def _row_blocks(logits: Sequence[Tensor]) -> Iterator[slice]:

@@ -7,7 +7,17 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Buffers", "Criterion", "Curriculum", "Kernels", "Memory", "Settings", "Statistics"]
+__all__ = [
+    "Buffers",
+    "Criterion",
+    "Curriculum",
+    "Gate",
+    "Gating",
+    "Kernels",
+    "Memory",
+    "Settings",
+    "Statistics",
+]
 
 
 class Criterion(NamedTuple):
@@ -78,6 +88,29 @@ class Curriculum(NamedTuple):
     normaliser: Tensor | None
 
 
+class Gate(NamedTuple):
+    """Constants of a ``GatedFusion``."""
+
+    disagreement_slope: float
+    threshold: float
+    swap: float
+    dropout: float
+
+
+class Gating(NamedTuple):
+    """What each modality contributes to each sample, ``[M, B]``.
+
+    ``scale`` is the gate over the sample's largest; ``available`` and ``source``, the row
+    to take a modality from, tell what was disturbed, and are ``None`` where all is there
+    and in its place.
+    """
+
+    gates: Tensor
+    scale: Tensor
+    available: Tensor | None
+    source: Tensor | None
+
+
 class Kernels(Protocol):
     """A backend. All of them agree to rounding; none reads a value on the host."""
 
@@ -107,3 +140,16 @@ class Kernels(Protocol):
         guard: bool,
     ) -> list[Tensor]:
         """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+
+    def gate(
+        self,
+        logits: Sequence[Tensor],
+        quality: Tensor,
+        available: Tensor | None,
+        chance: Tensor | None,
+        settings: Gate,
+    ) -> Gating:
+        """Gates of the modalities from their logits.
+
+        ``chance`` is uniform in [0, 1), ``[3, B]``: it disturbs one modality of some samples.
+        """

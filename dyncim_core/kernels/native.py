@@ -17,12 +17,14 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
+    Gate,
+    Gating,
     Memory,
     Settings,
     Statistics,
 )
 
-__all__ = ["curriculum", "gradients", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "statistics"]
 
 
 # Logits that pay for handing them to another thread.
@@ -102,15 +104,45 @@ def gradients(
     return grads
 
 
+def gate(
+    logits: Sequence[Tensor],
+    quality: Tensor,
+    available: Tensor | None,
+    chance: Tensor | None,
+    settings: Gate,
+) -> Gating:
+    """Gates of the modalities from their logits, some of them disturbed."""
+    problem = _Problem(logits, available, None)
+    shape = len(problem.logits), problem.batch
+    gates, scale = torch.empty(shape), torch.empty(shape)
+    source = None
+    if chance is not None:
+        available = torch.empty(shape, dtype=torch.bool)
+        if settings.swap:
+            source = torch.empty(shape, dtype=torch.int64)
+    _in_parts(
+        _native.gate,
+        problem,
+        0 if chance is None else chance.data_ptr(),
+        quality.data_ptr(),
+        0 if available is None else available.data_ptr(),
+        0 if source is None else source.data_ptr(),
+        settings,
+        gates.data_ptr(),
+        scale.data_ptr(),
+    )
+    return Gating(gates, scale, available, source)
+
+
 class _Problem:
     """The arguments common to all calls; holds the tensors whose addresses they are."""
 
     def __init__(
-        self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
+        self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion | None
     ) -> None:
-        target, weight, self.ignore_index, self.label_smoothing = criterion
+        target, weight, self.ignore_index, self.label_smoothing = criterion or (None, None, 0, 0.0)
         self.logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
-        self.target = target.contiguous()
+        self.target = None if target is None else target.contiguous()
         self.present = None if present is None else present.contiguous()
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         self.batch, self.classes = logits[0].shape
@@ -124,7 +156,7 @@ class _Problem:
             self.classes,
             start,
             stop,
-            self.target.data_ptr(),
+            0 if self.target is None else self.target.data_ptr(),
             0 if self.present is None else self.present.data_ptr(),
             0 if self.weight is None else self.weight.data_ptr(),
             self.ignore_index,
@@ -174,6 +206,7 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
 
 def _out_of_range(name: str, problem: _Problem, memory: Memory | None) -> IndexError:
     values = problem.target
+    assert values is not None  # noqa: S101
     expected = f"class indices in [0, {problem.classes}) or ignore_index={problem.ignore_index}"
     if name == "index" and memory is not None:
         values, expected = memory.rows, f"sample indices in [0, {len(memory.nll)})"
