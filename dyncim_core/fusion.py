@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,6 @@ class GatedFusion(nn.Module):
     """
 
     quality: Tensor
-    modality_of_column: Tensor
 
     def __init__(
         self,
@@ -123,8 +123,6 @@ class GatedFusion(nn.Module):
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
         self.register_buffer("quality", torch.zeros(len(widths)))
-        columns = [m for m, width in enumerate(widths) for _ in range(width)]
-        self.register_buffer("modality_of_column", torch.tensor(columns), persistent=False)
 
     @override
     def forward(
@@ -174,25 +172,14 @@ class GatedFusion(nn.Module):
             chance,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        if source is not None:
-            streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
-        fused = torch.cat(list(streams), dim=-1)
-        if present is not None and available is not None:
-            fused = fused.masked_fill(self._over_columns(~available, fused), 0.0)
-        fused = fused * self._over_columns(scale.to(fused.dtype), fused)
-        if logits is None:
-            return FusionOutput(fused, gates.t(), None)
-        parts = torch.stack(list(logits)).float()
-        if source is not None:
-            parts = torch.stack([x[rows] for x, rows in zip(parts, source, strict=True)])
-        if present is not None and available is not None:
-            parts = parts.masked_fill(~available.unsqueeze(-1), 0.0)
-        return FusionOutput(fused, gates.t(), (gates.unsqueeze(-1) * parts).sum(dim=0))
-
-    def _over_columns(self, values: Tensor, fused: Tensor) -> Tensor:
-        """``[M, B]`` spread over the columns of the fused features."""
-        wide = values.t().index_select(1, self.modality_of_column)
-        return wide if fused.dim() == 2 else wide.unsqueeze(1)
+        if present is None:
+            available = None  # what was dropped is finite, so that a scale of 0 removes it
+        fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
+        consensus = None
+        if logits is not None:
+            parts = _scaled([x.float() for x in logits], gates, available, source)
+            consensus = reduce(torch.add, parts)
+        return FusionOutput(fused, gates.t(), consensus)
 
     @torch.no_grad()
     def _recall_quality(self) -> None:
@@ -210,3 +197,17 @@ class GatedFusion(nn.Module):
             f"{{{sizes}}}, disagreement_slope={self.disagreement_slope}, "
             f"threshold={self.threshold}, swap={self.swap}, dropout={self.dropout}"
         )
+
+
+def _scaled(
+    streams: Sequence[Tensor], scale: Tensor, available: Tensor | None, source: Tensor | None
+) -> list[Tensor]:
+    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
+    if source is not None:
+        streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
+    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
+    if available is not None:
+        masks = available.view(shape).unbind()
+        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
+    factors = scale.view(shape).unbind()
+    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
