@@ -153,7 +153,9 @@ class AttentionPool(nn.Module):
             key_padding_mask=None if present is None else ~present,
             return_info=True,
         )
-        self.penalty = self.pool.curriculum_masking.entropy_loss(info["entropy"])
+        masking = self.pool.curriculum_masking
+        assert masking is not None  # create_fusion_pool makes one
+        self.penalty = masking.entropy_loss(info["entropy"])
         logits: Tensor = self.head(pooled.squeeze(1))
         return logits
 
