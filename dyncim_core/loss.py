@@ -28,8 +28,8 @@ class DynCIMLoss(nn.Module):
     the fused prediction and heads 1 to M the unimodal ones. The sample weights ``w``
     (mean 1) are small for labels that confident heads contradict, as far as the run
     itself shows label noise, and favour easy samples while the model is incompetent.
-    The modality coefficients ``c`` (mean 1) favour modalities that lag behind the
-    fusion. Both are detached. The paper (arXiv 2503.06456) names these parts; the
+    The modality coefficients ``c`` favour modalities that lag behind the fusion, and
+    those that still learn. Both are detached. The paper (arXiv 2503.06456) names these parts; the
     formulas are definitions chosen here.
 
     The curriculum acts, and its state moves, in training mode with gradients enabled;
@@ -77,7 +77,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(2.7726, grad_fn=<_ObjectiveBackward>)
+        tensor(4.1589, grad_fn=<_ObjectiveBackward>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """
@@ -92,7 +92,7 @@ class DynCIMLoss(nn.Module):
         surprise_strength: float = 4.0,
         label_noise: float | None = None,
         pacing_strength: float = 0.2,
-        unimodal_strength: float = 0.5,
+        unimodal_strength: float = 1.0,
         nonfinite: Literal["propagate", "skip"] = "propagate",
         reduction: Reduction | None = None,
         backend: str | None = None,
