@@ -16,6 +16,8 @@ from torch.nn import functional as F
 REPOSITORY = Path(__file__).parents[2]
 UCI = REPOSITORY / "examples" / "data" / "uci_multiple_features.npz"
 SPOKEN = REPOSITORY.parent / "shared" / "data" / "free_spoken_digits.npz"
+# How often an epoch the test score is taken; where few epochs decide, more often.
+MARKS = {"uci": 1, "digits": 1, "starving": 4, "diabetes": 1}
 EPOCHS = {"uci": 40, "digits": 15, "starving": 40, "diabetes": 60}
 
 

@@ -83,7 +83,7 @@ def self_confidence(probabilities: Array, labels: NDArray[np.int64]) -> Array:
     return confidence
 
 
-def epochs_to(curve: Array, level: float) -> float:
-    """First epoch, from 1, at which the curve reaches a level; infinite if never."""
+def epochs_to(curve: Array, level: float, marks: int = 1) -> float:
+    """Epochs until a curve of so many marks an epoch reaches a level; infinite if never."""
     reached = np.flatnonzero(curve >= level)
-    return float(reached[0] + 1) if len(reached) else float("inf")
+    return float(reached[0] + 1) / marks if len(reached) else float("inf")

@@ -39,7 +39,7 @@ def draw_leads(cells: list[Cell], path: Path) -> bool:
 
 
 def draw_curves(runs: Runs, title: str, path: Path) -> bool:
-    """Mean score after every epoch."""
+    """Mean score over the epochs."""
     methods = [name for name in LINES if name in runs]
     if not methods:
         return False
@@ -47,7 +47,8 @@ def draw_curves(runs: Runs, title: str, path: Path) -> bool:
     for name in methods:
         mean = np.mean([curve(row, "curve") for row in runs[name].values()], axis=0)
         width = 2.5 if name == OURS else 1.2
-        axes.plot(np.arange(1, 1 + len(mean)), mean, label=name, linewidth=width)
+        epochs = max(int(row["epochs"]) for row in runs[name].values())
+        axes.plot(np.linspace(0, epochs, 1 + len(mean))[1:], mean, label=name, linewidth=width)
     axes.set(title=title, xlabel="epoch", ylabel="test accuracy, %")
     axes.legend(fontsize=8)
     return _save(figure, path)

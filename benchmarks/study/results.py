@@ -9,6 +9,7 @@ import numpy as np
 
 from .conditions import TEST_CONDITIONS
 from .config import Config
+from .data import MARKS, family
 from .measures import Array, epochs_to
 from .statistics import Scores
 from .store import Row, number
@@ -86,7 +87,11 @@ def curve(row: Row, name: str) -> Array:
 def epochs_to_baseline(runs: Runs, method: str, share: float = 0.95) -> Scores:
     """Epochs to reach a share of the final score of ``uniform`` at the same seed."""
     return {
-        seed: epochs_to(curve(row, "curve"), share * number(runs["uniform"][seed], "score"))
+        seed: epochs_to(
+            curve(row, "curve"),
+            share * number(runs["uniform"][seed], "score"),
+            MARKS[family(row["data"])],
+        )
         for seed, row in runs[method].items()
         if seed in runs["uniform"]
     }

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .conditions import CONDITIONS, TEST_CONDITIONS, corrupt_test, prepare
 from .config import Config
-from .data import SPOKEN, Split, family
+from .data import MARKS, SPOKEN, Split, family
 from .measures import auroc, calibration_error, doubt, probe
 from .methods import METHODS, Method, Problem, Rehearsal, expected
 from .models import Fusion, Heads, Network
@@ -38,7 +38,8 @@ def run(config: Config, spoken: Path = SPOKEN) -> Measures:
     method = METHODS[config.method].build(problem, config.setting)
 
     training, curve, label_noise = 0.0, [], []
-    for seconds in _fit(method, split, problem, config.seed):
+    marks = epochs * MARKS[family(config.data)]
+    for seconds in _fit(method, split, problem, config.seed, marks):
         training += seconds
         curve.append(split.score(_predict(method.network, split.test).fused.softmax(dim=1)))
         if method.state is not None:
@@ -88,14 +89,17 @@ def _problem(split: Split, seed: int, epochs: int, per_epoch: int) -> Problem:
     )
 
 
-def _fit(method: Method, split: Split, problem: Problem, seed: int) -> Iterator[float]:
-    """Train; after every epoch, the seconds that its steps took."""
+def _fit(
+    method: Method, split: Split, problem: Problem, seed: int, marks: int
+) -> Iterator[float]:
+    """Train; at every mark, the seconds that the steps since the last one took."""
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-3, fused=True)
     stream = _batches(len(split.target), seed)
-    for _ in range(problem.epochs):
+    for mark in range(marks):
         method.network.train()
         started = time.perf_counter()
-        for index in islice(stream, problem.steps // problem.epochs):
+        begin, end = (problem.steps * k // marks for k in (mark, mark + 1))
+        for index in islice(stream, end - begin):
             inputs = {name: x[index] for name, x in split.train.items()}
             optimizer.zero_grad()
             method.backward(inputs, split.target[index], index)
@@ -125,7 +129,7 @@ def _rehearse(
         return torch.stack([F.cross_entropy(x, part.target) for x in heads.all()])
 
     before = losses(train), losses(rest)
-    for _ in _fit(method, train, problem, seed):
+    for _ in _fit(method, train, problem, seed, marks=1):
         pass
     after = losses(train), losses(rest)
     predicted = [x.argmax(dim=1) for x in _predict(method.network, rest.train).all()]
