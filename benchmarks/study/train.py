@@ -89,9 +89,7 @@ def _problem(split: Split, seed: int, epochs: int, per_epoch: int) -> Problem:
     )
 
 
-def _fit(
-    method: Method, split: Split, problem: Problem, seed: int, marks: int
-) -> Iterator[float]:
+def _fit(method: Method, split: Split, problem: Problem, seed: int, marks: int) -> Iterator[float]:
     """Train; at every mark, the seconds that the steps since the last one took."""
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-3, fused=True)
     stream = _batches(len(split.target), seed)

@@ -193,7 +193,10 @@ def weigh(
         weights = torch.where(kept, weights, 0.0)
     coefficient = weights.expand(1 + modalities, -1)
     if modalities:
-        ahead = modality_coefficients(buffers.log_quality, buffers.slow_log_quality) * settings.unimodal_strength
+        ahead = (
+            modality_coefficients(buffers.log_quality, buffers.slow_log_quality)
+            * settings.unimodal_strength
+        )
         coefficient = torch.cat([torch.ones_like(ahead[:1]), ahead]).unsqueeze(1) * weights
     if settings.reduction == "mean":
         mass = kept
