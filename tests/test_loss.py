@@ -10,9 +10,10 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from dyncim_core import CurriculumState, DynCIMLoss
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
 from dyncim_core import reference as ref
 
 CLASSES = 5
@@ -554,3 +555,22 @@ def test_repr_tells_the_options() -> None:
     text = repr(DynCIMLoss(nn.CrossEntropyLoss(), modalities=["a"], label_noise=0.2))
     assert "label_noise=0.2" in text
     assert "modalities=('a',)" in text
+
+
+def test_batch_sizes_do_not_compile_anew() -> None:
+    """The second size makes the batch symbolic; from then on nothing is compiled."""
+    state = CurriculumState(2, num_samples=40)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
+    fusion = GatedFusion([3, 3], state=state)
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(a: Tensor, b: Tensor, target: Tensor, index: Tensor) -> Tensor:
+        fused, _, logits = fusion([a, b], unimodal=[a, b])
+        return criterion(fused[:, :3] + logits, target, unimodal=[a, b], index=index)
+
+    for size in (8, 12, 16, 20, 24):
+        a, b = (randn(size, 3, seed=k).requires_grad_() for k in range(2))
+        step(a, b, torch.arange(size) % 3, torch.arange(size)).backward()
+    assert counter.frame_count <= 2
+    assert state.step == 5
