@@ -1,0 +1,194 @@
+"""What is timed: a step of each contestant, ready to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyncim_core import (
+    CurriculumState,
+    DynCIMLoss,
+    GatedFusion,
+    difficulty,
+    head_statistics,
+    modality_coefficients,
+    prediction_consistency,
+    prediction_deviation,
+    prediction_stability,
+    sample_weights,
+    surprise,
+    volatility_weights,
+)
+
+Step = Callable[[], Sequence[Tensor]]
+
+
+def heads(batch: int, classes: int, modalities: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """Logits of the fused head and of each modality, and a target."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [
+        torch.randn(batch, classes, generator=generator).to(device).requires_grad_()
+        for _ in range(1 + modalities)
+    ]
+    return logits, torch.randint(classes, (batch,), generator=generator).to(device)
+
+
+def cross_entropies(logits: list[Tensor], target: Tensor) -> Step:
+    """What the loss replaces: one cross-entropy for each head, added up."""
+
+    def step() -> Sequence[Tensor]:
+        loss = F.cross_entropy(logits[0], target)
+        for head in logits[1:]:
+            loss = loss + F.cross_entropy(head, target)
+        return torch.autograd.grad(loss, logits)
+
+    return step
+
+
+def autograd(logits: list[Tensor], target: Tensor) -> Step:
+    """The same curriculum as one would write it first, left to autograd; no state."""
+    classes = logits[0].shape[1]
+
+    def step() -> Sequence[Tensor]:
+        log_probs = torch.stack([x.log_softmax(dim=1) for x in logits])
+        probs = log_probs.exp()
+        nll = -log_probs.gather(2, target.expand(len(logits), -1).unsqueeze(2)).squeeze(2)
+        with torch.no_grad():
+            entropy = -(probs * log_probs).sum(dim=2)
+            distance = (probs - probs[0]).norm(dim=2) / 2**0.5
+            signals = torch.stack(
+                [
+                    prediction_deviation(nll),
+                    prediction_consistency(distance),
+                    prediction_stability(entropy, classes),
+                ]
+            )
+            weights = sample_weights(
+                surprise(nll, entropy, classes),
+                difficulty(signals, volatility_weights(torch.ones_like(signals[:, 0]))),
+                surprise_strength=1.0,
+                pacing_strength=0.2,
+            )
+            factors = torch.cat([nll.new_ones(1), modality_coefficients(-nll.mean(dim=1))])
+        loss = (weights * factors.unsqueeze(1) * nll).sum() / len(target)
+        return torch.autograd.grad(loss, logits)
+
+    return step
+
+
+def statistics(logits: list[Tensor], target: Tensor, backend: str | None) -> Step:
+    """Head statistics alone."""
+    return lambda: head_statistics(logits, target, backend=backend)
+
+
+def loss(
+    logits: list[Tensor], target: Tensor, backend: str | None, samples: int | None = None
+) -> Step:
+    """``DynCIMLoss``, its state included; with a per-sample memory, where asked for."""
+    state = CurriculumState(len(logits) - 1, num_samples=samples)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, backend=backend)
+    criterion.to(target.device)
+    index = None if samples is None else torch.arange(len(target), device=target.device)
+
+    def step() -> Sequence[Tensor]:
+        joint = criterion(logits[0], target, unimodal=logits[1:], index=index)
+        return torch.autograd.grad(joint, logits)
+
+    return step
+
+
+def fusion(
+    gated: bool, batch: int, classes: int, modalities: int, width: int, device: str
+) -> Step:
+    """Concatenation and a linear head, or ``GatedFusion`` in front of it."""
+    features = [
+        torch.randn(batch, width, device=device, requires_grad=True) for _ in range(modalities)
+    ]
+    unimodal = heads(batch, classes, modalities, device)[0][1:]
+    head = nn.Linear(width * modalities, classes, device=device)
+    fuse = GatedFusion([width] * modalities).to(device)
+    leaves = [*features, *head.parameters()]
+
+    def step() -> Sequence[Tensor]:
+        if not gated:
+            return torch.autograd.grad(head(torch.cat(features, dim=1)).sum(), leaves)
+        fused, _, logits = fuse(features, unimodal=unimodal)
+        return torch.autograd.grad((head(fused) + logits).sum(), leaves)
+
+    return step
+
+
+class _Block(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width_in, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.skip = nn.Conv2d(width_in, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+def residual_encoder(channels: int) -> nn.Sequential:
+    """Eighteen layers and eleven million parameters, as ResNet-18."""
+    blocks: list[nn.Module] = [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.MaxPool2d(2)]
+    width_in = 64
+    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        blocks += [_Block(width_in, width, stride), _Block(width, width, 1)]
+        width_in = width
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def digit_encoder(channels: int) -> nn.Sequential:
+    """Three convolutions, as for a spoken digit's spectrogram."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 2)), nn.Flatten()),
+    )
+
+
+def training_step(
+    curriculum: bool,
+    encoder: Callable[[int], nn.Sequential],
+    shapes: Sequence[tuple[int, int, int]],
+    batch: int,
+    classes: int,
+    device: str,
+) -> Step:
+    """A whole step: encoders, heads, loss, backward and SGD."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, *shape, device=device) for shape in shapes]
+    target = torch.randint(classes, (batch,), device=device)
+    encoders = nn.ModuleList(encoder(shape[0]) for shape in shapes).to(device)
+    width = 512
+    unimodal_heads = nn.ModuleList(nn.Linear(width, classes) for _ in shapes).to(device)
+    head = nn.Linear(width * len(shapes), classes, device=device)
+    parameters = [p for m in (encoders, unimodal_heads, head) for p in m.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=len(shapes)).to(device)
+    fuse = GatedFusion([width] * len(shapes), state=criterion.state).to(device)
+
+    def step() -> Sequence[Tensor]:
+        features = [encode(x) for encode, x in zip(encoders, inputs, strict=True)]
+        unimodal = [h(x) for h, x in zip(unimodal_heads, features, strict=True)]
+        if curriculum:
+            fused, _, gated = fuse(features, unimodal=unimodal)
+            joint = criterion(head(fused) + gated, target, unimodal=unimodal)
+        else:
+            joint = F.cross_entropy(head(torch.cat(features, dim=1)), target)
+            joint = joint + sum(F.cross_entropy(x, target) for x in unimodal)
+        optimizer.zero_grad()
+        joint.backward()
+        optimizer.step()
+        return [joint]
+
+    return step
