@@ -1,0 +1,821 @@
+"""The kernels in Triton, for class indices and logits of up to 32 bits on a GPU.
+
+Three launches a step: ``_statistics`` reads the logits of all heads once, whatever C is,
+``_curriculum`` weighs the batch and updates the state, ``_gradients`` reads the logits
+again and writes the gradients. Nothing is read on the host, so a target out of range is
+no error here: its loss is NaN.
+
+eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+from dyncim_core._units import per_log_classes
+from dyncim_core.kernels.interface import (
+    SLOWER,
+    Buffers,
+    Criterion,
+    Curriculum,
+    Gate,
+    Gating,
+    Memory,
+    Settings,
+    Statistics,
+)
+
+__all__ = ["curriculum", "gate", "gradients", "statistics"]
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first to take tuples
+    raise ImportError(f"expected triton >= 3.3, got {triton.__version__}")
+
+_THREADS = 128  # of a program, at least
+_MOST_LANES = 512  # threads that share a row
+_UNROLLED = 8  # logits of a head that a thread has in hand
+_TILE = 1024  # logits of a head whose gradient a program writes
+_PLANE = 2048  # heads times samples that the curriculum has in hand
+
+# A batch of another size is no reason to compile anew.
+_jit: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["batch"])
+
+
+def statistics(
+    logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
+) -> Statistics:
+    """What each head says about each sample."""
+    logits, strides = _addressable(logits)
+    (batch, classes), like = logits[0].shape, logits[0]
+    shape = (len(logits), batch)
+    found = Statistics(
+        like.new_empty((4, *shape), dtype=torch.float32),
+        like.new_empty(shape, dtype=torch.int64),
+        like.new_empty((2, *shape), dtype=torch.float32),
+    )
+    lanes = _lanes(batch, classes)
+    group = max(1, _THREADS // lanes)
+    with torch.cuda.device(like.get_device()):
+        _statistics[(triton.cdiv(batch, group),)](
+            logits,
+            strides,
+            None if present is None else present.contiguous(),
+            _contiguous(criterion),
+            found,
+            batch,
+            classes,
+            smooth=criterion.label_smoothing > 0,
+            group=group,
+            lanes=lanes,
+            unrolled=max(1, min(_UNROLLED, 32 // len(logits))),
+            num_warps=group * lanes // 32,
+            enable_fp_fusion=True,
+        )
+    return found
+
+
+def curriculum(
+    logits: Sequence[Tensor],
+    present: Tensor | None,
+    criterion: Criterion,
+    buffers: Buffers,
+    memory: Memory | None,
+    settings: Settings,
+) -> Curriculum:
+    """Weigh the samples by what the state knows; then take the batch into the state."""
+    found = statistics(logits, present, criterion)
+    batch, classes = logits[0].shape
+    joint = Curriculum(
+        found.rows.new_empty(batch if settings.reduction == "none" else ()),
+        found.rows.new_empty((len(logits), batch)),
+        found.normaliser,
+    )
+    heads = triton.next_power_of_2(len(buffers.seen))
+    with torch.cuda.device(found.rows.get_device()):
+        _curriculum[(1,)](
+            found,
+            None if present is None else present.contiguous(),
+            _contiguous(criterion),
+            buffers,
+            None if memory is None else memory._replace(rows=memory.rows.contiguous()),
+            0 if memory is None else len(memory.nll),
+            joint,
+            batch,
+            classes,
+            per_log_classes(classes),
+            (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
+            settings.label_noise,
+            (settings.decay, settings.memory_decay),
+            skip=settings.skip_nonfinite,
+            reduction=settings.reduction,
+            count=len(logits),
+            known=len(buffers.seen),
+            heads=heads,
+            samples=_PLANE // heads,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+    return joint
+
+
+def gradients(
+    grad: Tensor,
+    coefficient: Tensor | None,
+    normaliser: Tensor | None,
+    logits: Sequence[Tensor],
+    criterion: Criterion,
+    guard: bool,
+) -> list[Tensor]:
+    """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+    logits, strides = _addressable(logits)
+    batch, classes = logits[0].shape
+    grads = tuple(x.new_empty((batch, classes)) for x in logits)
+    block = min(triton.next_power_of_2(classes), _TILE)
+    group = _TILE // block
+    with torch.cuda.device(grad.get_device()):
+        _gradients[(triton.cdiv(batch, group) * triton.cdiv(classes, block),)](
+            logits,
+            strides,
+            grads,
+            grad,
+            # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
+            ((0,) * (2 - grad.dim()) + grad.stride())[-2:],
+            None if coefficient is None else coefficient.contiguous(),
+            normaliser,
+            _contiguous(criterion),
+            batch,
+            classes,
+            smooth=criterion.label_smoothing > 0,
+            guard=guard,
+            group=group,
+            block=block,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return list(grads)
+
+
+def gate(
+    logits: Sequence[Tensor],
+    quality: Tensor,
+    available: Tensor | None,
+    chance: Tensor | None,
+    settings: Gate,
+) -> Gating:
+    """Gates of the modalities from their logits, some of them disturbed."""
+    logits, strides = _addressable(logits)
+    batch, classes = logits[0].shape
+    shape, like = (len(logits), batch), quality
+    found = Gating(
+        like.new_empty(shape, dtype=torch.float32),
+        like.new_empty(shape, dtype=torch.float32),
+        available if chance is None else like.new_empty(shape, dtype=torch.bool),
+        like.new_empty(shape, dtype=torch.int64) if chance is not None and settings.swap else None,
+    )
+    lanes = _lanes(batch, classes)
+    group = max(1, _THREADS // lanes)
+    with torch.cuda.device(like.get_device()):
+        _gate[(triton.cdiv(batch, group),)](
+            logits,
+            strides,
+            quality.contiguous(),
+            None if available is None else available.contiguous(),
+            None if chance is None else chance.contiguous(),
+            settings,
+            found,
+            batch,
+            classes,
+            group=group,
+            lanes=lanes,
+            unrolled=max(1, 12 // len(logits)),
+            num_warps=group * lanes // 32,
+            enable_fp_fusion=True,
+        )
+    return found
+
+
+def _addressable(logits: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Logits whose columns are next to each other, and the strides of their rows."""
+    found = tuple(x if x.stride(1) == 1 else x.contiguous() for x in logits)
+    return found, tuple(x.stride(0) for x in found)
+
+
+def _contiguous(criterion: Criterion) -> Criterion:
+    weight = criterion.weight
+    return criterion._replace(
+        target=criterion.target.contiguous(),
+        weight=None if weight is None else weight.contiguous(),
+    )
+
+
+def _lanes(batch: int, classes: int) -> int:
+    """Threads that share a row: few, as joining them costs, yet enough to fill a GPU."""
+    enough = triton.next_power_of_2(2**16 // max(1, batch))
+    useful = triton.next_power_of_2(classes) // _UNROLLED
+    return int(max(1, min(useful, max(32, enough), _MOST_LANES)))
+
+
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
+_NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
+_NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+_SLOWER = tl.constexpr(SLOWER)
+
+
+@_jit
+def _has(present: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    if present is not None:
+        inside = inside & (tl.load(present + at, mask=inside, other=0) != 0)
+    return inside
+
+
+@_jit
+def _shifted(total: tl.tensor, moment: tl.tensor, shift: tl.tensor) -> tl.tuple:
+    """Sums of ``exp(d)`` and ``exp(d) d`` after every d moved by ``shift`` <= 0."""
+    scale = tl.exp(shift)
+    total *= scale
+    return total, tl.where(scale > 0, scale * moment + shift * total, 0.0), scale
+
+
+@_jit
+def _rescaled(
+    gap: tl.tensor, cross: tl.tensor, power: tl.tensor, a: tl.tensor, b: tl.tensor
+) -> tl.tuple:
+    """Sums of ``(u - v)^2``, ``u (u - v)`` and ``u^2`` after u was scaled by a and v by b.
+
+    Where u and v are close, all that is added is small: no cancellation, unlike in the
+    expansion of the square.
+    """
+    turn = a - b
+    return (
+        b * b * gap + 2 * b * turn * cross + turn * turn * power,
+        a * (b * cross + turn * power),
+        a * a * power,
+    )
+
+
+@_jit
+def _statistics(
+    logits: tl.tuple,
+    strides: tl.tuple,
+    present: tl.tensor,
+    criterion: tl.tuple,
+    found: tl.tuple,
+    batch: tl.tensor,
+    classes: tl.tensor,
+    smooth: tl.constexpr,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
+    unrolled: tl.constexpr,
+) -> None:
+    """All heads of a group of rows: an online softmax in every lane, joined at the end."""
+    count: tl.constexpr = len(logits)
+    i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = i < batch
+    lane = tl.arange(0, lanes)
+    zero = tl.zeros([group, lanes], tl.float32)
+    heaviness = tl.zeros([lanes], tl.float32)  # class weights so far
+    heads: tl.tuple = ()
+    for _h in tl.static_range(count):
+        heads += ((zero + _LOWEST, zero.to(tl.int32), zero, zero, zero, zero, zero, zero),)
+    for start in range(0, classes, lanes * unrolled):
+        heavy: tl.tuple = ()
+        before = heaviness
+        if smooth:
+            for k in tl.static_range(unrolled):
+                column = start + k * lanes + lane
+                w = (column < classes).to(tl.float32)
+                if criterion.weight is not None:
+                    w = tl.load(criterion.weight + column, mask=column < classes, other=0.0)
+                heavy += (w.to(tl.float32),)
+                heaviness += heavy[k]
+        fused: tl.tuple = ()
+        fused_scale = zero
+        updated: tl.tuple = ()
+        for h in tl.static_range(count):
+            top, best, total, moment, tilt, gap, cross, power = heads[h]
+            here = inside
+            if h > 0:  # distances are to the fused head, present or not
+                here = _has(present, h * batch + i, inside)
+            xs: tl.tuple = ()
+            peak = top
+            for k in tl.static_range(unrolled):
+                x = _columns(logits[h], strides[h], i, here, start + k * lanes, classes, lanes)
+                best = tl.where(x > peak, start + k * lanes, best)
+                peak = tl.where(x > peak, x, peak)
+                xs += (x,)
+            shift = top - peak
+            total, moment, scale = _shifted(total, moment, shift)
+            if smooth:
+                tilt += tl.where(before > 0, before * shift, 0.0)
+            if h == 0:
+                fused_scale = scale
+            else:
+                gap, cross, power = _rescaled(gap, cross, power, scale, fused_scale)
+            for k in tl.static_range(unrolled):
+                d = xs[k] - peak
+                if smooth:
+                    exists = (start + k * lanes + lane < classes)[None, :]
+                    tilt += tl.where(exists, heavy[k][None, :] * d, 0.0)
+                d = tl.maximum(d, _NOTHING, propagate_nan=_NAN_STAYS)
+                e = tl.exp(d)
+                total += e
+                moment += e * d
+                if h == 0:
+                    fused += (e,)
+                else:
+                    apart = e - fused[k]
+                    gap += apart * apart
+                    cross += e * apart
+                    power += e * e
+            updated += ((peak, best, total, moment, tilt, gap, cross, power),)
+        heads = updated
+
+    y = tl.load(criterion.target + i, mask=inside, other=criterion.ignore_index)
+    kept = y != criterion.ignore_index
+    known = kept & (y >= 0) & (y < classes)
+    on_target = tl.full([group], 1.0, tl.float32)
+    if criterion.weight is not None:
+        on_target = tl.load(criterion.weight + y, mask=known, other=0.0).to(tl.float32)
+    mass = on_target
+    heaviest = tl.sum(heaviness, 0)
+    if smooth:
+        on_target *= 1.0 - criterion.label_smoothing
+        mass = on_target + criterion.label_smoothing * heaviest / classes
+    fused_scale = zero
+    for h in tl.static_range(count):
+        tops, best, total, moment, tilt, gap, cross, power = heads[h]
+        top = tl.max(tops, 1)
+        best = tl.min(tl.where(tops == top[:, None], best + lane[None, :], classes), 1)
+        shift = tops - top[:, None]
+        total, moment, scale = _shifted(total, moment, shift)
+        total = tl.sum(total, 1)
+        log_total = tl.log(total)
+        x = tl.load(logits[h] + i * strides[h] + y, mask=known, other=float("nan"))
+        nll = log_total - (x.to(tl.float32) - top)
+        loss = nll * on_target
+        if smooth:
+            tilt += tl.where(heaviness > 0, heaviness * shift, 0.0)
+            spread = (heaviest * log_total - tl.sum(tilt, 1)) / classes
+            loss += criterion.label_smoothing * spread
+        scale /= total[:, None]
+        if h == 0:
+            fused_scale = scale
+        gap, cross, power = _rescaled(gap, cross, power, scale, fused_scale)
+        gap = tl.sum(gap, 1)
+        at = h * batch + i
+        plane = count * batch
+        here = _has(present, at, inside)
+        entropy = tl.where(here, log_total - tl.sum(moment, 1) / total, 0.0)
+        distance = tl.where(here, tl.sqrt(tl.where(gap < 0, 0.0, gap) / 2), 0.0)
+        tl.store(found.rows + at, tl.where(here & kept, loss, 0.0), mask=inside)
+        tl.store(found.rows + plane + at, tl.where(here & kept, nll, 0.0), mask=inside)
+        tl.store(found.rows + 2 * plane + at, entropy, mask=inside)
+        tl.store(found.rows + 3 * plane + at, distance, mask=inside)
+        tl.store(found.prediction + at, best.to(tl.int64), mask=inside)
+        tl.store(found.normaliser + at, top, mask=inside)
+        tl.store(found.normaliser + plane + at, mass / total, mask=inside)
+
+
+@_jit
+def _gradients(
+    logits: tl.tuple,
+    strides: tl.tuple,
+    grads: tl.tuple,
+    grad: tl.tensor,
+    grad_strides: tl.tuple,
+    coefficient: tl.tensor,
+    normaliser: tl.tensor,
+    criterion: tl.tuple,
+    batch: tl.tensor,
+    classes: tl.tensor,
+    smooth: tl.constexpr,
+    guard: tl.constexpr,
+    group: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """``g * (mass * softmax - truth)`` for a tile of every head."""
+    count: tl.constexpr = len(logits)
+    blocks = tl.cdiv(classes, block)
+    i = (tl.program_id(0) // blocks).to(tl.int64) * group + tl.arange(0, group)
+    column = tl.program_id(0) % blocks * block + tl.arange(0, block)
+    inside, exists = i < batch, column < classes
+    y = tl.load(criterion.target + i, mask=inside, other=criterion.ignore_index)
+    kept = y != criterion.ignore_index
+    on_target = tl.full([group], 1.0, tl.float32)
+    everywhere = tl.full([block], 1.0, tl.float32)
+    if criterion.weight is not None:
+        known = kept & (y >= 0) & (y < classes)
+        on_target = tl.load(criterion.weight + y, mask=known, other=0.0).to(tl.float32)
+        everywhere = tl.load(criterion.weight + column, mask=exists, other=0.0).to(tl.float32)
+    truth = tl.where(column[None, :] == y[:, None], on_target[:, None], 0.0)
+    if smooth:
+        truth *= 1.0 - criterion.label_smoothing
+        truth += (everywhere * criterion.label_smoothing / classes)[None, :]
+    for h in tl.static_range(count):
+        g = tl.load(grad + h * grad_strides[0] + i * grad_strides[1], mask=kept, other=0.0)
+        g = g.to(tl.float32)
+        if coefficient is not None:
+            g *= tl.load(coefficient + h * batch + i, mask=kept, other=0.0)
+        live = inside
+        if guard:  # neither the row nor its normaliser is read where there is no gradient
+            live = g != 0
+        top = tl.load(normaliser + h * batch + i, mask=live, other=0.0)
+        scale = tl.load(normaliser + (count + h) * batch + i, mask=live, other=0.0)
+        at = logits[h] + (i * strides[h])[:, None] + column[None, :]
+        x = tl.load(at, mask=live[:, None] & exists[None, :], other=float("-inf"))
+        share = tl.exp(x.to(tl.float32) - top[:, None]) * scale[:, None]
+        at = grads[h] + (i * classes)[:, None] + column[None, :]
+        tl.store(at, g[:, None] * (share - truth), mask=inside[:, None] & exists[None, :])
+
+
+@_jit
+def _curriculum(
+    found: tl.tuple,
+    present: tl.tensor,
+    criterion: tl.tuple,
+    buffers: tl.tuple,
+    memory: tl.tuple,
+    memory_size: tl.tensor,
+    joint: tl.tuple,
+    batch: tl.tensor,
+    classes: tl.tensor,
+    per_log: tl.tensor,
+    strengths: tl.tuple,
+    known_noise: tl.tensor,
+    decays: tl.tuple,
+    skip: tl.constexpr,
+    reduction: tl.constexpr,
+    count: tl.constexpr,
+    known: tl.constexpr,
+    heads: tl.constexpr,
+    samples: tl.constexpr,
+) -> None:
+    """Three passes over the batch: its moments, the softmax of its weights, what comes of it."""
+    # The whole state is read here, before any barrier, and written after one.
+    head = tl.arange(0, heads)
+    seen = tl.load(buffers.seen + head, mask=head < known, other=0)
+    log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
+    log_quality = log_quality.to(tl.float32)
+    slow = tl.load(buffers.slow_log_quality + head, mask=head < known, other=0.0).to(tl.float32)
+    noise = tl.load(buffers.label_noise).to(tl.float32)
+    if known_noise is not None:
+        noise = known_noise
+    rho = strengths[0] * tl.minimum(noise / 0.15, 1.0)
+    kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
+    shares: tl.tuple = ()
+    moved = 0.0
+    for k in tl.static_range(3):
+        shares += (tl.load(buffers.volatility + k).to(tl.float32),)
+        moved += shares[k]
+
+    zero = tl.zeros([samples], tl.float32)
+    number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
+    signals: tl.tuple = (zero, zero, zero)
+    for start in range(0, batch, samples):
+        i = start + tl.arange(0, samples)
+        nll, here, kept, valid, signal, difficulty, _ = _signals(
+            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        )
+        summed: tl.tuple = ()
+        for k in tl.static_range(3):
+            summed += (signals[k] + tl.where(valid, signal[k], 0.0),)
+        signals = summed
+        number += valid.to(tl.float32)
+        off = tl.where(valid, difficulty - mean, 0.0)
+        mean += off / tl.maximum(number, 1.0)
+        spread += off * tl.where(valid, difficulty - mean, 0.0)
+        nonfinite += (kept & (valid == 0)).to(tl.float32)
+
+        y = tl.load(criterion.target + i, mask=kept, other=0)
+        others = here & (head > 0)[:, None]
+        at = head[:, None] * batch + i[None, :]
+        prediction = tl.load(found.prediction + at, mask=others, other=0)
+        fused = tl.load(found.prediction + i, mask=valid, other=0)
+        differ = others & (prediction != fused[None, :])
+        agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
+        contradicted += (valid & agree & (fused != y)).to(tl.float32)
+        heavy = zero + 1.0
+        if criterion.weight is not None:
+            real = kept & (y >= 0) & (y < classes)
+            heavy = tl.load(criterion.weight + y, mask=real, other=0.0).to(tl.float32)
+        if skip:
+            kept = valid
+        mass += tl.where(kept, heavy, 0.0)
+    counted = tl.sum(number, 0)
+    some = tl.maximum(counted, 1.0)
+    centre = tl.sum(number * mean, 0) / some
+    spread += number * (mean - centre) * (mean - centre)
+    kappa /= tl.maximum(tl.sqrt(tl.sum(spread, 0) / some), 1e-4)
+
+    top, total, squares = zero + _LOWEST, zero, zero
+    weights = tl.zeros([heads, samples], tl.float32)
+    weighted = weights
+    for start in range(0, batch, samples):
+        i = start + tl.arange(0, samples)
+        nll, here, kept, valid, _, difficulty, surprise = _signals(
+            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        )
+        exponent = -rho * surprise - kappa * (difficulty - centre)
+        peak = tl.where(valid, tl.maximum(top, exponent), top)
+        scale = tl.exp(top - peak)
+        e = tl.where(valid, tl.exp(exponent - peak), 0.0)
+        e_here = tl.where(here, e[None, :], 0.0)
+        fused = tl.sum(tl.where((head == 0)[:, None], e_here, 0.0), 0)
+        total = scale * total + e
+        squares = scale * scale * squares + fused * fused
+        weights = scale[None, :] * weights + e_here
+        weighted = scale[None, :] * weighted + e_here * tl.where(valid[None, :], nll, 0.0)
+        top = peak
+    peak = tl.max(top, 0)
+    scale = tl.exp(top - peak)
+    norm = counted / tl.maximum(tl.sum(scale * total, 0), 1e-30)  # to weights of mean 1
+    squares = norm * norm * tl.sum(scale * scale * squares, 0)
+    weights = norm * tl.sum(scale[None, :] * weights, 1)
+    weighted = norm * tl.sum(scale[None, :] * weighted, 1)
+
+    # Averages start at their first value and stay where a batch has nothing to say.
+    steps = tl.sum(tl.where(head == 0, seen, 0), 0)
+    moves = tl.where(counted > 0, 1.0, 0.0)
+    rate = (1.0 - decays[0]) * moves
+    first_rate = tl.where(steps == 0, moves, rate)
+    for k in tl.static_range(3):
+        now = tl.sum(signals[k], 0) / some
+        before = tl.load(buffers.signal_mean + k).to(tl.float32)
+        change = tl.abs(now - before) / (tl.abs(before) + 1e-3)
+        change = tl.where(steps == 0, 0.0, change)
+        _average(buffers.volatility + k, change, tl.where(steps == 1, moves, rate))
+        _average(buffers.signal_mean + k, now, first_rate)
+    _average(buffers.label_noise, tl.sum(contradicted, 0) / some, rate)
+    fused = tl.sum(tl.where(head == 0, weights, 0.0), 0)
+    share = fused * fused / tl.maximum(squares * counted, 1e-12)
+    _average(buffers.effective_share, share, first_rate)
+    tl.store(buffers.step, tl.load(buffers.step) + 1)
+    nonfinite = tl.sum(nonfinite, 0).to(tl.int64)
+    tl.store(buffers.nonfinite, tl.load(buffers.nonfinite) + nonfinite)
+
+    weighted /= tl.where(weights > 0, weights, 1.0)
+    step = tl.where(weights > 0, 1.0 - decays[0], 0.0)
+    rate = tl.where((weights > 0) & (seen == 0), 1.0, step)
+    log_quality += rate * (-weighted - log_quality)
+    rate = tl.where((weights > 0) & (seen == 0), 1.0, _SLOWER * step)
+    slow += rate * (-weighted - slow)
+    seen += (weights > 0).to(tl.int64)
+    fused = tl.sum(tl.where(head == 0, log_quality, 0.0), 0)
+    log_quality = tl.where(seen > 0, log_quality, fused)
+    slow = tl.where(seen > 0, slow, fused)
+    quality = tl.minimum(tl.maximum(1.0 + log_quality * per_log, 0.0), 1.0)
+    tl.store(buffers.seen + head, seen, mask=head < known)
+    tl.store(buffers.log_quality + head, log_quality, mask=head < known)
+    tl.store(buffers.slow_log_quality + head, slow, mask=head < known)
+    tl.store(buffers.quality + head, tl.where(per_log > 0, quality, 0.0), mask=head < known)
+
+    factor = tl.full([heads], 1.0, tl.float32)
+    if count > 1:
+        ahead = _modality_coefficients(fused - log_quality, log_quality - slow, head, count)
+        factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
+    if reduction == "mean":
+        factor /= tl.sum(mass, 0)
+    value = zero
+    for start in range(0, batch, samples):
+        i = start + tl.arange(0, samples)
+        inside = i < batch
+        nll, here, kept, valid, _, difficulty, surprise = _signals(
+            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        )
+        exponent = -rho * surprise - kappa * (difficulty - centre)
+        weight = tl.where(valid, norm * tl.exp(exponent - peak), 1.0)
+        if memory is not None:
+            row = tl.load(memory.rows + i, mask=inside, other=-1)
+            exists = (row >= 0) & (row < memory_size)
+            cell = row[None, :] * known + head[:, None]
+            mask = here & (valid & exists)[None, :]
+            visits = tl.load(memory.visits + cell, mask=mask, other=0)
+            old = tl.load(memory.nll + cell, mask=mask, other=0.0).to(tl.float32)
+            averaged = tl.where(visits == 0, nll, nll + decays[1] * (old - nll))
+            tl.store(memory.nll + cell, averaged, mask=mask)
+            tl.store(memory.visits + cell, visits + 1, mask=mask)
+            tl.store(memory.weight + row, weight, mask=exists)
+        if skip:
+            weight = tl.where(valid, weight, 0.0)
+        at = head[:, None] * batch + i[None, :]
+        c = tl.where(here, factor[:, None] * weight[None, :], 0.0)
+        tl.store(joint.coefficient + at, c, mask=(head < count)[:, None] & inside[None, :])
+        term = c * tl.load(found.rows + at, mask=here, other=0.0)
+        if skip:
+            term = tl.where(c == 0, 0.0, term)
+        if reduction == "none":
+            tl.store(joint.value + i, tl.sum(term, 0), mask=inside)
+        else:
+            value += tl.sum(term, 0)
+    if reduction != "none":
+        tl.store(joint.value, tl.sum(value, 0))
+
+
+@_jit
+def _average(at: tl.tensor, value: tl.tensor, rate: tl.tensor) -> None:
+    mean = tl.load(at).to(tl.float32)
+    tl.store(at, mean + rate * (value - mean))
+
+
+@_jit
+def _signals(
+    found: tl.tuple,
+    present: tl.tensor,
+    criterion: tl.tuple,
+    shares: tl.tuple,
+    moved: tl.tensor,
+    i: tl.tensor,
+    head: tl.tensor,
+    count: tl.constexpr,
+    batch: tl.tensor,
+    per_log: tl.tensor,
+) -> tl.tuple:
+    """What the statistics say about samples i, as ``dyncim_core.signals`` defines it."""
+    at = head[:, None] * batch + i[None, :]
+    here = _has(present, at, (head < count)[:, None] & (i < batch)[None, :])
+    plane = count * batch
+    nll = tl.load(found.rows + plane + at, mask=here, other=0.0)
+    entropy = tl.load(found.rows + 2 * plane + at, mask=here, other=0.0)
+    distance = tl.load(found.rows + 3 * plane + at, mask=here, other=0.0)
+    y = tl.load(criterion.target + i, mask=i < batch, other=criterion.ignore_index)
+    kept = y != criterion.ignore_index
+    valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
+
+    number = tl.maximum(tl.sum(here.to(tl.float32), 0), 1.0)
+    others = tl.maximum(tl.sum((here & (head > 0)[:, None]).to(tl.float32), 0), 1.0)
+    undecided = tl.sum(tl.where((head == 0)[:, None], entropy, 0.0), 0) * per_log
+    signals = (
+        1.0 - tl.exp(-tl.sum(nll, 0) / number),
+        tl.sum(distance, 0) / others,
+        tl.minimum(tl.maximum(undecided, 0.0), 1.0),
+    )
+    difficulty = tl.zeros(i.shape, tl.float32)
+    for k in tl.static_range(3):
+        difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
+    surprise = tl.sum(tl.maximum(nll - entropy, 0.0), 0) / number * per_log
+    return nll, here, kept, valid, signals, difficulty, surprise
+
+
+@_jit
+def _modality_coefficients(
+    ratio: tl.tensor, progress: tl.tensor, head: tl.tensor, count: tl.constexpr
+) -> tl.tensor:
+    """As ``dyncim_core.modality`` defines them, from log ratios; head 0 gets anything."""
+    modalities: tl.constexpr = count - 1
+    is_modality = (head > 0) & (head < count)
+    floored = tl.maximum(ratio, 9.995003e-4)  # log(1 + eps)
+    inverse = tl.where(is_modality, -floored - tl.log(1.0 - tl.exp(-floored)), _LOWEST)
+    top = tl.max(inverse, 0)
+    log_hmir = -top - tl.log(tl.sum(tl.exp(inverse - top), 0) / modalities)
+    log_one_plus_hmir = tl.where(log_hmir > 15, log_hmir, tl.log(1.0 + tl.exp(log_hmir)))
+    log_gmr = tl.sum(tl.where(is_modality, ratio, 0.0), 0) / modalities
+    balance = 1.0 - tl.exp(tl.minimum(log_one_plus_hmir - log_gmr, 0.0))
+    capped = tl.where(is_modality, tl.minimum(ratio, 1.0), _LOWEST)
+    alpha = tl.exp(capped - tl.max(capped, 0))
+    balanced = 1.0 + balance * (modalities * alpha / tl.sum(alpha, 0) - 1.0)
+    return balanced + tl.minimum(tl.maximum(4.0 * progress, 0.0), 2.0)
+
+
+@_jit
+def _gate(
+    logits: tl.tuple,
+    strides: tl.tuple,
+    quality: tl.tensor,
+    available: tl.tensor,
+    chance: tl.tensor,
+    settings: tl.tuple,
+    found: tl.tuple,
+    batch: tl.tensor,
+    classes: tl.tensor,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
+    unrolled: tl.constexpr,
+) -> None:
+    """Two passes over a group of rows: the softmaxes, how they contradict each other."""
+    count: tl.constexpr = len(logits)
+    i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    inside = i < batch
+    number = tl.zeros([group], tl.int32)
+    least = tl.load(quality).to(tl.float32)
+    for m in tl.static_range(count):
+        number += _has(available, m * batch + i, inside).to(tl.int32)
+        least = tl.minimum(least, tl.load(quality + m).to(tl.float32))
+
+    present: tl.tuple = ()
+    rows: tl.tuple = ()
+    weights: tl.tuple = ()
+    number_left = tl.zeros([group], tl.int32)
+    for m in tl.static_range(count):
+        here = _has(available, m * batch + i, inside)
+        row = i
+        q = tl.load(quality + m).to(tl.float32)
+        if chance is not None:
+            pick = tl.load(chance + i, mask=inside, other=0.0)
+            event = tl.load(chance + batch + i, mask=inside, other=0.0)
+            rate = (least + 1e-3) / (q + 1e-3)
+            chosen = ((pick * count).to(tl.int32) == m) & (number > 1)
+            dropped = chosen & (event >= 1.0 - settings.dropout * rate)
+            if found.source is not None:
+                step = tl.load(chance + 2 * batch + i, mask=inside, other=0.0)
+                other = (i + 1 + (step * (batch - 1)).to(tl.int64)) % batch
+                swapped = chosen & here & (event < settings.swap * rate)
+                row = tl.where(_has(available, m * batch + other, swapped), other, i)
+                tl.store(found.source + m * batch + i, row, mask=inside)
+            here = here & (dropped == 0)
+            tl.store(found.available + m * batch + i, here, mask=inside)
+        present += (here,)
+        rows += (row,)
+        weights += (tl.where(here, tl.maximum(q, 1e-3), 0.0),)
+        number_left += here.to(tl.int32)
+
+    zero = tl.zeros([group, lanes], tl.float32)
+    softmaxes: tl.tuple = ()
+    for _m in tl.static_range(count):
+        softmaxes += ((zero + _LOWEST, zero),)
+    for start in tl.range(0, classes, lanes, loop_unroll_factor=unrolled):
+        updated: tl.tuple = ()
+        for m in tl.static_range(count):
+            top, total = softmaxes[m]
+            x = _columns(logits[m], strides[m], rows[m], present[m], start, classes, lanes)
+            peak = tl.maximum(top, x)
+            total = tl.exp(top - peak) * total + tl.exp(x - peak)
+            updated += ((peak, total),)
+        softmaxes = updated
+    normalisers: tl.tuple = ()
+    per_weight: tl.tuple = ()
+    conflicts: tl.tuple = ()
+    for m in tl.static_range(count):
+        tops, total = softmaxes[m]
+        top = tl.max(tops, 1)
+        total = tl.sum(tl.exp(tops - top[:, None]) * total, 1)
+        others = tl.zeros([group], tl.float32)
+        for k in tl.static_range(count):
+            if k != m:
+                others += weights[k]
+        normalisers += ((top, 1.0 / total),)
+        per_weight += (1.0 / tl.where(others > 0, others, 1.0),)
+        conflicts += ((zero, zero),)
+    for start in tl.range(0, classes, lanes, loop_unroll_factor=unrolled):
+        shares: tl.tuple = ()
+        for m in tl.static_range(count):
+            top, scale = normalisers[m]
+            x = _columns(logits[m], strides[m], rows[m], present[m], start, classes, lanes)
+            share = tl.exp(x - top[:, None]) * scale[:, None]
+            shares += (tl.where(present[m][:, None], share, 0.0),)
+        widened: tl.tuple = ()
+        for m in tl.static_range(count):
+            apart, surest = conflicts[m]
+            consensus = zero
+            for k in tl.static_range(count):
+                if k != m:
+                    consensus += weights[k][:, None] * shares[k]
+            consensus *= per_weight[m][:, None]
+            off = shares[m] - consensus
+            widened += ((apart + off * off, tl.maximum(surest, consensus)),)
+        conflicts = widened
+
+    evidence: tl.tuple = ()
+    top = tl.full([group], _LOWEST, tl.float32)
+    for m in tl.static_range(count):
+        apart, surest = conflicts[m]
+        conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1)
+        conflict = tl.where(conflict > 1, 1.0, conflict)
+        conflict = tl.where(present[m] & (number_left > 1), conflict, 0.0)
+        evidence += (-settings.disagreement_slope * conflict,)
+        top = tl.where(present[m], tl.maximum(top, evidence[m]), top)
+    total = tl.zeros([group], tl.float32)
+    for m in tl.static_range(count):
+        total += tl.where(present[m], tl.exp(evidence[m] - top), 0.0)
+    gates: tl.tuple = ()
+    kept = tl.zeros([group], tl.float32)
+    largest = kept
+    for m in tl.static_range(count):
+        share = tl.exp(evidence[m] - top) / total
+        gates += (tl.where(present[m] & (share >= settings.threshold), share, 0.0),)
+        kept += gates[m]
+        largest = tl.maximum(largest, gates[m])
+    for m in tl.static_range(count):
+        at = m * batch + i
+        tl.store(found.gates + at, gates[m] / tl.where(kept > 0, kept, 1.0), mask=inside)
+        tl.store(found.scale + at, gates[m] / tl.where(kept > 0, largest, 1.0), mask=inside)
+
+
+@_jit
+def _columns(
+    logits: tl.tensor,
+    stride: tl.tensor,
+    row: tl.tensor,
+    here: tl.tensor,
+    start: tl.tensor,
+    classes: tl.tensor,
+    lanes: tl.constexpr,
+) -> tl.tensor:
+    column = start + tl.arange(0, lanes)
+    mask = here[:, None] & (column < classes)[None, :]
+    at = logits + (row * stride)[:, None] + column[None, :]
+    return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
