@@ -36,16 +36,17 @@ def heads(batch: int, classes: int, modalities: int, device: str) -> tuple[list[
     return logits, torch.randint(classes, (batch,), generator=generator).to(device)
 
 
-def cross_entropies(logits: list[Tensor], target: Tensor) -> Step:
+def cross_entropies(logits: list[Tensor], target: Tensor, compiled: bool = False) -> Step:
     """What the loss replaces: one cross-entropy for each head, added up."""
 
-    def step() -> Sequence[Tensor]:
-        loss = F.cross_entropy(logits[0], target)
-        for head in logits[1:]:
+    def forward(*heads: Tensor) -> Tensor:
+        loss = F.cross_entropy(heads[0], target)
+        for head in heads[1:]:
             loss = loss + F.cross_entropy(head, target)
-        return torch.autograd.grad(loss, logits)
+        return loss
 
-    return step
+    call = torch.compile(forward, fullgraph=True) if compiled else forward
+    return lambda: torch.autograd.grad(call(*logits), logits)
 
 
 def autograd(logits: list[Tensor], target: Tensor) -> Step:
@@ -85,7 +86,11 @@ def statistics(logits: list[Tensor], target: Tensor, backend: str | None) -> Ste
 
 
 def loss(
-    logits: list[Tensor], target: Tensor, backend: str | None, samples: int | None = None
+    logits: list[Tensor],
+    target: Tensor,
+    backend: str | None,
+    samples: int | None = None,
+    compiled: bool = False,
 ) -> Step:
     """``DynCIMLoss``, its state included; with a per-sample memory, where asked for."""
     state = CurriculumState(len(logits) - 1, num_samples=samples)
@@ -93,16 +98,15 @@ def loss(
     criterion.to(target.device)
     index = None if samples is None else torch.arange(len(target), device=target.device)
 
-    def step() -> Sequence[Tensor]:
-        joint = criterion(logits[0], target, unimodal=logits[1:], index=index)
-        return torch.autograd.grad(joint, logits)
+    def forward(*heads: Tensor) -> Tensor:
+        joint: Tensor = criterion(heads[0], target, unimodal=list(heads[1:]), index=index)
+        return joint
 
-    return step
+    call = torch.compile(forward, fullgraph=True) if compiled else forward
+    return lambda: torch.autograd.grad(call(*logits), logits)
 
 
-def fusion(
-    gated: bool, batch: int, classes: int, modalities: int, width: int, device: str
-) -> Step:
+def fusion(gated: bool, batch: int, classes: int, modalities: int, width: int, device: str) -> Step:
     """Concatenation and a linear head, or ``GatedFusion`` in front of it."""
     features = [
         torch.randn(batch, width, device=device, requires_grad=True) for _ in range(modalities)

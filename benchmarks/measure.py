@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,5 +95,5 @@ def extra_memory(step: Step, device: str) -> int:
     return max(0, peak - sum(x.numel() * x.element_size() for x in result))
 
 
-def _memory(event: object) -> bool:
-    return getattr(event, "name")() == "[memory]"  # noqa: B009
+def _memory(event: Any) -> bool:
+    return bool(event.name() == "[memory]")

@@ -75,25 +75,11 @@ def loss_table(device: str, grid: list[tuple[int, int, int]], seconds: float) ->
             steps[fastest] = cases.loss(logits, target, fastest)
             steps[f"{fastest}, with memory"] = cases.loss(logits, target, fastest, samples=50_000)
         if (batch, classes, modalities) in COMPILED:
-            steps["cross-entropies, compiled"] = compiled(logits, cases.cross_entropies, target)
-            steps["compiled"] = compiled(logits, cases.loss, target, None)
+            torch.compiler.reset()
+            steps["cross-entropies, compiled"] = cases.cross_entropies(logits, target, True)
+            steps["compiled"] = cases.loss(logits, target, None, compiled=True)
         row: Row = {"batch": batch, "classes": classes, "modalities": modalities}
         yield row | _timings(compare(steps, device, seconds))
-
-
-def compiled(logits: list[torch.Tensor], make: Callable[..., cases.Step], *rest: Any) -> cases.Step:
-    """A contestant whose forward ``torch.compile`` has traced, with its backward."""
-    torch.compiler.reset()
-    if make is cases.loss:
-        criterion = cases.DynCIMLoss(cases.nn.CrossEntropyLoss(), modalities=len(logits) - 1)
-        criterion.to(logits[0].device)
-        fused = torch.compile(
-            lambda *x: criterion(x[0], rest[0], unimodal=list(x[1:])), fullgraph=True
-        )
-    else:
-        entropy = cases.F.cross_entropy
-        fused = torch.compile(lambda *x: sum(entropy(h, rest[0]) for h in x), fullgraph=True)
-    return lambda: torch.autograd.grad(fused(*logits), logits)
 
 
 def fusion_table(device: str, seconds: float) -> Iterator[Row]:
@@ -195,7 +181,7 @@ def _timings(found: dict[str, Timing]) -> Row:
 
 def environment(device: str, threads: int) -> Row:
     """The machine, versions and commit that figures belong to."""
-    commit = subprocess.run(  # noqa: S603
+    commit = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--exclude=*"],  # noqa: S607
         capture_output=True,
         text=True,
@@ -226,8 +212,7 @@ def markdown(rows: list[Row]) -> str:
     """A table of the rows; of a timing, the ratio, and the baseline's microseconds."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 

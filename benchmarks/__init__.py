@@ -1,0 +1,1 @@
+"""What the toolkit costs, and what it is worth."""
