@@ -130,15 +130,16 @@ def differentiable(
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
-        ctx.known = known
-        ctx.save_for_backward(*logits)
+        *ctx.known, (target, weight, *ctx.options), ctx.guard = known
+        ctx.save_for_backward(target, weight, *logits)  # a change in place is noticed
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficient, normaliser, kernels, criterion, guard = ctx.known
-        logits = ctx.saved_tensors
-        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
+        coefficient, normaliser, kernels = ctx.known
+        target, weight, *logits = ctx.saved_tensors
+        criterion = Criterion(target, weight, *ctx.options)
+        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, ctx.guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
         return (None, None, *grads)

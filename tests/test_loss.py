@@ -557,6 +557,14 @@ def test_repr_tells_the_options() -> None:
     assert "modalities=('a',)" in text
 
 
+def test_a_target_changed_in_place_is_noticed() -> None:
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+    target.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_batch_sizes_do_not_compile_anew() -> None:
     """The second size makes the batch symbolic; from then on nothing is compiled."""
     state = CurriculumState(2, num_samples=40)
