@@ -307,24 +307,25 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 
 def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:
-    """Ratios far outside of what exp can hold."""
-    target = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    right = torch.tensor([60.0, 0.0, 0.0], device=DEVICE).expand(4, 3)
+    """Ratios far outside of what exp can hold, and modalities ahead of the fusion."""
+    criterion = Criterion(torch.zeros(4, dtype=torch.int64, device=DEVICE))
     settings = Settings(0.0, None, 0.0, 1.0, False, 0.9, 0.8, "sum")
-    for lags in ((0.0, 0.0), (1e-4, 1e-4), (200.0, 90.0), (0.5, 300.0), (-40.0, 7.0), (30.0, 30.0)):
-        logits = [right - 60.0, *(right - 60.0 - right * lag / 30.0 for lag in lags)]
-        found = [
-            backend.curriculum(
-                logits,
-                None,
-                Criterion(target),
-                CurriculumState(2).to(DEVICE).averages(),
-                None,
-                settings,
-            ).coefficient
-            for backend in (kernel, eager)
-        ]
-        close(*found)
+    for losses in (
+        (5, 5, 5),
+        (5, 5.001, 4.9),
+        (5, 5.001, 5.5),
+        (0, 200, 190),
+        (90, 3, 40),
+        (3, 33, 33),
+        (-9, 40, 1),
+    ):
+        logits = [torch.tensor([0.0, loss], device=DEVICE).expand(4, 2) for loss in losses]
+        states = [CurriculumState(2).to(DEVICE) for _ in range(2)]
+        ours, theirs = (
+            backend.curriculum(logits, None, criterion, state.averages(), None, settings)
+            for backend, state in zip((kernel, eager), states, strict=True)
+        )
+        close(ours.coefficient, theirs.coefficient)
 
 
 @pytest.mark.parametrize("batch", [0, 3])
@@ -350,13 +351,16 @@ def test_a_batch_that_says_nothing_moves_nothing(batch: int) -> None:
 @pytest.mark.usefixtures("passes")
 def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout: float) -> None:
     c = case(batch=21, **options)
+    c.logits[0][3] = math.nan
     if c.present is not None:
-        c.present[:, 5] = False
+        c.present[:, 5:7] = False
+        c.present[0, 6] = True
+        c.logits[0][6] = math.nan
     chance = None
     if swap or dropout:
         chance = torch.rand(3, 21, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     quality = torch.linspace(0.0, 0.9, len(c.logits), device=DEVICE)
-    settings = Gate(1.5, 0.05, swap, dropout)
+    settings = Gate(3.0, 0.2, swap, dropout)
     ours, theirs = (b.gate(c.logits, quality, c.present, chance, settings) for b in (kernel, eager))
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)

@@ -2,8 +2,8 @@
 
 Three launches a step: ``_statistics`` reads the logits of all heads once, whatever C is,
 ``_curriculum`` weighs the batch and updates the state, ``_gradients`` reads the logits
-again and writes the gradients. Nothing is read on the host, so a target out of range is
-no error here: its loss is NaN.
+again and writes the gradients. Nothing is read on the host, so that nothing out of range
+is an error here: such a target makes its loss NaN, such an index is passed over.
 
 eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
 """
@@ -41,6 +41,7 @@ _MOST_LANES = 512  # threads that share a row
 _UNROLLED = 8  # logits of a head that a thread has in hand
 _TILE = 1024  # logits of a head whose gradient a program writes
 _PLANE = 2048  # heads times samples that the curriculum has in hand
+_OPTIONS = {"enable_fp_fusion": True}  # the default differs between versions
 
 # A batch of another size is no reason to compile anew.
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["batch"])
@@ -58,10 +59,9 @@ def statistics(
         like.new_empty(shape, dtype=torch.int64),
         like.new_empty((2, *shape), dtype=torch.float32),
     )
-    lanes = _lanes(batch, classes)
-    group = max(1, _THREADS // lanes)
+    tile = _tile(batch, classes)
     with torch.cuda.device(like.get_device()):
-        _statistics[(triton.cdiv(batch, group),)](
+        _statistics[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
             None if present is None else present.contiguous(),
@@ -70,11 +70,8 @@ def statistics(
             batch,
             classes,
             smooth=criterion.label_smoothing > 0,
-            group=group,
-            lanes=lanes,
             unrolled=max(1, min(_UNROLLED, 32 // len(logits))),
-            num_warps=group * lanes // 32,
-            enable_fp_fusion=True,
+            **tile,
         )
     return found
 
@@ -118,7 +115,7 @@ def curriculum(
             heads=heads,
             samples=_PLANE // heads,
             num_warps=8,
-            enable_fp_fusion=True,
+            **_OPTIONS,
         )
     return joint
 
@@ -154,8 +151,8 @@ def gradients(
             guard=guard,
             group=group,
             block=block,
-            num_warps=4,
-            enable_fp_fusion=True,
+            num_warps=_THREADS // 32,
+            **_OPTIONS,
         )
     return list(grads)
 
@@ -177,10 +174,9 @@ def gate(
         available if chance is None else like.new_empty(shape, dtype=torch.bool),
         like.new_empty(shape, dtype=torch.int64) if chance is not None and settings.swap else None,
     )
-    lanes = _lanes(batch, classes)
-    group = max(1, _THREADS // lanes)
+    tile = _tile(batch, classes)
     with torch.cuda.device(like.get_device()):
-        _gate[(triton.cdiv(batch, group),)](
+        _gate[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
             quality.contiguous(),
@@ -190,11 +186,8 @@ def gate(
             found,
             batch,
             classes,
-            group=group,
-            lanes=lanes,
             unrolled=max(1, 12 // len(logits)),
-            num_warps=group * lanes // 32,
-            enable_fp_fusion=True,
+            **tile,
         )
     return found
 
@@ -213,11 +206,16 @@ def _contiguous(criterion: Criterion) -> Criterion:
     )
 
 
-def _lanes(batch: int, classes: int) -> int:
-    """Threads that share a row: few, as joining them costs, yet enough to fill a GPU."""
-    enough = triton.next_power_of_2(2**16 // max(1, batch))
+def _tile(batch: int, classes: int) -> dict[str, Any]:
+    """Rows of a program and threads that share one.
+
+    Few share a row, as joining them costs, but enough for the batch to fill a GPU.
+    """
     useful = triton.next_power_of_2(classes) // _UNROLLED
-    return int(max(1, min(useful, max(32, enough), _MOST_LANES)))
+    enough = triton.next_power_of_2(2**16 // max(1, batch))
+    lanes = max(1, min(useful, max(32, enough), _MOST_LANES))
+    group = max(1, _THREADS // lanes)
+    return {"group": group, "lanes": lanes, "num_warps": group * lanes // 32, **_OPTIONS}
 
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
@@ -294,7 +292,6 @@ def _statistics(
                 heavy += (w.to(tl.float32),)
                 heaviness += heavy[k]
         fused: tl.tuple = ()
-        fused_scale = zero
         updated: tl.tuple = ()
         for h in tl.static_range(count):
             top, best, total, moment, tilt, gap, cross, power = heads[h]
@@ -346,7 +343,6 @@ def _statistics(
     if smooth:
         on_target *= 1.0 - criterion.label_smoothing
         mass = on_target + criterion.label_smoothing * heaviest / classes
-    fused_scale = zero
     for h in tl.static_range(count):
         tops, best, total, moment, tilt, gap, cross, power = heads[h]
         top = tl.max(tops, 1)
@@ -672,7 +668,8 @@ def _modality_coefficients(
     inverse = tl.where(is_modality, -floored - tl.log(1.0 - tl.exp(-floored)), _LOWEST)
     top = tl.max(inverse, 0)
     log_hmir = -top - tl.log(tl.sum(tl.exp(inverse - top), 0) / modalities)
-    log_one_plus_hmir = tl.where(log_hmir > 15, log_hmir, tl.log(1.0 + tl.exp(log_hmir)))
+    # Infinite only where every ratio is far past the cap, and no balance matters.
+    log_one_plus_hmir = tl.log(1.0 + tl.exp(log_hmir))
     log_gmr = tl.sum(tl.where(is_modality, ratio, 0.0), 0) / modalities
     balance = 1.0 - tl.exp(tl.minimum(log_one_plus_hmir - log_gmr, 0.0))
     capped = tl.where(is_modality, tl.minimum(ratio, 1.0), _LOWEST)
