@@ -24,7 +24,6 @@ __all__ = [
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
-    "learning_progress",
     "modality_coefficients",
     "modality_weights",
     "quality",
@@ -153,40 +152,17 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
     return (_log_ratios(log_quality).clamp_max(cap) / temperature).softmax(dim=-1)
 
 
-def learning_progress(log_quality: Tensor, slow_log_quality: Tensor) -> Tensor:
-    """How much better than its own slow average each modality has become.
-
-    Definition chosen here.
-
-    Args:
-        log_quality: ``[..., M + 1]``, fused head first.
-        slow_log_quality: Same shape; the same, averaged over more steps.
-
-    Returns:
-        ``[..., M]``, in nats, >= 0: 0 for a modality that has stopped learning.
-
-    Example:
-        >>> learning_progress(torch.tensor([0.0, -0.5, -1.0]), torch.tensor([0.0, -0.75, -0.9]))
-        tensor([0.2500, 0.0000])
-    """
-    return (log_quality - slow_log_quality)[..., 1:].clamp_min(0.0)
-
-
-def modality_coefficients(log_quality: Tensor, slow_log_quality: Tensor | None = None) -> Tensor:
+def modality_coefficients(log_quality: Tensor) -> Tensor:
     """Factor of each modality's loss in the joint objective.
 
     ``(1 - lambda) + lambda * M * alpha_m`` with the balance factor and the modality
-    weights: all 1 when the modalities are balanced. A modality that still learns gets
-    ``min(4 * progress, 2)`` more, so that one which learns fast does not starve one which
-    learns longer. Definition chosen here.
+    weights: all 1 when the modalities are balanced. Definition chosen here.
 
     Args:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
-        slow_log_quality: Same shape, the same averaged over more steps; without it,
-            nothing is known of progress.
 
     Returns:
-        ``[..., M]``, >= 0; mean 1 over the modalities when none of them progresses.
+        ``[..., M]``, >= 0, mean 1 over the modalities.
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -194,16 +170,10 @@ def modality_coefficients(log_quality: Tensor, slow_log_quality: Tensor | None =
     Example:
         >>> modality_coefficients(torch.tensor([0.8, 0.4, 0.4]).log())
         tensor([1., 1.])
-        >>> log_quality = torch.tensor([-0.5, -0.5, -0.5])
-        >>> modality_coefficients(log_quality, torch.tensor([-0.5, -0.5, -0.75]))
-        tensor([1., 2.])
     """
     alpha = modality_weights(log_quality)
     share = balance_factor(log_quality).unsqueeze(-1)
-    balanced = torch.lerp(torch.ones_like(alpha), alpha.shape[-1] * alpha, share)
-    if slow_log_quality is None:
-        return balanced
-    return balanced + (4.0 * learning_progress(log_quality, slow_log_quality)).clamp_max(2.0)
+    return torch.lerp(torch.ones_like(alpha), alpha.shape[-1] * alpha, share)
 
 
 def quality(log_quality: Tensor, num_classes: int) -> Tensor:

@@ -32,7 +32,6 @@ __all__ = [
     "harmonic_mean_improvement_rate",
     "head_statistics",
     "improvement_ratios",
-    "learning_progress",
     "modality_coefficients",
     "modality_weights",
     "noise_pressure",
@@ -495,39 +494,16 @@ def modality_weights(log_quality: ArrayLike, temperature: float = 1.0, cap: floa
     return np.asarray(shares / shares.sum(axis=-1, keepdims=True))
 
 
-def learning_progress(log_quality: ArrayLike, slow_log_quality: ArrayLike) -> Array:
-    """``max(0, log q_m - slow log q_m)``: how much each modality gained on its slow average.
+def modality_coefficients(log_quality: ArrayLike) -> Array:
+    """Factor of each modality's loss, ``(1 - lambda) + lambda * M * alpha_m``.
 
     Definition chosen here.
 
     Args:
-        log_quality: ``[..., M + 1]``, in nats.
-        slow_log_quality: Same shape.
-
-    Returns:
-        ``[..., M]``, >= 0.
-
-    Example:
-        >>> learning_progress([0.0, -0.5, -1.0], [0.0, -0.75, -0.5]).tolist()
-        [0.25, 0.0]
-    """
-    gained = np.asarray(log_quality, dtype=np.float64) - np.asarray(slow_log_quality)
-    return np.asarray(np.maximum(gained[..., 1:], 0.0))
-
-
-def modality_coefficients(
-    log_quality: ArrayLike, slow_log_quality: ArrayLike | None = None
-) -> Array:
-    """Factor of each modality's loss, ``(1 - lambda) + lambda * M * alpha_m + b_m``.
-
-    ``b_m = min(4 * progress_m, 2)``, 0 without a slow average. Definition chosen here.
-
-    Args:
         log_quality: ``[..., M + 1]``, any real values.
-        slow_log_quality: Same shape.
 
     Returns:
-        ``[..., M]``, >= 0; all 1 when the modalities are balanced and none progresses.
+        ``[..., M]``, >= 0, mean 1 over the modalities; all 1 when they are balanced.
 
     Raises:
         ValueError: There is no modality.
@@ -538,11 +514,7 @@ def modality_coefficients(
     """
     alpha = modality_weights(log_quality)
     share = balance_factor(log_quality)[..., None]
-    balanced = (1.0 - share) + share * alpha.shape[-1] * alpha
-    if slow_log_quality is None:
-        return np.asarray(balanced)
-    progress = learning_progress(log_quality, slow_log_quality)
-    return np.asarray(balanced + np.minimum(4.0 * progress, 2.0))
+    return np.asarray((1.0 - share) + share * alpha.shape[-1] * alpha)
 
 
 def quality(log_quality: ArrayLike, num_classes: int) -> Array:

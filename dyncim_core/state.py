@@ -22,7 +22,7 @@ from dyncim_core.signals import SIGNALS, volatility_weights
 __all__ = ["CurriculumState", "Suspects"]
 
 # Buffers with one entry per head; with a memory, one row of them per sample.
-_PER_HEAD = ("log_quality", "slow_log_quality", "quality", "seen")
+_PER_HEAD = ("log_quality", "quality", "seen")
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
 
@@ -57,7 +57,6 @@ class CurriculumState(nn.Module):
 
     Attributes:
         log_quality: ``[M + 1]``, minus the average NLL of each head, in nats.
-        slow_log_quality: ``[M + 1]``, the same averaged over 2.5 times as many steps.
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
@@ -80,7 +79,6 @@ class CurriculumState(nn.Module):
     """
 
     log_quality: Tensor
-    slow_log_quality: Tensor
     quality: Tensor
     signal_mean: Tensor
     volatility: Tensor
@@ -113,7 +111,6 @@ class CurriculumState(nn.Module):
 
         heads = 1 + len(self.modalities or ())
         self.register_buffer("log_quality", torch.zeros(heads))
-        self.register_buffer("slow_log_quality", torch.zeros(heads))
         self.register_buffer("quality", torch.zeros(heads))
         self.register_buffer("seen", torch.zeros(heads, dtype=torch.int64))
         self.register_buffer("signal_mean", torch.zeros(len(SIGNALS)))

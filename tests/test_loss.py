@@ -125,11 +125,10 @@ def by_hand(
         pacing_strength=0.2 * (1.0 - float(state.quality[0])),
     )
     mean = -(weights * heads.nll).sum(axis=1) / weights.sum()
-    log_quality = slow = mean
+    log_quality = mean
     if state.step > 0:
         log_quality = 0.95 * state.log_quality.numpy() + 0.05 * mean
-        slow = 0.98 * state.slow_log_quality.numpy() + 0.02 * mean
-    coefficients = np.concatenate([[1.0], ref.modality_coefficients(log_quality, slow)])
+    coefficients = np.concatenate([[1.0], ref.modality_coefficients(log_quality)])
     return float((weights * (coefficients[:, None] * heads.loss).sum(axis=0)).mean())
 
 

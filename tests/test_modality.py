@@ -21,7 +21,6 @@ from dyncim_core.modality import (
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
-    learning_progress,
     modality_coefficients,
     modality_weights,
     quality,
@@ -401,25 +400,3 @@ def test_no_modality_to_augment_is_an_error() -> None:
 
 def test_quality_needs_no_modality() -> None:
     assert quality(torch.tensor([-math.log(2.0)]), 4).tolist() == [0.5]
-
-
-# Learning progress.
-
-
-@given(log_quality(), log_quality())
-def test_progress_raises_the_coefficient_of_its_own_modality(values: Array, other: Array) -> None:
-    slow = np.resize(other, values.shape)
-    progress = learning_progress(to_torch(values), to_torch(slow))
-    assert_allclose(progress, ref.learning_progress(values, slow), rtol=1e-12)
-    assert (progress >= 0).all()
-    still = modality_coefficients(to_torch(values))
-    moving = modality_coefficients(to_torch(values), to_torch(slow))
-    assert_allclose(moving, ref.modality_coefficients(values, slow), rtol=1e-11, atol=1e-12)
-    assert_allclose(moving - still, np.minimum(4 * progress, 2), rtol=1e-9, atol=1e-12)
-
-
-@given(log_quality(), reals(0, 8))
-def test_a_modality_that_gets_worse_makes_no_progress(values: Array, loss: float) -> None:
-    before, after = to_torch(values + loss), to_torch(values)
-    assert (learning_progress(after, before) == 0).all()
-    assert torch.equal(modality_coefficients(after, before), modality_coefficients(after))

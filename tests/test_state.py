@@ -87,7 +87,6 @@ def test_averages_follow_their_definition() -> None:
     assert state.label_noise == 0.25  # from 0: a first doubt is not believed whole
     update(0.0, 0.8, False)
     assert state.log_quality.tolist() == [-0.75, -0.75]
-    assert_allclose(state.slow_log_quality, -0.9, rtol=1e-6)
     assert_allclose(state.signal_mean, 0.75 * 0.4 + 0.25 * 0.8, rtol=1e-6)
     assert_allclose(state.volatility, 0.4 / 0.401, rtol=1e-5)
     assert_allclose(state.label_noise, 0.75 * 0.25)

@@ -18,7 +18,6 @@
 
 #define MAX_HEADS 9
 #define SIGNALS 3
-#define SLOWER 0.4 /* share of an average's step that its slow twin takes */
 #define LANES 16 /* floats in a vector; narrower processors take it in parts */
 #define BLOCK 512
 
@@ -192,7 +191,7 @@ static void gradients(const Problem *p, const float *grad, int64_t head_stride,
 /* The running averages of a CurriculumState and its per-sample memory, updated in place. */
 typedef struct {
     int64_t heads; /* of the state: at least those of the batch */
-    float *log_quality, *slow_log_quality, *quality;
+    float *log_quality, *quality;
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
@@ -221,9 +220,8 @@ static void average(float *mean, double value, int first, double decay) {
     *mean = first ? (float)value : (float)(value + decay * (*mean - value));
 }
 
-/* (1 - lambda) + lambda * M * alpha_m + min(4 * progress_m, 2) for every modality. */
-static void modality_coefficients(const float *log_quality, const float *slow_log_quality,
-                                  int64_t modalities, double *out) {
+/* (1 - lambda) + lambda * M * alpha_m for every modality. */
+static void modality_coefficients(const float *log_quality, int64_t modalities, double *out) {
     const double eps = 1e-3, cap = 1.0;
     double mean = 0.0, inverse_rates = 0.0, total = 0.0, alpha[MAX_HEADS];
     for (int64_t m = 0; m < modalities; m++) {
@@ -237,8 +235,7 @@ static void modality_coefficients(const float *log_quality, const float *slow_lo
     double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
     double balance = -expm1(excess < 0.0 ? excess : 0.0);
     for (int64_t m = 0; m < modalities; m++)
-        out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0) +
-                 clamp(4.0 * ((double)log_quality[1 + m] - slow_log_quality[1 + m]), 0.0, 2.0);
+        out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
 }
 
 /* Weigh the samples by what the state knows, then take the batch into it. */
@@ -340,12 +337,10 @@ static int curriculum(const Problem *p, const float *rows, const int64_t *predic
     }
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && mass[h] > 0.0) {
-            double now = -weighted[h] / mass[h];
-            average(s->log_quality + h, now, s->seen[h] == 0, o->decay);
-            average(s->slow_log_quality + h, now, s->seen[h] == 0, 1.0 - SLOWER * (1.0 - o->decay));
+            average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);
             s->seen[h]++;
         } else if (s->seen[h] == 0) {
-            s->log_quality[h] = s->slow_log_quality[h] = s->log_quality[0];
+            s->log_quality[h] = s->log_quality[0];
         }
         s->quality[h] =
             per_log > 0.0 ? (float)clamp(1.0 + s->log_quality[h] * per_log, 0.0, 1.0) : 0.0f;
@@ -366,7 +361,7 @@ static int curriculum(const Problem *p, const float *rows, const int64_t *predic
 
     /* Factor of every loss in the joint objective, and the objective. */
     double factor[MAX_HEADS] = {1.0}, scale = 1.0, sum = 0.0;
-    if (H > 1) modality_coefficients(s->log_quality, s->slow_log_quality, H - 1, factor + 1);
+    if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
     for (int64_t h = 1; h < H; h++) factor[h] *= o->unimodal_strength;
     if (o->reduction == REDUCE_MEAN) {
         double counted = 0.0;
@@ -550,19 +545,18 @@ static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 static State state_from(PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[10];
-    for (int k = 0; k < 10; k++) of[k] = PyList_GetItem(buffers, 1 + k);
+    PyObject *of[9];
+    for (int k = 0; k < 9; k++) of[k] = PyList_GetItem(buffers, 1 + k);
     s.heads = integer(PyList_GetItem(buffers, 0));
     s.log_quality = address(of[0]);
-    s.slow_log_quality = address(of[1]);
-    s.quality = address(of[2]);
-    s.seen = address(of[3]);
-    s.signal_mean = address(of[4]);
-    s.volatility = address(of[5]);
-    s.label_noise = address(of[6]);
-    s.effective_share = address(of[7]);
-    s.step = address(of[8]);
-    s.nonfinite = address(of[9]);
+    s.quality = address(of[1]);
+    s.seen = address(of[2]);
+    s.signal_mean = address(of[3]);
+    s.volatility = address(of[4]);
+    s.label_noise = address(of[5]);
+    s.effective_share = address(of[6]);
+    s.step = address(of[7]);
+    s.nonfinite = address(of[8]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));

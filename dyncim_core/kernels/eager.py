@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dyncim_core.gates import disagreement, reliability_gates
 from dyncim_core.kernels.interface import (
-    SLOWER,
     Buffers,
     Criterion,
     Curriculum,
@@ -193,10 +192,7 @@ def weigh(
         weights = torch.where(kept, weights, 0.0)
     coefficient = weights.expand(1 + modalities, -1)
     if modalities:
-        ahead = (
-            modality_coefficients(buffers.log_quality, buffers.slow_log_quality)
-            * settings.unimodal_strength
-        )
+        ahead = modality_coefficients(buffers.log_quality) * settings.unimodal_strength
         coefficient = torch.cat([torch.ones_like(ahead[:1]), ahead]).unsqueeze(1) * weights
     if settings.reduction == "mean":
         mass = kept
@@ -247,8 +243,8 @@ def take_in(
     kind = buffers.log_quality.dtype
     steps = (1.0 - decay) * moves.to(kind)
 
-    def rate(first: Tensor, moving: Tensor, step: float = 1.0 - decay) -> Tensor:
-        return torch.where(first, 1.0, step) * moving
+    def rate(first: Tensor, moving: Tensor) -> Tensor:
+        return torch.where(first, 1.0, 1.0 - decay) * moving
 
     signal = (signals.sum(dim=1) / some).to(kind)
     # The first batch has nothing to have moved from.
@@ -263,13 +259,10 @@ def take_in(
     buffers.label_noise.lerp_((contradicted.sum() / some).to(kind), steps)
 
     mean_nll = (weights * nll).sum(dim=1) / torch.where(has_mass, mass, 1.0)
-    now, first = -mean_nll.to(kind), seen == 0
-    log_quality = buffers.log_quality.lerp(now, rate(first, has_mass))
-    slow = buffers.slow_log_quality.lerp(now, rate(first, has_mass, SLOWER * (1.0 - decay)))
-    seen.add_(has_mass)
+    log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), rate(seen == 0, has_mass))
+    buffers.seen.add_(has_mass)
     # A modality never seen counts as equal to the fusion, which favours neither side.
     buffers.log_quality.copy_(torch.where(seen > 0, log_quality, log_quality[0]))
-    buffers.slow_log_quality.copy_(torch.where(seen > 0, slow, log_quality[0]))
     buffers.quality.copy_(quality(buffers.log_quality, num_classes))
     buffers.step.add_(1)
 

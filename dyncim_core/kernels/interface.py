@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 __all__ = [
-    "SLOWER",
     "Buffers",
     "Criterion",
     "Curriculum",
@@ -19,10 +18,6 @@ __all__ = [
     "Settings",
     "Statistics",
 ]
-
-
-# Share of an average's step that its slow twin takes.
-SLOWER = 0.4
 
 
 class Criterion(NamedTuple):
@@ -49,7 +44,6 @@ class Buffers(NamedTuple):
     """The running averages of a ``CurriculumState``, updated in place."""
 
     log_quality: Tensor
-    slow_log_quality: Tensor
     quality: Tensor
     seen: Tensor
     signal_mean: Tensor

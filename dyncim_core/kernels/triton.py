@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dyncim_core._units import per_log_classes
 from dyncim_core.kernels.interface import (
-    SLOWER,
     Buffers,
     Criterion,
     Curriculum,
@@ -221,7 +220,6 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
-_SLOWER = tl.constexpr(SLOWER)
 
 
 @_jit
@@ -457,7 +455,6 @@ def _curriculum(
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
     log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
     log_quality = log_quality.to(tl.float32)
-    slow = tl.load(buffers.slow_log_quality + head, mask=head < known, other=0.0).to(tl.float32)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -558,21 +555,17 @@ def _curriculum(
     step = tl.where(weights > 0, 1.0 - decays[0], 0.0)
     rate = tl.where((weights > 0) & (seen == 0), 1.0, step)
     log_quality += rate * (-weighted - log_quality)
-    rate = tl.where((weights > 0) & (seen == 0), 1.0, _SLOWER * step)
-    slow += rate * (-weighted - slow)
     seen += (weights > 0).to(tl.int64)
     fused = tl.sum(tl.where(head == 0, log_quality, 0.0), 0)
     log_quality = tl.where(seen > 0, log_quality, fused)
-    slow = tl.where(seen > 0, slow, fused)
     quality = tl.minimum(tl.maximum(1.0 + log_quality * per_log, 0.0), 1.0)
     tl.store(buffers.seen + head, seen, mask=head < known)
     tl.store(buffers.log_quality + head, log_quality, mask=head < known)
-    tl.store(buffers.slow_log_quality + head, slow, mask=head < known)
     tl.store(buffers.quality + head, tl.where(per_log > 0, quality, 0.0), mask=head < known)
 
     factor = tl.full([heads], 1.0, tl.float32)
     if count > 1:
-        ahead = _modality_coefficients(fused - log_quality, log_quality - slow, head, count)
+        ahead = _modality_coefficients(fused - log_quality, head, count)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
         factor /= tl.sum(mass, 0)
@@ -658,9 +651,7 @@ def _signals(
 
 
 @_jit
-def _modality_coefficients(
-    ratio: tl.tensor, progress: tl.tensor, head: tl.tensor, count: tl.constexpr
-) -> tl.tensor:
+def _modality_coefficients(ratio: tl.tensor, head: tl.tensor, count: tl.constexpr) -> tl.tensor:
     """As ``dyncim_core.modality`` defines them, from log ratios; head 0 gets anything."""
     modalities: tl.constexpr = count - 1
     is_modality = (head > 0) & (head < count)
@@ -674,8 +665,7 @@ def _modality_coefficients(
     balance = 1.0 - tl.exp(tl.minimum(log_one_plus_hmir - log_gmr, 0.0))
     capped = tl.where(is_modality, tl.minimum(ratio, 1.0), _LOWEST)
     alpha = tl.exp(capped - tl.max(capped, 0))
-    balanced = 1.0 + balance * (modalities * alpha / tl.sum(alpha, 0) - 1.0)
-    return balanced + tl.minimum(tl.maximum(4.0 * progress, 0.0), 2.0)
+    return 1.0 + balance * (modalities * alpha / tl.sum(alpha, 0) - 1.0)
 
 
 @_jit
