@@ -469,6 +469,7 @@ def test_a_step_is_captured_in_a_graph_and_reads_nothing_on_the_host() -> None:
         return (loss, *torch.autograd.grad(loss, heads))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     side.synchronize()

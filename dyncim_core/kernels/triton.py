@@ -552,8 +552,7 @@ def _curriculum(
     tl.store(buffers.nonfinite, tl.load(buffers.nonfinite) + nonfinite)
 
     weighted /= tl.where(weights > 0, weights, 1.0)
-    step = tl.where(weights > 0, 1.0 - decays[0], 0.0)
-    rate = tl.where((weights > 0) & (seen == 0), 1.0, step)
+    rate = tl.where(weights > 0, tl.where(seen == 0, 1.0, 1.0 - decays[0]), 0.0)
     log_quality += rate * (-weighted - log_quality)
     seen += (weights > 0).to(tl.int64)
     fused = tl.sum(tl.where(head == 0, log_quality, 0.0), 0)
