@@ -72,7 +72,8 @@ def head_statistics(
     Raises:
         TypeError: An argument is not a tensor of the dtype described.
         ValueError: Shapes do not fit.
-        IndexError: ``target`` is out of range (on CPU; a device assertion on a GPU).
+        IndexError: ``target`` is out of range (on CPU; on a GPU a device assertion, or a
+            loss of NaN from Triton's kernels).
         RuntimeError: The backend asked for is not available or does not take the tensors.
 
     Example:

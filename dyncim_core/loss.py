@@ -167,8 +167,8 @@ class DynCIMLoss(nn.Module):
         Raises:
             TypeError: An argument is not a tensor of the dtype described.
             ValueError: Shapes, devices or modalities do not fit.
-            IndexError: ``target`` or ``index`` is out of range (on CPU; a device
-                assertion on a GPU).
+            IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
+                assertion, or from Triton's kernels a loss of NaN and no memory).
         """
         state, criterion = self.state, self.criterion
         others = [] if unimodal is None else _checks.as_list("unimodal", unimodal, state.modalities)

@@ -150,7 +150,7 @@ class CurriculumState(nn.Module):
     def averages(self) -> Buffers:
         """The running averages, for the kernels that update them in place."""
         held = self._buffers
-        return Buffers._make(held[name] for name in Buffers._fields)
+        return Buffers(*[held[name] for name in Buffers._fields])  # type: ignore[arg-type]
 
     def memory(self, index: Tensor) -> Memory:
         """The per-sample memory, for the kernels that update its rows ``index`` in place."""

@@ -234,6 +234,18 @@ def test_strides_do_not_matter(native: ModuleType) -> None:
 
 
 @needs_native
+def test_strides_of_the_mask_do_not_matter(native: ModuleType) -> None:
+    present = torch.tensor([[True, True], [True, False], [True, True]]).t()
+    assert not present.is_contiguous()
+    grads = []
+    for mask in (present, present.contiguous()):
+        logits = [randn(3, 4, seed=s).requires_grad_() for s in range(2)]
+        found = head_statistics(logits, torch.arange(3), present=mask, backend="native")
+        grads.append(torch.autograd.grad(found.loss.sum(), logits))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@needs_native
 def test_a_rejected_call_leaves_the_state_alone(native: ModuleType) -> None:
     state = CurriculumState(1, num_samples=5)
     before = {name: x.clone() for name, x in state.named_buffers()}

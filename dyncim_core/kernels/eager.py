@@ -469,7 +469,7 @@ class _Probabilities:
 
 def _truth(criterion: Criterion, rows: slice, dtype: torch.dtype) -> _Indices | _Probabilities:
     weight = None if criterion.weight is None else criterion.weight.to(dtype)
-    if criterion.target.is_floating_point():
+    if torch.is_floating_point(criterion.target):
         return _Probabilities(criterion, rows, weight, dtype)
     return _Indices(criterion, rows, weight)
 

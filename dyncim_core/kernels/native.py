@@ -89,6 +89,7 @@ def gradients(
     problem = _Problem(logits, None, criterion)
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
+    coefficient = None if coefficient is None else coefficient.contiguous()
     grads = [torch.empty(head.shape) for head in logits]
     _in_parts(
         _native.gradients,
