@@ -147,6 +147,7 @@ class GatedFusion(nn.Module):
         Raises:
             TypeError: An argument is not a tensor of the dtype described.
             ValueError: Modalities, shapes or devices do not fit.
+            RuntimeError: The backend asked for does not take the logits.
         """
         streams = _checks.as_list("features", features, self.modalities)
         _checks.check_features(streams, self.widths, self.modalities)

@@ -169,6 +169,7 @@ class DynCIMLoss(nn.Module):
             ValueError: Shapes, devices or modalities do not fit.
             IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
                 assertion, or from Triton's kernels a loss of NaN and no memory).
+            RuntimeError: The backend asked for does not take the tensors.
         """
         state, criterion = self.state, self.criterion
         others = [] if unimodal is None else _checks.as_list("unimodal", unimodal, state.modalities)
