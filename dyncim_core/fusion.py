@@ -164,8 +164,9 @@ class GatedFusion(nn.Module):
             if self.swap or self.dropout:
                 chance = torch.rand((3, batch), device=device)
 
-        # Without logits all agree.
-        evidence = [x.new_zeros(batch, 1) for x in streams] if logits is None else logits
+        evidence = logits
+        if evidence is None:  # all agree
+            evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         gates, scale, available, source = select(self.backend, evidence).gate(
             evidence,
             self.quality.float(),
