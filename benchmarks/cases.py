@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +42,17 @@ def cross_entropies(logits: list[Tensor], target: Tensor, compiled: bool = False
     """What the loss replaces: one cross-entropy for each head, added up."""
 
     def forward(*heads: Tensor) -> Tensor:
-        loss = F.cross_entropy(heads[0], target)
-        for head in heads[1:]:
-            loss = loss + F.cross_entropy(head, target)
-        return loss
+        return _sum_of_losses(heads, target)
 
     call = torch.compile(forward, fullgraph=True) if compiled else forward
     return lambda: torch.autograd.grad(call(*logits), logits)
+
+
+def _sum_of_losses(heads: Sequence[Tensor], target: Tensor) -> Tensor:
+    loss = F.cross_entropy(heads[0], target)
+    for head in heads[1:]:
+        loss = loss + F.cross_entropy(head, target)
+    return loss
 
 
 def autograd(logits: list[Tensor], target: Tensor) -> Step:
@@ -89,14 +95,14 @@ def loss(
     logits: list[Tensor],
     target: Tensor,
     backend: str | None,
-    samples: int | None = None,
+    state: CurriculumState | None = None,
     compiled: bool = False,
 ) -> Step:
-    """``DynCIMLoss``, its state included; with a per-sample memory, where asked for."""
-    state = CurriculumState(len(logits) - 1, num_samples=samples)
+    """``DynCIMLoss``, its state included; also the memory of a state that has one."""
+    state = state or CurriculumState(len(logits) - 1)
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, backend=backend)
     criterion.to(target.device)
-    index = None if samples is None else torch.arange(len(target), device=target.device)
+    index = torch.arange(len(target), device=target.device) if state.num_samples else None
 
     def forward(*heads: Tensor) -> Tensor:
         joint: Tensor = criterion(heads[0], target, unimodal=list(heads[1:]), index=index)
@@ -104,6 +110,75 @@ def loss(
 
     call = torch.compile(forward, fullgraph=True) if compiled else forward
     return lambda: torch.autograd.grad(call(*logits), logits)
+
+
+def captured(step: Step) -> Step:
+    """The same step, recorded as a CUDA graph and replayed."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Sequence[Tensor]:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def copies(logits: list[Tensor]) -> Step:
+    """One read and one write of every logit."""
+    return lambda: [x.detach().clone() for x in logits]
+
+
+def from_features(
+    contestant: str, batch: int, classes: int, modalities: int, width: int, device: str
+) -> Step:
+    """A linear head for the fusion and each modality, and their losses.
+
+    Public kernels fuse the two without a curriculum: liger_kernel and cut_cross_entropy.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # all that the latter takes
+    features, weights = (
+        [
+            (torch.randn(rows, width, generator=generator) / width**0.5)
+            .to(device, dtype)
+            .requires_grad_()
+            for _ in range(1 + modalities)
+        ]
+        for rows in (batch, classes)
+    )
+    target = torch.randint(classes, (batch,), generator=generator).to(device)
+
+    joint = _joint(contestant, modalities, device)
+    return lambda: torch.autograd.grad(joint(features, weights, target), [*features, *weights])
+
+
+def _joint(
+    contestant: str, modalities: int, device: str
+) -> Callable[[list[Tensor], list[Tensor], Tensor], Tensor]:
+    if contestant == "liger_kernel":
+        liger = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+        return lambda xs, ws, target: sum(map(liger, ws, xs, repeat(target)))
+    if contestant == "cut_cross_entropy":
+        cut = import_module("cut_cross_entropy").linear_cross_entropy
+        return lambda xs, ws, target: sum(map(cut, xs, ws, repeat(target)))
+    if contestant == "cross-entropies":
+        return lambda xs, ws, target: _sum_of_losses(list(map(F.linear, xs, ws)), target)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=modalities).to(device)
+
+    def joint(features: list[Tensor], weights: list[Tensor], target: Tensor) -> Tensor:
+        fused, *unimodal = map(F.linear, features, weights)
+        found: Tensor = criterion(fused, target, unimodal=unimodal)
+        return found
+
+    return joint
 
 
 def fusion(gated: bool, batch: int, classes: int, modalities: int, width: int, device: str) -> Step:
@@ -167,6 +242,7 @@ def training_step(
     batch: int,
     classes: int,
     device: str,
+    lr: float = 1e-3,
 ) -> Step:
     """A whole step: encoders, heads, loss, backward and SGD."""
     torch.manual_seed(0)
@@ -177,7 +253,7 @@ def training_step(
     unimodal_heads = nn.ModuleList(nn.Linear(width, classes) for _ in shapes).to(device)
     head = nn.Linear(width * len(shapes), classes, device=device)
     parameters = [p for m in (encoders, unimodal_heads, head) for p in m.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=len(shapes)).to(device)
     fuse = GatedFusion([width] * len(shapes), state=criterion.state).to(device)
 
@@ -188,11 +264,10 @@ def training_step(
             fused, _, gated = fuse(features, unimodal=unimodal)
             joint = criterion(head(fused) + gated, target, unimodal=unimodal)
         else:
-            joint = F.cross_entropy(head(torch.cat(features, dim=1)), target)
-            joint = joint + sum(F.cross_entropy(x, target) for x in unimodal)
+            joint = _sum_of_losses([head(torch.cat(features, dim=1)), *unimodal], target)
         optimizer.zero_grad()
         joint.backward()
         optimizer.step()
-        return [joint]
+        return [joint.detach()]
 
     return step

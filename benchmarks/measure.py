@@ -24,17 +24,19 @@ class Timing:
     high: float
 
 
-def compare(
-    steps: Mapping[str, Step], device: str, seconds: float, rounds: int = 15
-) -> dict[str, Timing]:
+def compare(steps: Mapping[str, Step], device: str, seconds: float) -> dict[str, Timing]:
     """Time the contestants in turn, round after round; the first is the baseline.
 
     A ratio is the median of those within a round, so that a slow minute hits all alike.
+    Fifteen rounds, or as few as five where steps are slow.
     """
-    calls = {}
+    once = {}
     for name, step in steps.items():
-        _time(step, 3, device)  # warm up, compile
-        calls[name] = max(1, int(seconds / rounds / len(steps) / _time(step, 2, device)))
+        _time(step, 2, device)  # warm up, compile
+        once[name] = _time(step, 2, device)
+    rounds = min(15, max(5, int(seconds / sum(once.values()))))
+    share = seconds / rounds / len(steps)
+    calls = {name: max(1, int(share / elapsed)) for name, elapsed in once.items()}
     names = list(steps)
     times = np.empty((rounds, len(names)))
     for k in range(rounds):
@@ -78,7 +80,7 @@ def launches(step: Step, device: str) -> int:
 def extra_memory(step: Step, device: str) -> int:
     """Peak bytes that a step holds beyond the gradients that it returns.
 
-    On a CPU, what torch allocates; the C kernels add two rows of logits a thread.
+    On a CPU, what torch allocates: of the C kernels' see ``native_scratch``.
     """
     step()
     if device == "cuda":
@@ -93,6 +95,17 @@ def extra_memory(step: Step, device: str) -> int:
         held = np.cumsum([e.nbytes() for e in seen.profiler.kineto_results.events() if _memory(e)])
         peak = int(held.max(initial=0))
     return max(0, peak - sum(x.numel() * x.element_size() for x in result))
+
+
+def native_scratch(batch: int, classes: int, heads: int) -> int:
+    """Bytes that the C kernels allocate on one thread, unseen by torch.
+
+    Statistics of every head and sample, and either two rows of logits or what weighs the
+    samples. Freed before the gradients are allocated, so that it does not add to the peak
+    while it is smaller than they are.
+    """
+    statistics = heads * batch * (8 + 4 * 4)
+    return statistics + max(2 * 4 * classes, batch * (2 * 4 + 2))
 
 
 def _memory(event: Any) -> bool:
