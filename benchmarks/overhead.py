@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,7 +236,7 @@ def resources(cell: Cell, device: str) -> Row:
 
 
 def measure(plan: Plan, device: str) -> Tables:
-    """All tables of a plan."""
+    """Measure what a plan names."""
     seconds, compiled = plan.seconds, plan.compiled
     if device == "cuda":  # where compiling is quick
         compiled = [cell for cell in plan.loss if cell.modalities == 2]
@@ -253,26 +254,38 @@ def measure(plan: Plan, device: str) -> Tables:
         tables["bandwidth"] = timed("bandwidth", large, bandwidth_steps, device, seconds)
         if any(map(find_spec, PEERS)):
             tables["peers"] = timed("peers", large, peer_steps, device, seconds)
-    tables["growth"] = list(slopes(tables["loss"]))
-    tables["bars"] = list(verdicts(tables, device))
     return tables
 
 
-def slopes(rows: list[Row]) -> Iterator[Row]:
-    """Growth of the time of a step in each size: the slope in logarithms, others fixed."""
-    sizes = ("batch", "classes", "modalities")
+def derived(tables: Tables, device: str) -> Tables:
+    """What follows from the figures measured."""
+    return {"growth": list(growth(tables["loss"])), "bars": list(verdicts(tables, device))}
+
+
+def growth(rows: list[Row]) -> Iterator[Row]:
+    """How the time of a step grows with each size, others fixed: 1 is in proportion.
+
+    Slopes in logarithms between the two largest sizes measured, where fixed costs count
+    least; their median over the others' sizes, and the steepest of all.
+    """
+    axes = ("batch", "classes", "heads")
     for contestant in (BASELINE, "eager", "native", "triton"):
-        found = [row for row in rows if contestant in row]
-        if not found:
-            continue
-        result: Row = {"contestant": contestant}
-        logs = np.log([[row[s] + (s == "modalities") for s in sizes] for row in found])
-        times = np.log([row[contestant]["us"] for row in found])
-        big = np.array([np.prod([row[s] for s in sizes]) > 1e5 for row in found])
-        design = np.column_stack([logs[big], np.ones(big.sum())])
-        if len(design) > 4:
-            fitted = np.linalg.lstsq(design, times[big], rcond=None)[0]
-            yield result | {s: float(x) for s, x in zip(sizes, fitted, strict=False)}
+        times = {
+            (row["batch"], row["classes"], 1 + row["modalities"]): row[contestant]["us"]
+            for row in rows
+            if contestant in row
+        }
+        found: dict[str, list[float]] = {}
+        for k, axis in enumerate(axes):
+            lines: dict[tuple[int, ...], list[tuple[int, float]]] = {}
+            for sizes, us in times.items():
+                lines.setdefault(sizes[:k] + sizes[k + 1 :], []).append((sizes[k], us))
+            ends = [sorted(line)[-2:] for line in lines.values() if len(line) > 1]
+            found[axis] = [log(b[1] / a[1]) / log(b[0] / a[0]) for a, b in ends]
+        if all(found.values()):
+            row: Row = {"contestant": contestant}
+            row |= {axis: float(np.median(steps)) for axis, steps in found.items()}
+            yield row | {"steepest": max(map(max, found.values()))}
 
 
 def verdicts(tables: Tables, device: str) -> Iterator[Row]:
@@ -376,28 +389,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--quick", action="store_true", help="a few cells, half a minute")
-    parser.add_argument("--picture", action="store_true", help="only draw what was measured")
+    parser.add_argument("--again", action="store_true", help="report what was measured before")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     device, path = options.device, options.out / f"{options.device}.json"
-    picture = options.out / f"overhead-{device}.png"
-    if options.picture:
-        draw(json.loads(path.read_text())["loss"], device, picture)
-        return
+    if options.again:
+        tables = json.loads(path.read_text())
+        found = tables.pop("environment")
+    else:
+        torch.set_num_threads(options.threads)
+        tables = measure(QUICK if options.quick else FULL, device)
+        found = environment(device, options.threads)
+    tables |= derived(tables, device)
 
-    torch.set_num_threads(options.threads)
-    tables = measure(QUICK if options.quick else FULL, device)
     for name, rows in tables.items():
         if rows:
             print(f"\n## {name}\n\n{markdown(rows)}")
     if "peers" not in tables:
         missing = "CUDA" if device == "cpu" else " and no ".join(PEERS)
         print(f"\nSkipped the comparison with other fused kernels: no {missing} here.")
-
-    found = environment(device, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": found, **tables}, indent=1) + "\n")
-    draw(tables["loss"], device, picture)
+    draw(tables["loss"], device, options.out / f"overhead-{device}.png")
     print(f"\n{found['device']}, torch {found['torch']}, commit {found['commit']}: {path}")
 
 

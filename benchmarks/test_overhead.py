@@ -139,6 +139,31 @@ def test_a_bar_holds_the_cells_that_it_concerns() -> None:
     assert found["cuda: Triton, C >= 4096"]["met"] == "unmeasured"
 
 
+@pytest.mark.parametrize("build", [overhead.bandwidth_steps, overhead.peer_steps])
+def test_tables_for_a_gpu_time_every_contestant(
+    build: Callable[[overhead.Cell, str], overhead.Steps],
+) -> None:
+    cell = overhead.Cell(64, 101)
+    (row,) = overhead.timed("table", [cell], build, "cpu", seconds=0.02)
+    steps = build(cell, "cpu")
+    assert len(steps) > 1
+    assert all(row[name]["us"] > 0 for name in steps)
+
+
+def test_growth_is_the_exponent_of_each_size() -> None:
+    rows = [
+        {"batch": b, "classes": c, "modalities": m}
+        | {"native": {"us": 3.0 * b * c**1.5 * (1 + m) ** 0.5}}
+        for b in (64, 256)
+        for c in (6, 101, 1000)
+        for m in (1, 8)
+    ]
+    (found,) = overhead.growth(rows)
+    assert found == pytest.approx(
+        {"contestant": "native", "batch": 1.0, "classes": 1.5, "heads": 0.5, "steepest": 1.5}
+    )
+
+
 def test_the_command_measures_prints_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,10 +171,12 @@ def test_the_command_measures_prints_and_draws(
     monkeypatch.setattr(overhead, "QUICK", plan)
     threads = torch.get_num_threads()
     overhead.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
-    overhead.main(["--picture", "--device", "cpu", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "cpu.json").read_text())
+    overhead.main(["--again", "--device", "cpu", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == printed
+    assert json.loads((tmp_path / "cpu.json").read_text()) == found
     assert (tmp_path / "overhead-cpu.png").stat().st_size > 10_000
     assert {"loss", "fusion", "training", "resources", "bars"} <= found.keys()
     assert "## bars" in printed
