@@ -45,10 +45,16 @@ __all__ = [
     "weigh",
 ]
 
-# Heads with fewer logits than this in all are stacked: one call for all costs less than a
-# copy. Larger ones go in blocks of rows, on a CPU, whose temporaries stay in its cache.
-_STACKED = 2**16
+# Logits of all heads up to which the softmax is kept for the gradient, as cross-entropy
+# keeps its own; from there on memory counts more than computing it again.
+_KEPT = 2**20
+# Logits that are worked on together on a CPU, so that temporaries stay in its cache.
 _BLOCK = 2**17
+# Classes, and logits in all, from which looking for the largest, which is vectorised, and
+# then for its place takes less than looking for both.
+_MANY_CLASSES = 64
+_MANY_LOGITS = 2**15
+_LOG2_E = math.log2(math.e)
 
 
 def accumulation_dtype(logits: Sequence[Tensor]) -> torch.dtype:
@@ -62,8 +68,17 @@ def statistics(
 ) -> Statistics:
     """What each head says about each sample."""
     dtype = accumulation_dtype(logits)
+    batch, classes = logits[0].shape
+    kept: Tensor | None = None
+    if len(logits) * batch * classes <= _KEPT and not torch.compiler.is_compiling():
+        kept = logits[0].new_empty((len(logits), batch, classes), dtype=dtype)
     blocks = [
-        _statistics([x[rows] for x in logits], _truth(criterion, rows, dtype), dtype)
+        _statistics(
+            [x[rows] for x in logits],
+            _truth(criterion, rows, dtype),
+            dtype,
+            None if kept is None else kept[:, rows],
+        )
         for rows in _row_blocks(logits)
     ]
     rows, prediction = blocks[0]
@@ -72,9 +87,10 @@ def statistics(
         prediction = torch.cat([block[1] for block in blocks], dim=1)
     if present is not None:
         rows = torch.where(present, rows, 0.0)
-    return Statistics(rows, prediction, None)
+    return Statistics(rows, prediction, kept)
 
 
+@torch.no_grad()
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
@@ -83,19 +99,24 @@ def gradients(
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
-    """``coef * (mass * softmax - truth)`` for each head."""
+    """``coef * (mass * softmax - truth)`` for each head; ``normaliser`` is the softmax, if kept."""
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
-    blocks = [
-        _gradients(
-            coefs[:, rows], [x[rows] for x in logits], _truth(criterion, rows, dtype), dtype, guard
-        )
-        for rows in _row_blocks(logits)
-    ]
-    return [
-        (parts[0] if len(parts) == 1 else torch.cat(parts)).to(head.dtype)
-        for head, *parts in zip(logits, *blocks, strict=True)
-    ]
+    if normaliser is not None:
+        truth = _truth(criterion, slice(None), dtype)
+        return [
+            x.to(head.dtype)
+            for x, head in zip(_gradient(normaliser, coefs, truth, guard), logits, strict=True)
+        ]
+    coefs = coefs.expand(len(logits), len(logits[0]))
+    grads = [torch.empty_like(x) for x in logits]
+    for rows in _row_blocks(logits[:1]):
+        truth = _truth(criterion, rows, dtype)
+        for head, coef, result in zip(logits, coefs, grads, strict=True):
+            x = head[rows].to(dtype)
+            *_, probs = _softmax(x, x.amax(dim=1, keepdim=True))
+            result[rows] = _gradient(probs, coef[rows], truth, guard)
+    return grads
 
 
 @torch.no_grad()
@@ -110,7 +131,8 @@ def curriculum(
     """Weigh the samples by what the state knows; then take the batch into the state."""
     found = statistics(logits, present, criterion)
     coefficient = weigh(found, present, criterion, logits[0].shape[1], buffers, memory, settings)
-    return Curriculum(combine(coefficient, found.rows[0], settings), coefficient, None)
+    value = combine(coefficient, found.rows[0], settings)
+    return Curriculum(value, coefficient, found.normaliser)
 
 
 def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:
@@ -320,15 +342,14 @@ def _row_blocks(logits: Sequence[Tensor]) -> Iterator[slice]:
     if torch.compiler.is_compiling() or head.device.type != "cpu":
         yield slice(None)  # a compiler and a GPU want whole tensors
         return
-    step = max(1, _BLOCK // head.shape[1])
+    step = max(1, _BLOCK // (len(logits) * head.shape[1]))
     for start in range(0, max(1, head.shape[0]), step):
         yield slice(start, start + step)
 
 
-def _groups(logits: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def _groups(logits: Sequence[Tensor], dtype: torch.dtype, together: bool) -> Iterator[Tensor]:
     """Heads that are worked on together, ``[h, B, C]``."""
-    small = len(logits) * logits[0].numel() <= _STACKED
-    if small and not torch.compiler.is_compiling():
+    if together:
         yield torch.stack([x.to(dtype) for x in logits])
     else:
         for head in logits:
@@ -336,26 +357,28 @@ def _groups(logits: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _statistics(
-    logits: Sequence[Tensor], truth: _Indices | _Probabilities, dtype: torch.dtype
+    logits: Sequence[Tensor],
+    truth: _Indices | _Probabilities,
+    dtype: torch.dtype,
+    kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Rows and predictions; the softmax into ``kept``."""
     fused: Tensor | None = None
     groups = []
-    for group in _groups(logits, dtype):
-        log_probs = group.log_softmax(dim=2)
-        probs = log_probs.exp()
-        nll = truth.nll(log_probs)
-        loss = truth.loss(log_probs, nll)
-        prediction = group.max(dim=2).indices  # faster than argmax
-        # A class of probability 0 has log-probability -inf; 0 log 0 is 0.
-        entropy = -log_probs.clamp_min_(torch.finfo(dtype).min).mul_(probs).sum(dim=2)
-        distance = torch.zeros_like(nll)
+    together = kept is not None or (
+        logits[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    )
+    for group in _groups(logits, dtype, together):
+        top, prediction = _largest(group)
+        shifted, total, probs = _softmax(group, top, kept)
+        log_total = total.squeeze(2).log()
+        nll = truth.nll(shifted, log_total)
+        loss = truth.loss(shifted, log_total, nll)
+        # A class of probability 0 is shifted by -inf; 0 log 0 is 0. A row of NaN stays one.
+        entropy = log_total - shifted.mul_(probs).nansum(dim=2)
         if fused is None:
-            fused, others = probs[0], probs[1:]
-        else:
-            others = probs
-        if len(others):
-            apart = torch.linalg.vector_norm(others.sub_(fused), dim=2) / math.sqrt(2.0)
-            distance[len(distance) - len(others) :] = apart
+            fused = probs[0]
+        distance = torch.linalg.vector_norm(probs - fused, dim=2) / math.sqrt(2.0)
         groups.append((torch.stack([loss, nll, entropy, distance]), prediction))
     if len(groups) == 1:
         return groups[0]
@@ -363,25 +386,43 @@ def _statistics(
     return torch.cat(rows, dim=1), torch.cat(predictions)
 
 
-def _gradients(
-    coefs: Tensor,
-    logits: Sequence[Tensor],
-    truth: _Indices | _Probabilities,
-    dtype: torch.dtype,
-    guard: bool,
-) -> list[Tensor]:
-    grads: list[Tensor] = []
-    coefs = truth.without_ignored(coefs)
-    heads = 0
-    for group in _groups(logits, dtype):
-        columns = coefs[heads : heads + len(group)].unsqueeze(2)
-        heads += len(group)
-        grad = group.softmax(dim=2).mul_(truth.mass(columns))
-        truth.subtract_from(grad, columns)
-        if guard:
-            grad.masked_fill_(columns == 0, 0.0)
-        grads += grad.unbind()
-    return grads
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, with its dimension, and its first place."""
+    classes = logits.shape[2]
+    if (
+        torch.compiler.is_compiling()
+        or logits.device.type != "cpu"
+        or classes < _MANY_CLASSES
+        or logits.numel() < _MANY_LOGITS
+    ):
+        top, place = logits.max(dim=2, keepdim=True)
+        return top, place.squeeze(2)
+    top = logits.amax(dim=2, keepdim=True)
+    from_end = torch.arange(classes - 1, -1, -1, dtype=logits.dtype)
+    hits = torch.eq(logits, top, out=torch.empty_like(logits))
+    return top, (classes - 1 - hits.mul_(from_end).amax(dim=2)).long()
+
+
+def _softmax(
+    logits: Tensor, top: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits less the largest of their row, the sum of their exponentials, and the softmax."""
+    shifted = logits - top
+    # torch's softmax is slow over few classes, and its exp on some CPUs.
+    probs = torch.mul(shifted, _LOG2_E, out=out).exp2_()
+    total = probs.sum(dim=-1, keepdim=True)
+    return shifted, total, probs.mul_(total.reciprocal())
+
+
+def _gradient(
+    probs: Tensor, coefs: Tensor, truth: _Indices | _Probabilities, guard: bool
+) -> Tensor:
+    columns = truth.without_ignored(coefs).unsqueeze(-1)
+    grad = probs * truth.mass(columns)
+    truth.subtract_from(grad, columns)
+    if guard:
+        grad.masked_fill_(columns == 0, 0.0)
+    return grad
 
 
 class _Indices:
@@ -396,26 +437,24 @@ class _Indices:
         self.smoothing = criterion.label_smoothing
         self.on_target = 1.0 - criterion.label_smoothing
 
-    def nll(self, log_probs: Tensor) -> Tensor:
+    def nll(self, shifted: Tensor, log_total: Tensor) -> Tensor:
         try:
-            hit = log_probs.gather(2, self.index.expand(len(log_probs), -1).unsqueeze(2))
+            hit = shifted.gather(2, self.index.expand(len(shifted), -1).unsqueeze(2))
         except (RuntimeError, IndexError) as error:  # only then is a look at the values due
             raise IndexError(
-                f"target: expected class indices in [0, {log_probs.shape[2]}) or "
+                f"target: expected class indices in [0, {shifted.shape[2]}) or "
                 f"ignore_index={self.ignore_index}, got values from "
                 f"{int(self.target.min())} to {int(self.target.max())}"
             ) from error
-        return torch.where(self.kept, -hit.squeeze(2), 0.0)
+        return torch.where(self.kept, log_total - hit.squeeze(2), 0.0)
 
-    def loss(self, log_probs: Tensor, nll: Tensor) -> Tensor:
+    def loss(self, shifted: Tensor, log_total: Tensor, nll: Tensor) -> Tensor:
         loss = nll if self.weight is None else nll * self.weight[self.index]
         if self.smoothing:
-            total = (
-                log_probs.sum(dim=2)
-                if self.weight is None
-                else (log_probs * self.weight).sum(dim=2)
-            )
-            smooth = torch.where(self.kept, -total / log_probs.shape[2], 0.0)
+            log_probs = shifted - log_total.unsqueeze(2)
+            if self.weight is not None:
+                log_probs *= self.weight
+            smooth = torch.where(self.kept, -log_probs.mean(dim=2), 0.0)
             loss = self.on_target * loss + self.smoothing * smooth
         return loss
 
@@ -430,11 +469,11 @@ class _Indices:
 
     def subtract_from(self, grad: Tensor, coefs: Tensor) -> None:
         hit = coefs if self.weight is None else coefs * self.weight[self.index].unsqueeze(1)
-        index = self.index.expand(len(grad), -1).unsqueeze(2)
-        grad.scatter_add_(2, index, -self.on_target * hit)
+        index = self.index.unsqueeze(1).expand(hit.shape)
+        grad.scatter_add_(-1, index, -self.on_target * hit)
         if self.smoothing:
             smooth = coefs if self.weight is None else coefs * self.weight
-            grad.sub_(smooth, alpha=self.smoothing / grad.shape[2])
+            grad.sub_(smooth, alpha=self.smoothing / grad.shape[-1])
 
 
 class _Probabilities:
@@ -451,11 +490,13 @@ class _Probabilities:
         if weight is not None:
             self.truth = self.truth * weight
 
-    def nll(self, log_probs: Tensor) -> Tensor:
-        return _expected_nll(self.target, log_probs)
+    def nll(self, shifted: Tensor, log_total: Tensor) -> Tensor:
+        return _expected_nll(self.target, shifted - log_total.unsqueeze(2))
 
-    def loss(self, log_probs: Tensor, nll: Tensor) -> Tensor:
-        return nll if self.truth is self.target else _expected_nll(self.truth, log_probs)
+    def loss(self, shifted: Tensor, log_total: Tensor, nll: Tensor) -> Tensor:
+        if self.truth is self.target:
+            return nll
+        return _expected_nll(self.truth, shifted - log_total.unsqueeze(2))
 
     def without_ignored(self, coefs: Tensor) -> Tensor:
         return coefs
