@@ -149,7 +149,8 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
         >>> modality_weights(torch.tensor([0.8, 0.8, 0.4]).log())
         tensor([0.3333, 0.6667])
     """
-    return (_log_ratios(log_quality).clamp_max(cap) / temperature).softmax(dim=-1)
+    lag = _log_ratios(log_quality).clamp_max(cap)
+    return (lag if temperature == 1.0 else lag / temperature).softmax(dim=-1)
 
 
 def modality_coefficients(log_quality: Tensor) -> Tensor:
@@ -171,6 +172,8 @@ def modality_coefficients(log_quality: Tensor) -> Tensor:
         >>> modality_coefficients(torch.tensor([0.8, 0.4, 0.4]).log())
         tensor([1., 1.])
     """
+    if log_quality.shape[-1] == 2:  # one modality has none to be balanced with
+        return torch.ones_like(log_quality[..., 1:])
     alpha = modality_weights(log_quality)
     share = balance_factor(log_quality).unsqueeze(-1)
     return torch.lerp(torch.ones_like(alpha), alpha.shape[-1] * alpha, share)
@@ -194,7 +197,8 @@ def quality(log_quality: Tensor, num_classes: int) -> Tensor:
     """
     if num_classes == 1:
         return torch.zeros_like(log_quality)
-    return (1.0 + log_quality * per_log_classes(num_classes)).clamp(0.0, 1.0)
+    certain = log_quality.new_ones(())
+    return certain.add(log_quality, alpha=per_log_classes(num_classes)).clamp(0.0, 1.0)
 
 
 def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:

@@ -158,9 +158,8 @@ def volatility_weights(volatility: Tensor) -> Tensor:
         >>> volatility_weights(torch.tensor([3.0, 1.0]))
         tensor([0.7500, 0.2500])
     """
-    total = volatility.sum()
-    uniform = torch.full_like(volatility, 1.0 / volatility.numel())
-    return torch.where(total > 0, volatility / total.clamp_min(_tiny(volatility)), uniform)
+    shares = volatility / volatility.sum()
+    return shares.nan_to_num(1.0 / volatility.numel())  # 0 / 0
 
 
 def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
@@ -201,9 +200,14 @@ def contradiction(prediction: Tensor, label: Tensor, present: Tensor | None = No
         >>> contradiction(prediction, torch.tensor([0, 0, 0]))
         tensor([ True, False, False])
     """
-    others = torch.ones_like(prediction[1:], dtype=torch.bool) if present is None else present[1:]
-    agree = ((prediction[1:] == prediction[0]) | ~others).all(dim=0)
-    return agree & others.any(dim=0) & (prediction[0] != label)
+    fused, others = prediction[0], prediction[1:]
+    if not len(others):
+        return torch.zeros_like(fused, dtype=torch.bool)
+    agree = others == fused
+    if present is None:
+        return agree.all(dim=0) & (fused != label)
+    agree = (agree | ~present[1:]).all(dim=0)
+    return agree & present[1:].any(dim=0) & (fused != label)
 
 
 def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:
@@ -257,7 +261,7 @@ def sample_weights(
     """
     if valid is None:
         valid = torch.ones_like(surprise, dtype=torch.bool)
-    count = valid.sum().clamp_min(1)
+    count = valid.sum(dtype=difficulty.dtype).clamp_min(1.0)
     exponent = -surprise_strength * surprise - pacing_strength * _standardised(
         difficulty, valid, count
     )
@@ -277,8 +281,4 @@ def _mean_over_heads(values: Tensor, present: Tensor | None) -> Tensor:
 def _standardised(values: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     values = torch.where(valid, values, 0.0)
     centred = torch.where(valid, values - values.sum() / count, 0.0)
-    return centred / (centred.square().sum() / count).sqrt().clamp_min(_SPREAD_FLOOR)
-
-
-def _tiny(values: Tensor) -> float:
-    return torch.finfo(values.dtype).tiny
+    return centred / (centred.dot(centred) / count).sqrt().clamp_min(_SPREAD_FLOOR)

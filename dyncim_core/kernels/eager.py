@@ -154,14 +154,14 @@ def weigh(
     settings: Settings,
 ) -> Tensor:
     """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers."""
-    _, nll, entropy, distance = found.rows
     target = criterion.target
     if target.is_floating_point():
         label, kept = target.argmax(dim=1), torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
         label, kept = target, target != criterion.ignore_index
-    finite = (nll + entropy).sum(dim=0).isfinite()
-    valid = kept & finite
+    valid = kept & found.rows[1:3].sum(dim=(0, 1)).isfinite()
+    # A sample left out is 0 in all that follows, whatever it holds.
+    nll, entropy, distance = torch.where(valid, found.rows[1:], 0.0)
     if memory is not None:
         recalled, visits = recall(memory)
 
@@ -187,10 +187,9 @@ def weigh(
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
-    nll = torch.where(counted, nll, 0.0)
     take_in(
         nll,
-        torch.where(valid, signals, 0.0),
+        signals,
         contradiction(found.prediction, label, present) & valid,
         torch.where(counted, weights, 0.0),
         valid.sum(),
@@ -198,7 +197,7 @@ def weigh(
         buffers,
         settings.decay,
     )
-    buffers.nonfinite.add_((kept & ~finite).sum())
+    buffers.nonfinite.add_((kept ^ valid).sum())
     if memory is not None:
         current = nll.t().to(recalled.dtype)
         averaged = torch.where(
@@ -212,16 +211,16 @@ def weigh(
     if settings.skip_nonfinite:
         kept = valid
         weights = torch.where(kept, weights, 0.0)
-    coefficient = weights.expand(1 + modalities, -1)
-    if modalities:
-        ahead = modality_coefficients(buffers.log_quality) * settings.unimodal_strength
-        coefficient = torch.cat([torch.ones_like(ahead[:1]), ahead]).unsqueeze(1) * weights
     if settings.reduction == "mean":
         mass = kept
         if criterion.weight is not None and not target.is_floating_point():
             # the mean of cross-entropy is over class weights
             mass = torch.where(kept, criterion.weight[torch.where(kept, target, 0)], 0.0)
-        coefficient = coefficient / mass.sum()
+        weights = weights / mass.sum()
+    coefficient = weights.unsqueeze(0)
+    if modalities:
+        ahead = modality_coefficients(buffers.log_quality) * settings.unimodal_strength
+        coefficient = torch.outer(torch.cat([ahead.new_ones(1), ahead]), weights)
     return coefficient if present is None else torch.where(present, coefficient, 0.0)
 
 
@@ -257,32 +256,28 @@ def take_in(
     Qualities are averaged with the sample weights, so that labels in doubt do not make a
     good modality look bad.
     """
-    moves = count > 0
-    some = count.clamp_min(1)
-    seen = buffers.seen
+    kind, seen = buffers.log_quality.dtype, buffers.seen
     mass = weights.sum(dim=1)
-    has_mass = mass > 0
-    kind = buffers.log_quality.dtype
-    steps = (1.0 - decay) * moves.to(kind)
+    has_mass, first = mass > 0, seen == 0
+    rate = torch.where(first, 1.0, 1.0 - decay) * has_mass
+    start = rate[0]
+    steps = start.clamp_max(1.0 - decay)
 
-    def rate(first: Tensor, moving: Tensor) -> Tensor:
-        return torch.where(first, 1.0, 1.0 - decay) * moving
-
-    signal = (signals.sum(dim=1) / some).to(kind)
-    # The first batch has nothing to have moved from.
-    change = torch.where(seen[0] == 0, 0.0, relative_change(signal, buffers.signal_mean))
-    start = rate(seen[0] == 0, moves)
-    fused = weights[0]
-    share = mass[0].square() / (fused.square().sum() * count).clamp_min(1e-12)
-    buffers.effective_share.lerp_(share.to(kind), start)
+    signal = (signals.sum(dim=1) / count.clamp_min(1)).to(kind)
+    # The first batch has nothing to have moved from, the second nothing to average with.
+    change = torch.where(first[0], 0.0, relative_change(signal, buffers.signal_mean))
+    buffers.volatility.lerp_(change, torch.where(seen[0] == 1, start > 0, steps))
     buffers.signal_mean.lerp_(signal, start)
-    buffers.volatility.lerp_(change, rate(seen[0] == 1, moves))
+    fused = weights[0]
+    share = mass[0].square() / (fused.dot(fused) * count).clamp_min(1e-12)
+    buffers.effective_share.lerp_(share.to(kind), start)
     # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
-    buffers.label_noise.lerp_((contradicted.sum() / some).to(kind), steps)
+    doubt = contradicted.sum() / count.clamp_min(1)
+    buffers.label_noise.lerp_(doubt.to(kind), steps)
 
-    mean_nll = (weights * nll).sum(dim=1) / torch.where(has_mass, mass, 1.0)
-    log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), rate(seen == 0, has_mass))
-    buffers.seen.add_(has_mass)
+    mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), rate)
+    seen.add_(has_mass)
     # A modality never seen counts as equal to the fusion, which favours neither side.
     buffers.log_quality.copy_(torch.where(seen > 0, log_quality, log_quality[0]))
     buffers.quality.copy_(quality(buffers.log_quality, num_classes))
