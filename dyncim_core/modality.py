@@ -121,10 +121,7 @@ def balance_factor(log_quality: Tensor, eps: float = 1e-3) -> Tensor:
         >>> balance_factor(torch.tensor([0.8, 0.4, 0.05]).log())
         tensor(0.4918)
     """
-    log_ratios = _log_ratios(log_quality)
-    log_gmr = log_ratios.mean(dim=-1)
-    log_one_plus_hmir = F.softplus(_log_hmir(log_ratios, eps))
-    return torch.expm1((log_one_plus_hmir - log_gmr).clamp_max(0.0)).abs()
+    return _balance_factor(_log_ratios(log_quality), eps)
 
 
 def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float = 1.0) -> Tensor:
@@ -149,8 +146,7 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
         >>> modality_weights(torch.tensor([0.8, 0.8, 0.4]).log())
         tensor([0.3333, 0.6667])
     """
-    lag = _log_ratios(log_quality).clamp_max(cap)
-    return (lag if temperature == 1.0 else lag / temperature).softmax(dim=-1)
+    return _weights(_log_ratios(log_quality), temperature, cap)
 
 
 def modality_coefficients(log_quality: Tensor) -> Tensor:
@@ -172,11 +168,14 @@ def modality_coefficients(log_quality: Tensor) -> Tensor:
         >>> modality_coefficients(torch.tensor([0.8, 0.4, 0.4]).log())
         tensor([1., 1.])
     """
-    if log_quality.shape[-1] == 2:  # one modality has none to be balanced with
-        return torch.ones_like(log_quality[..., 1:])
-    alpha = modality_weights(log_quality)
-    share = balance_factor(log_quality).unsqueeze(-1)
-    return torch.lerp(torch.ones_like(alpha), alpha.shape[-1] * alpha, share)
+    log_ratios = _log_ratios(log_quality)
+    modalities = log_ratios.shape[-1]
+    ones = torch.ones_like(log_ratios)
+    if modalities == 1:
+        return ones
+    alpha = _weights(log_ratios)
+    share = _balance_factor(log_ratios).unsqueeze(-1)
+    return torch.lerp(ones, modalities * alpha, share)
 
 
 def quality(log_quality: Tensor, num_classes: int) -> Tensor:
@@ -232,9 +231,20 @@ def _log_ratios(log_quality: Tensor) -> Tensor:
 
 def _log_hmir(log_ratios: Tensor, eps: float) -> Tensor:
     """Logarithm of M / sum_m 1 / max(exp(log_ratios) - 1, eps), for ratios of any size."""
-    floored = log_ratios.clamp_min(math.log1p(eps))
-    log_rates = floored + (-torch.expm1(-floored)).log()
-    return math.log(log_ratios.shape[-1]) - (-log_rates).logsumexp(dim=-1)
+    floored = -log_ratios.clamp_min(math.log1p(eps))
+    log_inverse_rates = floored - (-torch.expm1(floored)).log()
+    return math.log(log_ratios.shape[-1]) - log_inverse_rates.logsumexp(dim=-1)
+
+
+def _balance_factor(log_ratios: Tensor, eps: float = 1e-3) -> Tensor:
+    log_gmr = log_ratios.mean(dim=-1)
+    log_one_plus_hmir = F.softplus(_log_hmir(log_ratios, eps))
+    return torch.expm1((log_one_plus_hmir - log_gmr).clamp_max(0.0)).abs()
+
+
+def _weights(log_ratios: Tensor, temperature: float = 1.0, cap: float = 1.0) -> Tensor:
+    lag = log_ratios.clamp_max(cap)
+    return (lag if temperature == 1.0 else lag / temperature).softmax(dim=-1)
 
 
 def _check_modalities(count: int) -> None:
