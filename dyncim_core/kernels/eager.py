@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dyncim_core.gates import disagreement, reliability_gates
 from dyncim_core.kernels.interface import (
@@ -47,9 +48,9 @@ __all__ = [
 
 # Logits of all heads up to which the softmax is kept for the gradient, as cross-entropy
 # keeps its own; from there on memory counts more than computing it again.
-_KEPT = 2**20
+_KEPT = 2**22
 # Logits that are worked on together on a CPU, so that temporaries stay in its cache.
-_BLOCK = 2**17
+_BLOCK = 2**19
 # Classes, and logits in all, from which looking for the largest, which is vectorised, and
 # then for its place takes less than looking for both.
 _MANY_CLASSES = 64
@@ -68,26 +69,31 @@ def statistics(
 ) -> Statistics:
     """What each head says about each sample."""
     dtype = accumulation_dtype(logits)
-    batch, classes = logits[0].shape
+    blocks = list(_blocks(logits, criterion))
+    keep = _together(logits) and len(logits) * logits[0].numel() <= _KEPT
     kept: Tensor | None = None
-    if len(logits) * batch * classes <= _KEPT and not torch.compiler.is_compiling():
-        kept = logits[0].new_empty((len(logits), batch, classes), dtype=dtype)
-    blocks = [
-        _statistics(
-            [x[rows] for x in logits],
-            _truth(criterion, rows, dtype),
-            dtype,
-            None if kept is None else kept[:, rows],
-        )
-        for rows in _row_blocks(logits)
-    ]
-    rows, prediction = blocks[0]
-    if len(blocks) > 1:
-        rows = torch.cat([block[0] for block in blocks], dim=2)
-        prediction = torch.cat([block[1] for block in blocks], dim=1)
+    work: tuple[Tensor | None, Tensor | None] = None, None
+    if len(blocks) > 1:  # room for all of them in turn: new memory costs more than its use
+        shape = len(logits), len(blocks[0][1][0]), logits[0].shape[1]
+        work = logits[0].new_empty(shape, dtype=dtype), None
+        if keep:
+            kept = logits[0].new_empty((len(logits), *logits[0].shape), dtype=dtype)
+        else:
+            work = work[0], torch.empty_like(work[0])
+    found = []
+    for at, heads, part in blocks:
+        copy, softmax = (None if x is None else x[:, : len(heads[0])] for x in work)
+        if kept is not None:
+            softmax = kept[:, at]
+        found.append(_statistics(heads, _truth(part, dtype), dtype, copy, softmax))
+    rows, prediction, normaliser = found[0]
+    if len(found) > 1:
+        rows = torch.cat([part[0] for part in found], dim=2)
+        prediction = torch.cat([part[1] for part in found], dim=1)
+        normaliser = kept
     if present is not None:
         rows = torch.where(present, rows, 0.0)
-    return Statistics(rows, prediction, kept)
+    return Statistics(rows, prediction, normaliser if keep else None)
 
 
 @torch.no_grad()
@@ -103,19 +109,23 @@ def gradients(
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
     if normaliser is not None:
-        truth = _truth(criterion, slice(None), dtype)
-        return [
-            x.to(head.dtype)
-            for x, head in zip(_gradient(normaliser, coefs, truth, guard), logits, strict=True)
-        ]
-    coefs = coefs.expand(len(logits), len(logits[0]))
-    grads = [torch.empty_like(x) for x in logits]
-    for rows in _row_blocks(logits[:1]):
-        truth = _truth(criterion, rows, dtype)
-        for head, coef, result in zip(logits, coefs, grads, strict=True):
-            x = head[rows].to(dtype)
-            *_, probs = _softmax(x, x.amax(dim=1, keepdim=True))
-            result[rows] = _gradient(probs, coef[rows], truth, guard)
+        parts = _gradient(normaliser, coefs, _truth(criterion, dtype), guard).unbind()
+        return [x.to(head.dtype) for x, head in zip(parts, logits, strict=True)]
+    grads = []
+    for head, coef in zip(logits, coefs.expand(len(logits), len(logits[0])), strict=True):
+        blocks = list(_blocks([head], criterion))
+        if len(blocks) == 1:
+            x = head.to(dtype, copy=True)
+            *_, probs = _softmax(x, x.amax(dim=1, keepdim=True), x)
+            found = _gradient(probs, coef, _truth(criterion, dtype), guard).to(head.dtype)
+        else:
+            found = torch.empty_like(head)
+            work = head.new_empty(blocks[0][1][0].shape, dtype=dtype)
+            for at, (part,), known in blocks:
+                x = work[: len(part)].copy_(part)
+                *_, probs = _softmax(x, x.amax(dim=1, keepdim=True), x)
+                found[at] = _gradient(probs, coef[at], _truth(known, dtype), guard)
+        grads.append(found)
     return grads
 
 
@@ -164,6 +174,7 @@ def weigh(
         label, kept = target, target != criterion.ignore_index
     total = found.rows[1:3].sum(dim=(0, 1))
     valid = kept & (total - total == 0)  # finite, in fewer operators than isfinite
+    number, count = kept.sum(), valid.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(valid, found.rows[1:], 0.0)
     if memory is not None:
@@ -196,12 +207,12 @@ def weigh(
         signals,
         contradiction(found.prediction, label, present) & valid,
         torch.where(counted, weights, 0.0),
-        valid.sum(),
+        count,
         num_classes,
         buffers,
         settings.decay,
     )
-    buffers.nonfinite.add_((kept ^ valid).sum())
+    buffers.nonfinite.add_(number).sub_(count)
     if memory is not None:
         current = nll.t().to(recalled.dtype)
         averaged = torch.where(
@@ -211,21 +222,21 @@ def weigh(
         memory.visits.index_copy_(0, memory.rows, visits + counted.t())
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))
 
-    modalities = len(found.rows[0]) - 1
+    modalities = found.rows.shape[1] - 1
     if settings.skip_nonfinite:
-        kept = valid
+        kept, number = valid, count
         weights = torch.where(kept, weights, 0.0)
     if settings.reduction == "mean":
-        mass = kept
+        mass = number
         if criterion.weight is not None and not target.is_floating_point():
             # the mean of cross-entropy is over class weights
-            mass = torch.where(kept, criterion.weight[torch.where(kept, target, 0)], 0.0)
-        weights = weights / mass.sum()
+            mass = torch.where(kept, criterion.weight[torch.where(kept, target, 0)], 0.0).sum()
+        weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality)
         if settings.unimodal_strength != 1.0:
             ahead = ahead * settings.unimodal_strength
-        coefficient = torch.outer(torch.cat([ahead.new_ones(1), ahead]), weights)
+        coefficient = torch.outer(F.pad(ahead, (1, 0), value=1.0), weights)
     else:
         coefficient = weights.unsqueeze(0)
     return coefficient if present is None else torch.where(present, coefficient, 0.0)
@@ -277,7 +288,7 @@ def take_in(
     buffers.volatility.lerp_(change, torch.where(seen[0] == 1, start > 0, steps))
     buffers.signal_mean.lerp_(signal, start)
     fused = weights[0]
-    share = mass[0].square() / (fused.dot(fused) * count).clamp_min(1e-12)
+    share = mass[0] / fused.dot(fused).clamp_min(1e-12)  # of a mean of 1
     buffers.effective_share.lerp_(share.to(kind), start)
     # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
     doubt = contradicted.sum() / some
@@ -339,57 +350,73 @@ def _disturb(
     return torch.where(swapped, other, own), available & ~dropped
 
 
-def _row_blocks(logits: Sequence[Tensor]) -> Iterator[slice]:
+def _together(logits: Sequence[Tensor]) -> bool:
+    """Whether to work on all heads in one call, rather than leave that to a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return logits[0].device.type == "cpu" or len(logits) * logits[0].numel() <= _KEPT
+
+
+def _blocks(
+    logits: Sequence[Tensor], criterion: Criterion
+) -> Iterator[tuple[slice, Sequence[Tensor], Criterion]]:
     """Rows that are worked on together."""
-    head = logits[0]
-    if torch.compiler.is_compiling() or head.device.type != "cpu":
-        yield slice(None)  # a compiler and a GPU want whole tensors
-        return
-    step = max(1, _BLOCK // (len(logits) * head.shape[1]))
-    for start in range(0, max(1, head.shape[0]), step):
-        yield slice(start, start + step)
-
-
-def _groups(logits: Sequence[Tensor], dtype: torch.dtype, together: bool) -> Iterator[Tensor]:
-    """Heads that are worked on together, ``[h, B, C]``."""
-    if together:
-        yield torch.stack([x.to(dtype) for x in logits])
+    batch, classes = logits[0].shape
+    # a compiler and a GPU want whole tensors
+    if torch.compiler.is_compiling() or logits[0].device.type != "cpu":
+        step = batch
     else:
-        for head in logits:
-            yield head.to(dtype).unsqueeze(0)
+        step = max(1, _BLOCK // (len(logits) * classes))
+    if step >= batch:
+        yield slice(None), logits, criterion
+        return
+    for start in range(0, batch, step):
+        at = slice(start, start + step)
+        yield at, [x[at] for x in logits], criterion._replace(target=criterion.target[at])
 
 
 def _statistics(
     logits: Sequence[Tensor],
     truth: _Indices | _Probabilities,
     dtype: torch.dtype,
-    kept: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Rows and predictions; the softmax into ``kept``."""
+    copy: Tensor | None,
+    softmax: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows, predictions and the softmax of heads together; room for a copy and the softmax."""
+    if _together(logits):
+        group = torch.stack([x.to(dtype) for x in logits], out=copy)
+        return _group_statistics(group, truth, None, softmax)
     fused: Tensor | None = None
-    groups = []
-    together = kept is not None or (
-        logits[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    )
-    for group in _groups(logits, dtype, together):
-        top, prediction = _largest(group)
-        shifted, total, probs = _softmax(group, top, kept)
-        log_total = total.squeeze(2).log()
-        nll = truth.nll(shifted, log_total)
-        loss = truth.loss(shifted, log_total, nll)
-        # A class of probability 0 is shifted by -inf; 0 log 0 is 0. A row of NaN stays one.
-        entropy = log_total - shifted.mul_(probs).nansum(dim=2)
-        if fused is None:
-            fused = probs[0]
-        distance = torch.linalg.vector_norm(probs - fused, dim=2) / math.sqrt(2.0)
-        groups.append((torch.stack([loss, nll, entropy, distance]), prediction))
-    if len(groups) == 1:
-        return groups[0]
-    rows, predictions = zip(*groups, strict=True)
-    return torch.cat(rows, dim=1), torch.cat(predictions)
+    rows, predictions = [], []
+    for head in logits:
+        group = head.to(dtype, copy=True).unsqueeze(0)
+        found, prediction, probs = _group_statistics(group, truth, fused, None)
+        rows.append(found)
+        predictions.append(prediction)
+        fused = probs if fused is None else fused
+    return torch.cat(rows, dim=1), torch.cat(predictions), None
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _group_statistics(
+    group: Tensor,
+    truth: _Indices | _Probabilities,
+    fused: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, predictions and the softmax, ``[h, B, C]``; overwrites the group."""
+    top, prediction = _largest(group, out)
+    shifted, total, probs = _softmax(group, top, out)
+    log_total = total.squeeze(2).log()
+    nll = truth.nll(shifted, log_total)
+    loss = truth.loss(shifted, log_total, nll)
+    # A class of probability 0 is shifted by -inf; 0 log 0 is 0. A row of NaN stays one.
+    entropy = log_total - shifted.mul_(probs).nansum(dim=2)
+    apart = torch.sub(probs, probs[:1] if fused is None else fused, out=shifted)
+    distance = torch.linalg.vector_norm(apart, dim=2) / math.sqrt(2.0)
+    return torch.stack([loss, nll, entropy, distance]), prediction, probs
+
+
+def _largest(logits: Tensor, work: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, with its dimension, and its first place."""
     classes = logits.shape[2]
     if (
@@ -402,15 +429,15 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
         return top, place.squeeze(2)
     top = logits.amax(dim=2, keepdim=True)
     from_end = torch.arange(classes - 1, -1, -1, dtype=logits.dtype)
-    hits = torch.eq(logits, top, out=torch.empty_like(logits))
+    hits = torch.eq(logits, top, out=torch.empty_like(logits) if work is None else work)
     return top, (classes - 1 - hits.mul_(from_end).amax(dim=2)).long()
 
 
 def _softmax(
     logits: Tensor, top: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits less the largest of their row, the sum of their exponentials, and the softmax."""
-    shifted = logits - top
+    """Logits less the largest of their row, in place; the sum of their exponentials; softmax."""
+    shifted = logits.sub_(top)
     # torch's softmax is slow over few classes, and its exp on some CPUs.
     probs = torch.mul(shifted, _LOG2_E, out=out).exp2_()
     total = probs.sum(dim=-1, keepdim=True)
@@ -431,8 +458,8 @@ def _gradient(
 class _Indices:
     """Class indices ``[B]``: a one-hot truth, smoothed and weighted as cross-entropy does."""
 
-    def __init__(self, criterion: Criterion, rows: slice, weight: Tensor | None) -> None:
-        self.target = criterion.target[rows]
+    def __init__(self, criterion: Criterion, weight: Tensor | None) -> None:
+        self.target = criterion.target
         self.ignore_index = criterion.ignore_index
         self.kept = self.target != criterion.ignore_index
         self.index = torch.where(self.kept, self.target, 0)
@@ -482,10 +509,8 @@ class _Indices:
 class _Probabilities:
     """Class probabilities ``[B, C]``, smoothed and weighted as cross-entropy does."""
 
-    def __init__(
-        self, criterion: Criterion, rows: slice, weight: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        self.target = criterion.target[rows].to(dtype)
+    def __init__(self, criterion: Criterion, weight: Tensor | None, dtype: torch.dtype) -> None:
+        self.target = criterion.target.to(dtype)
         self.truth = self.target
         if criterion.label_smoothing:
             smooth = criterion.label_smoothing
@@ -511,11 +536,11 @@ class _Probabilities:
         grad.addcmul_(self.truth, coefs, value=-1.0)
 
 
-def _truth(criterion: Criterion, rows: slice, dtype: torch.dtype) -> _Indices | _Probabilities:
+def _truth(criterion: Criterion, dtype: torch.dtype) -> _Indices | _Probabilities:
     weight = None if criterion.weight is None else criterion.weight.to(dtype)
     if torch.is_floating_point(criterion.target):
-        return _Probabilities(criterion, rows, weight, dtype)
-    return _Indices(criterion, rows, weight)
+        return _Probabilities(criterion, weight, dtype)
+    return _Indices(criterion, weight)
 
 
 def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
