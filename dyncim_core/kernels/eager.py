@@ -51,10 +51,11 @@ __all__ = [
 _KEPT = 2**22
 # Logits that are worked on together on a CPU, so that temporaries stay in its cache.
 _BLOCK = 2**19
-# Classes, and logits in all, from which looking for the largest, which is vectorised, and
-# then for its place takes less than looking for both.
-_MANY_CLASSES = 64
+# From here on, fewer passes pay for more operators.
 _MANY_LOGITS = 2**15
+# Over the last dimension, torch vectorises the largest of 32 or more only.
+_VECTORISED = 32
+_FEW_CLASSES = 16
 _LOG2_E = math.log2(math.e)
 
 
@@ -70,30 +71,29 @@ def statistics(
     """What each head says about each sample."""
     dtype = accumulation_dtype(logits)
     blocks = list(_blocks(logits, criterion))
-    keep = _together(logits) and len(logits) * logits[0].numel() <= _KEPT
-    kept: Tensor | None = None
-    work: tuple[Tensor | None, Tensor | None] = None, None
-    if len(blocks) > 1:  # room for all of them in turn: new memory costs more than its use
-        shape = len(logits), len(blocks[0][1][0]), logits[0].shape[1]
-        work = logits[0].new_empty(shape, dtype=dtype), None
-        if keep:
-            kept = logits[0].new_empty((len(logits), *logits[0].shape), dtype=dtype)
-        else:
-            work = work[0], torch.empty_like(work[0])
+    heads, (batch, classes), width = len(logits), logits[0].shape, _width(logits)
+    keep = _together(logits) and heads * batch * classes <= _KEPT
+    copy = softmax = kept = None
+    if len(blocks) > 1 or width > classes:
+        # Room for all blocks in turn: new memory costs more than the arithmetic on it.
+        copy = logits[0].new_empty((heads, len(blocks[0][1][0]), width), dtype=dtype)
+        softmax = torch.empty_like(copy)
+        if keep and len(blocks) > 1:
+            kept = copy.new_empty((heads, batch, width))
     found = []
-    for at, heads, part in blocks:
-        copy, softmax = (None if x is None else x[:, : len(heads[0])] for x in work)
-        if kept is not None:
-            softmax = kept[:, at]
-        found.append(_statistics(heads, _truth(part, dtype), dtype, copy, softmax))
-    rows, prediction, normaliser = found[0]
+    for at, parts, known in blocks:
+        if copy is not None and softmax is not None:
+            copy = copy[:, : len(parts[0])]
+            softmax = softmax[:, : len(parts[0])] if kept is None else kept[:, at]
+        found.append(_statistics(parts, _truth(known, dtype), dtype, copy, softmax))
+    rows, prediction, probs = found[0]
     if len(found) > 1:
         rows = torch.cat([part[0] for part in found], dim=2)
         prediction = torch.cat([part[1] for part in found], dim=1)
-        normaliser = kept
+        probs = kept
     if present is not None:
         rows = torch.where(present, rows, 0.0)
-    return Statistics(rows, prediction, normaliser if keep else None)
+    return Statistics(rows, prediction, probs if keep else None)
 
 
 @torch.no_grad()
@@ -109,7 +109,10 @@ def gradients(
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
     if normaliser is not None:
-        parts = _gradient(normaliser, coefs, _truth(criterion, dtype), guard).unbind()
+        probs = normaliser
+        if probs.shape[2] > logits[0].shape[1]:
+            probs = probs[..., : logits[0].shape[1]]
+        parts = _gradient(probs, coefs, _truth(criterion, dtype), guard).unbind()
         return [x.to(head.dtype) for x, head in zip(parts, logits, strict=True)]
     grads = []
     for head, coef in zip(logits, coefs.expand(len(logits), len(logits[0])), strict=True):
@@ -357,6 +360,15 @@ def _together(logits: Sequence[Tensor]) -> bool:
     return logits[0].device.type == "cpu" or len(logits) * logits[0].numel() <= _KEPT
 
 
+def _width(logits: Sequence[Tensor]) -> int:
+    """Number of classes, or what to fill them up to."""
+    classes = logits[0].shape[1]
+    if torch.compiler.is_compiling() or logits[0].device.type != "cpu":
+        return classes
+    many = len(logits) * logits[0].numel() >= _MANY_LOGITS
+    return _VECTORISED if many and _FEW_CLASSES < classes < _VECTORISED else classes
+
+
 def _blocks(
     logits: Sequence[Tensor], criterion: Criterion
 ) -> Iterator[tuple[slice, Sequence[Tensor], Criterion]]:
@@ -384,13 +396,18 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows, predictions and the softmax of heads together; room for a copy and the softmax."""
     if _together(logits):
-        group = torch.stack([x.to(dtype) for x in logits], out=copy)
-        return _group_statistics(group, truth, None, softmax)
+        heads, classes = [x.to(dtype) for x in logits], logits[0].shape[1]
+        if copy is None:
+            copy = torch.stack(heads)
+        else:
+            torch.stack(heads, out=copy[..., :classes])
+            copy[..., classes:] = -math.inf
+        return _group_statistics(copy, classes, truth, None, softmax)
     fused: Tensor | None = None
     rows, predictions = [], []
     for head in logits:
         group = head.to(dtype, copy=True).unsqueeze(0)
-        found, prediction, probs = _group_statistics(group, truth, fused, None)
+        found, prediction, probs = _group_statistics(group, group.shape[2], truth, fused, None)
         rows.append(found)
         predictions.append(prediction)
         fused = probs if fused is None else fused
@@ -399,16 +416,18 @@ def _statistics(
 
 def _group_statistics(
     group: Tensor,
+    classes: int,
     truth: _Indices | _Probabilities,
     fused: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, predictions and the softmax, ``[h, B, C]``; overwrites the group."""
-    top, prediction = _largest(group, out)
+    top, prediction = _largest(group, classes, out)
     shifted, total, probs = _softmax(group, top, out)
     log_total = total.squeeze(2).log()
-    nll = truth.nll(shifted, log_total)
-    loss = truth.loss(shifted, log_total, nll)
+    own = shifted if classes == group.shape[2] else shifted[..., :classes]
+    nll = truth.nll(own, log_total)
+    loss = truth.loss(own, log_total, nll)
     # A class of probability 0 is shifted by -inf; 0 log 0 is 0. A row of NaN stays one.
     entropy = log_total - shifted.mul_(probs).nansum(dim=2)
     apart = torch.sub(probs, probs[:1] if fused is None else fused, out=shifted)
@@ -416,21 +435,23 @@ def _group_statistics(
     return torch.stack([loss, nll, entropy, distance]), prediction, probs
 
 
-def _largest(logits: Tensor, work: Tensor | None) -> tuple[Tensor, Tensor]:
+def _largest(logits: Tensor, classes: int, work: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, with its dimension, and its first place."""
-    classes = logits.shape[2]
+    width = logits.shape[2]
     if (
         torch.compiler.is_compiling()
         or logits.device.type != "cpu"
-        or classes < _MANY_CLASSES
+        or width < _VECTORISED
         or logits.numel() < _MANY_LOGITS
     ):
         top, place = logits.max(dim=2, keepdim=True)
         return top, place.squeeze(2)
+    # Both in one call are not vectorised. Of a row of NaN the place is the last.
     top = logits.amax(dim=2, keepdim=True)
-    from_end = torch.arange(classes - 1, -1, -1, dtype=logits.dtype)
+    last = classes - 1
+    from_end = torch.arange(last, last - width, -1, dtype=logits.dtype)
     hits = torch.eq(logits, top, out=torch.empty_like(logits) if work is None else work)
-    return top, (classes - 1 - hits.mul_(from_end).amax(dim=2)).long()
+    return top, (last - hits.mul_(from_end).amax(dim=2)).long()
 
 
 def _softmax(
