@@ -74,26 +74,27 @@ def statistics(
     heads, (batch, classes), width = len(logits), logits[0].shape, _width(logits)
     keep = _together(logits) and heads * batch * classes <= _KEPT
     copy = softmax = kept = None
+    if keep:
+        with torch.inference_mode(False):  # it becomes the gradient
+            kept = logits[0].new_empty((heads, batch, width), dtype=dtype)
     if len(blocks) > 1 or width > classes:
         # Room for all blocks in turn: new memory costs more than the arithmetic on it.
         copy = logits[0].new_empty((heads, len(blocks[0][1][0]), width), dtype=dtype)
-        softmax = torch.empty_like(copy)
-        if keep and len(blocks) > 1:
-            kept = copy.new_empty((heads, batch, width))
+        softmax = torch.empty_like(copy) if kept is None else None
     found = []
     for at, parts, known in blocks:
-        if copy is not None and softmax is not None:
-            copy = copy[:, : len(parts[0])]
-            softmax = softmax[:, : len(parts[0])] if kept is None else kept[:, at]
+        if len(blocks) > 1:
+            copy, softmax = (None if x is None else x[:, : len(parts[0])] for x in (copy, softmax))
+        if kept is not None:
+            softmax = kept if len(blocks) == 1 else kept[:, at]
         found.append(_statistics(parts, _truth(known, dtype), dtype, copy, softmax))
-    rows, prediction, probs = found[0]
+    rows, prediction = found[0]
     if len(found) > 1:
         rows = torch.cat([part[0] for part in found], dim=2)
         prediction = torch.cat([part[1] for part in found], dim=1)
-        probs = kept
     if present is not None:
         rows = torch.where(present, rows, 0.0)
-    return Statistics(rows, prediction, probs if keep else None)
+    return Statistics(rows, prediction, kept)
 
 
 @torch.no_grad()
@@ -105,30 +106,28 @@ def gradients(
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
-    """``coef * (mass * softmax - truth)`` for each head; ``normaliser`` is the softmax, if kept."""
+    """``coef * (mass * softmax - truth)`` for each head.
+
+    ``normaliser`` is the softmax, where it was kept. It is taken: the gradient is made in
+    its memory, and a second backward computes it again.
+    """
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
+    if normaliser is not None and not normaliser.numel():
+        normaliser = statistics(logits, None, criterion).normaliser
     if normaliser is not None:
-        probs = normaliser
-        if probs.shape[2] > logits[0].shape[1]:
-            probs = probs[..., : logits[0].shape[1]]
-        parts = _gradient(probs, coefs, _truth(criterion, dtype), guard).unbind()
-        return [x.to(head.dtype) for x, head in zip(parts, logits, strict=True)]
+        probs = normaliser[..., : logits[0].shape[1]].detach()
+        normaliser.set_()  # type: ignore[call-overload]
+        parts = _gradient(probs, coefs, _truth(criterion, dtype), guard)
+        return [x.to(head.dtype).contiguous() for x, head in zip(parts, logits, strict=True)]
     grads = []
     for head, coef in zip(logits, coefs.expand(len(logits), len(logits[0])), strict=True):
-        blocks = list(_blocks([head], criterion))
-        if len(blocks) == 1:
-            x = head.to(dtype, copy=True)
-            *_, probs = _softmax(x, x.amax(dim=1, keepdim=True), x)
-            found = _gradient(probs, coef, _truth(criterion, dtype), guard).to(head.dtype)
-        else:
-            found = torch.empty_like(head)
-            work = head.new_empty(blocks[0][1][0].shape, dtype=dtype)
-            for at, (part,), known in blocks:
-                x = work[: len(part)].copy_(part)
-                *_, probs = _softmax(x, x.amax(dim=1, keepdim=True), x)
-                found[at] = _gradient(probs, coef[at], _truth(known, dtype), guard)
-        grads.append(found)
+        found = torch.empty_like(head, dtype=dtype)
+        for at, (part,), known in _blocks([head], criterion):
+            x = found[at].copy_(part)
+            _softmax(x, x.amax(dim=1, keepdim=True), x)
+            _gradient(x, coef[at], _truth(known, dtype), guard)
+        grads.append(found.to(head.dtype))
     return grads
 
 
@@ -393,8 +392,8 @@ def _statistics(
     dtype: torch.dtype,
     copy: Tensor | None,
     softmax: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows, predictions and the softmax of heads together; room for a copy and the softmax."""
+) -> tuple[Tensor, Tensor]:
+    """Rows and predictions; with room for a copy and the softmax, if any."""
     if _together(logits):
         heads, classes = [x.to(dtype) for x in logits], logits[0].shape[1]
         if copy is None:
@@ -402,7 +401,7 @@ def _statistics(
         else:
             torch.stack(heads, out=copy[..., :classes])
             copy[..., classes:] = -math.inf
-        return _group_statistics(copy, classes, truth, None, softmax)
+        return _group_statistics(copy, classes, truth, None, softmax)[:2]
     fused: Tensor | None = None
     rows, predictions = [], []
     for head in logits:
@@ -411,7 +410,7 @@ def _statistics(
         rows.append(found)
         predictions.append(prediction)
         fused = probs if fused is None else fused
-    return torch.cat(rows, dim=1), torch.cat(predictions), None
+    return torch.cat(rows, dim=1), torch.cat(predictions)
 
 
 def _group_statistics(
@@ -468,8 +467,9 @@ def _softmax(
 def _gradient(
     probs: Tensor, coefs: Tensor, truth: _Indices | _Probabilities, guard: bool
 ) -> Tensor:
+    """The gradient, in place of the softmax."""
     columns = truth.without_ignored(coefs).unsqueeze(-1)
-    grad = probs * truth.mass(columns)
+    grad = probs.mul_(truth.mass(columns))
     truth.subtract_from(grad, columns)
     if guard:
         grad.masked_fill_(columns == 0, 0.0)
