@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dyncim_core import head_statistics
 from dyncim_core import reference as ref
+from dyncim_core.kernels import eager
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 all_dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -243,6 +244,53 @@ def test_one_class_is_certain() -> None:
 def test_empty_batch() -> None:
     statistics = head_statistics([torch.zeros(0, 3)] * 2, torch.zeros(0, dtype=torch.int64))
     assert all(field.shape == (2, 0) for field in statistics)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kept", [0, 2**30])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("classes", [3, 20, 100])
+def test_sizes_that_are_worked_on_differently_agree(
+    monkeypatch: pytest.MonkeyPatch, classes: int, rows: int, kept: int, soft: bool
+) -> None:
+    """In blocks of rows, filled up, with the softmax kept or not, and as large batches are."""
+    monkeypatch.setattr(eager, "_BLOCK", 2 * rows * classes)
+    monkeypatch.setattr(eager, "_KEPT", kept)
+    monkeypatch.setattr(eager, "_MANY_LOGITS", 1)
+    generator = torch.Generator().manual_seed(classes)
+    logits = [torch.randn(7, classes, generator=generator).double().round() for _ in range(2)]
+    target = torch.arange(7) % 3
+    target[4] = -100
+    if soft:
+        target = torch.rand(7, classes, generator=generator).double()
+    else:
+        logits[0][:, -1] = -math.inf
+    smoothing = 0.1 if soft else 0.0
+    for x in logits:
+        x.requires_grad_()
+    found = head_statistics(logits, target, label_smoothing=smoothing, backend="eager")
+    expected = ref.head_statistics(
+        [x.detach().numpy() for x in logits], target.numpy(), label_smoothing=smoothing
+    )
+    for name in FIELDS:
+        assert_allclose(getattr(found, name).detach(), getattr(expected, name), atol=1e-12)
+    assert torch.equal(found.prediction, torch.stack([x.argmax(dim=1) for x in logits]))
+
+    grads = torch.autograd.grad(found.loss.sum(), logits, retain_graph=True)
+    plain = [F.cross_entropy(x, target, label_smoothing=smoothing, reduction="sum") for x in logits]
+    for grad, truth in zip(grads, torch.autograd.grad(sum(plain), logits), strict=True):
+        assert_allclose(grad, truth, atol=1e-12)
+    again = torch.autograd.grad(found.loss.sum(), logits)
+    assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+
+
+def test_the_first_of_equal_classes_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_MANY_LOGITS", 1)
+    logits = torch.zeros(3, 40)
+    logits[1, [7, 30]] = 1.0
+    logits[2] = -math.inf
+    found = head_statistics([logits], torch.zeros(3, dtype=torch.int64), backend="eager")
+    assert found.prediction.tolist() == [[0, 7, 0]]
 
 
 def test_strides_do_not_matter() -> None:
