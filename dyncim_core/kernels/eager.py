@@ -428,21 +428,27 @@ def _group_statistics(
     nll = truth.nll(own, log_total)
     loss = truth.loss(own, log_total, nll)
     # A class of probability 0 is shifted by -inf; 0 log 0 is 0. A row of NaN stays one.
-    entropy = log_total - shifted.mul_(probs).nansum(dim=2)
+    if torch.compiler.is_compiling():  # where nansum is slow
+        shifted = shifted.clamp_min(torch.finfo(shifted.dtype).min)
+        entropy = log_total - (shifted * probs).sum(dim=2)
+    else:
+        entropy = log_total - shifted.mul_(probs).nansum(dim=2)
     apart = torch.sub(probs, probs[:1] if fused is None else fused, out=shifted)
     distance = torch.linalg.vector_norm(apart, dim=2) / math.sqrt(2.0)
     return torch.stack([loss, nll, entropy, distance]), prediction, probs
 
 
+def _many(logits: Tensor) -> bool:
+    """Whether fewer passes over them on a CPU pay for more operators."""
+    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+        return False
+    return logits.numel() >= _MANY_LOGITS
+
+
 def _largest(logits: Tensor, classes: int, work: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest logit of each row, with its dimension, and its first place."""
     width = logits.shape[2]
-    if (
-        torch.compiler.is_compiling()
-        or logits.device.type != "cpu"
-        or width < _VECTORISED
-        or logits.numel() < _MANY_LOGITS
-    ):
+    if width < _VECTORISED or not _many(logits):
         top, place = logits.max(dim=2, keepdim=True)
         return top, place.squeeze(2)
     # Both in one call are not vectorised. Of a row of NaN the place is the last.
@@ -458,8 +464,11 @@ def _softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits less the largest of their row, in place; the sum of their exponentials; softmax."""
     shifted = logits.sub_(top)
-    # torch's softmax is slow over few classes, and its exp on some CPUs.
-    probs = torch.mul(shifted, _LOG2_E, out=out).exp2_()
+    # Not torch's softmax, slow over few classes, nor over many logits its exp, slow on some CPUs.
+    if _many(logits):
+        probs = torch.mul(shifted, _LOG2_E, out=out).exp2_()
+    else:
+        probs = torch.exp(shifted, out=out)
     total = probs.sum(dim=-1, keepdim=True)
     return shifted, total, probs.mul_(total.reciprocal())
 
