@@ -2,7 +2,7 @@
 
 One pass over the logits of every head gives all that the curriculum needs. Only losses
 are differentiable; their backward is analytic and recomputes the softmax, so that
-nothing of the size of the logits is kept between forward and backward.
+nothing of the size of large logits is kept between forward and backward.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Criterion(NamedTuple):
 class Statistics(NamedTuple):
     """``rows`` are loss, nll, entropy and distance, ``[4, M + 1, B]``; ``prediction`` is int64.
 
-    ``normaliser`` is what the same kernel wants back for the gradient, if anything.
+    ``normaliser`` is what the same kernel wants back for the gradient, if anything. That
+    may use it up, and a second gradient of the same step then does without.
     """
 
     rows: Tensor
