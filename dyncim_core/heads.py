@@ -91,7 +91,7 @@ def head_statistics(
     loss, nll, entropy, distance = found.rows
     present_or_all = None if present is None else present.to(loss.dtype)
     loss = differentiable(
-        loss,
+        loss.clone(),
         present_or_all,
         found.normaliser,
         kernels,
@@ -114,7 +114,8 @@ def differentiable(
     """``value``, computed without autograd as a sum of ``coefficient * loss``, with its gradient.
 
     Args:
-        value: ``[M + 1, B]``, its sum over heads ``[B]``, or over all, scalar.
+        value: ``[M + 1, B]``, its sum over heads ``[B]``, or over all, scalar; a tensor of its
+            own, which becomes the result.
         coefficient: Factor of every loss in it, ``[M + 1, B]``; all 1 when ``None``.
         normaliser: What the kernels gave for their gradient.
         kernels: Those that computed ``value``.
@@ -123,17 +124,19 @@ def differentiable(
         logits: One ``[B, C]`` tensor per head.
     """
     result: Tensor = _Objective.apply(  # type: ignore[no-untyped-call]
-        value, (coefficient, normaliser, kernels, criterion, guard), *logits
+        (value, coefficient, normaliser, kernels, criterion, guard), *logits
     )
     return result
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
-        *ctx.known, (target, weight, *ctx.options), ctx.guard = known
+    def forward(ctx: Any, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
+        value: Tensor
+        value, *ctx.known, (target, weight, *ctx.options), ctx.guard = known
         ctx.save_for_backward(target, weight, *logits)  # a change in place is noticed
-        return value.clone()
+        # Fresh from a kernel, and hidden from autograd in a tuple: only a trace takes a copy.
+        return value.clone() if torch.compiler.is_compiling() else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,7 +146,7 @@ class _Objective(torch.autograd.Function):
         grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, ctx.guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
-        return (None, None, *grads)
+        return (None, *grads)
 
 
 class _OnceOnly(torch.autograd.Function):

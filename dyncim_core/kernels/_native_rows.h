@@ -1,6 +1,6 @@
 /* Loops over the classes of one row, compiled once for each instruction set by _native.c.
  *
- * They work on whole vectors; the end of a row is padded with classes of probability 0. Sums
+ * They work on whole vectors; the end of a row is filled up with classes of probability 0. Sums
  * run over blocks, so that no float32 sum is long. */
 
 static inline Floats FOR_TARGET(choose)(Ints mask, Floats a, Floats b) {
@@ -46,6 +46,12 @@ static inline float FOR_TARGET(largest)(Floats v) {
     return even > odd ? even : odd;
 }
 
+static inline int32_t FOR_TARGET(least)(Ints v) {
+    int32_t best = v[0];
+    for (int k = 1; k < LANES; k++) best = v[k] < best ? v[k] : best;
+    return best;
+}
+
 /* exp(x) for x <= 0 to float32 rounding; 0 below the smallest normal number; NaN stays. */
 static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
     Ints tiny = x < -87.0f;
@@ -62,26 +68,44 @@ static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
     return (Floats)((Ints)(p * (Floats)power) & ~tiny);
 }
 
+/* log(x) for x >= 1 to float64 rounding; NaN stays. */
+static inline Doubles FOR_TARGET(log)(Doubles x) {
+    Longs bits = (Longs)x, power = (bits - 0x3fe6a09e667f3bcd) >> 52; /* of x * sqrt 2 */
+    Doubles m = (Doubles)(bits - (power << 52)), f = (m - 1.0) / (m + 1.0), s = f * f;
+    Doubles p = s / 19.0 + 1.0 / 17.0; /* of atanh */
+    p = p * s + 1.0 / 15.0;
+    p = p * s + 1.0 / 13.0;
+    p = p * s + 1.0 / 11.0;
+    p = p * s + 1.0 / 9.0;
+    p = p * s + 1.0 / 7.0;
+    p = p * s + 1.0 / 5.0;
+    p = p * s + 1.0 / 3.0;
+    p = p * s * f + f;
+    return __builtin_convertvector(power, Doubles) * 0.693147180559945309 + 2.0 * p + (x - x);
+}
+
 typedef struct {
     Floats sum, weighted; /* of exp(d) and d exp(d) */
     Ints position, first; /* of the next lane; of the first lane where d is 0 */
-} FOR_TARGET(Softmax);
+} FOR_TARGET(Sums);
 
-static inline void FOR_TARGET(take)(FOR_TARGET(Softmax) *s, Floats d, float *e) {
+static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, Floats d) {
     Ints is_first = (d == 0.0f) & (s->first == INT32_MAX);
     s->first = (s->position & is_first) | (s->first & ~is_first);
     s->position += LANES;
     Floats exponential = FOR_TARGET(exp_nonpositive)(d);
-    memcpy(e, &exponential, sizeof exponential);
     s->sum += exponential;
     /* 0 log 0 is 0, also for a logit of -inf */
     s->weighted += exponential * FOR_TARGET(choose)(d < -88.0f, (Floats){0}, d);
+    return exponential;
 }
 
-/* Softmax of a row, not yet divided by its sum, into e, which has room for whole vectors. */
-static Row FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes, float *restrict e) {
+/* Softmax of a row, not yet divided by its sum, into e. */
+static inline void FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes,
+                                           float *restrict e, Softmaxes *found, int64_t r) {
     int64_t whole = classes / LANES * LANES;
-    Floats end = FOR_TARGET(load_end)(x + whole, (int32_t)(classes - whole), -INFINITY), highest = end;
+    int32_t left = (int32_t)(classes - whole);
+    Floats end = FOR_TARGET(load_end)(x + whole, left, -INFINITY), highest = end;
     for (int64_t c = 0; c < whole; c += LANES) {
         Floats v = FOR_TARGET(load)(x + c);
         highest = FOR_TARGET(choose)(v > highest, v, highest);
@@ -89,50 +113,87 @@ static Row FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes, flo
     float top = FOR_TARGET(largest)(highest);
 
     Floats sum = {0}, weighted = {0};
-    FOR_TARGET(Softmax) s = {{0}, {0}, COUNT_UP, (Ints){0} + INT32_MAX};
+    FOR_TARGET(Sums) s = {{0}, {0}, COUNT_UP, (Ints){0} + INT32_MAX};
     for (int64_t start = 0; start < whole; start += BLOCK) {
         int64_t stop = start + BLOCK < whole ? start + BLOCK : whole;
-        for (int64_t c = start; c < stop; c += LANES)
-            FOR_TARGET(take)(&s, FOR_TARGET(load)(x + c) - top, e + c);
+        for (int64_t c = start; c < stop; c += LANES) {
+            Floats v = FOR_TARGET(take)(&s, FOR_TARGET(load)(x + c) - top);
+            memcpy(e + c, &v, sizeof v);
+        }
         sum += s.sum;
         weighted += s.weighted;
         s.sum = s.weighted = (Floats){0};
     }
-    if (whole < classes) FOR_TARGET(take)(&s, end - top, e + whole);
-    double total = FOR_TARGET(sum)(sum + s.sum), log_sum = log(total);
-    int32_t best = INT32_MAX;
-    for (int k = 0; k < LANES; k++) best = s.first[k] < best ? s.first[k] : best;
-    return (Row){
-        .max = top,
-        .log_sum = log_sum,
-        .entropy = log_sum - FOR_TARGET(sum)(weighted + s.weighted) / total,
-        .inverse_sum = (float)(1.0 / total),
-        .argmax = best == INT32_MAX ? 0 : best, /* not finite: anything will do */
-    };
+    if (left) FOR_TARGET(store_end)(e + whole, FOR_TARGET(take)(&s, end - top), left);
+    int32_t best = FOR_TARGET(least)(s.first);
+    found->max[r] = top;
+    found->total[r] = FOR_TARGET(sum)(sum + s.sum);
+    found->weighted[r] = FOR_TARGET(sum)(weighted + s.weighted);
+    found->argmax[r] = best == INT32_MAX ? 0 : best; /* not finite: anything will do */
 }
 
-static void FOR_TARGET(scale_row)(float *restrict e, float factor, int64_t classes) {
-    for (int64_t c = 0; c < classes; c += LANES) {
-        Floats v = FOR_TARGET(load)(e + c) * factor;
+static void FOR_TARGET(softmax_rows)(const float *x, int64_t stride, int64_t rows,
+                                     int64_t classes, float *e, int64_t e_stride,
+                                     Softmaxes *found) {
+    for (int64_t r = 0; r < rows; r++)
+        FOR_TARGET(softmax_row)(x + r * stride, classes, e + r * e_stride, found, r);
+    for (int64_t r = rows; r < ROWS; r++) found->total[r] = found->weighted[r] = 1.0f;
+    for (int64_t r = 0; r < ROWS; r += LANES / 2) {
+        Half totals, weighted;
+        memcpy(&totals, found->total + r, sizeof totals);
+        memcpy(&weighted, found->weighted + r, sizeof weighted);
+        Half inverse = 1.0f / totals;
+        memcpy(found->inverse_total + r, &inverse, sizeof inverse);
+        Doubles total = __builtin_convertvector(totals, Doubles), log = FOR_TARGET(log)(total);
+        memcpy(found->log_total + r, &log, sizeof log);
+        Doubles entropy = log - __builtin_convertvector(weighted, Doubles) / total;
+        memcpy(found->entropy + r, &entropy, sizeof entropy);
+    }
+}
+
+/* e_c = factor * e_c - smooth * weight_c, with weights of 1 when NULL */
+static void FOR_TARGET(scale_row)(float *restrict e, float factor, float smooth,
+                                  const float *restrict weight, int64_t classes) {
+    int64_t whole = classes / LANES * LANES;
+    int32_t left = (int32_t)(classes - whole);
+    Floats even = (Floats){0} + smooth, v;
+    for (int64_t c = 0; c < whole; c += LANES) {
+        if (weight) even = FOR_TARGET(load)(weight + c) * smooth;
+        v = FOR_TARGET(load)(e + c) * factor - even;
         memcpy(e + c, &v, sizeof v);
     }
+    if (!left) return;
+    if (weight) even = FOR_TARGET(load_end)(weight + whole, left, 0.0f) * smooth;
+    v = FOR_TARGET(load_end)(e + whole, left, 0.0f) * factor - even;
+    FOR_TARGET(store_end)(e + whole, v, left);
 }
 
-/* sum_c (factor * e_c - p_c)^2, of padded rows */
-static double FOR_TARGET(squared_distance)(const float *restrict e, float factor,
-                                           const float *restrict p, int64_t classes) {
-    Floats sum = {0};
-    for (int64_t start = 0; start < classes; start += BLOCK) {
-        int64_t stop = start + BLOCK < classes ? start + BLOCK : classes;
-        Floats s = {0};
-        for (int64_t c = start; c < stop; c += LANES) {
-            Floats d = FOR_TARGET(load)(e + c) * factor -
-                       FOR_TARGET(load)(p + c);
-            s += d * d;
+/* Of each row, divided by its sum: sum_c (e_c - p_c)^2. */
+static void FOR_TARGET(distance_rows)(float *restrict e, const float *restrict p, int64_t stride,
+                                      int64_t rows, int64_t classes, const float *factor,
+                                      float *squared) {
+    int64_t whole = classes / LANES * LANES;
+    int32_t left = (int32_t)(classes - whole);
+    for (int64_t r = 0; r < rows; r++, e += stride, p += stride) {
+        Floats sum = {0};
+        for (int64_t start = 0; start < whole; start += BLOCK) {
+            int64_t stop = start + BLOCK < whole ? start + BLOCK : whole;
+            Floats s = {0};
+            for (int64_t c = start; c < stop; c += LANES) {
+                Floats v = FOR_TARGET(load)(e + c) * factor[r], d = v - FOR_TARGET(load)(p + c);
+                memcpy(e + c, &v, sizeof v);
+                s += d * d;
+            }
+            sum += s;
         }
-        sum += s;
+        if (left) {
+            Floats v = FOR_TARGET(load_end)(e + whole, left, 0.0f) * factor[r];
+            Floats d = v - FOR_TARGET(load_end)(p + whole, left, 0.0f);
+            FOR_TARGET(store_end)(e + whole, v, left);
+            sum += d * d;
+        }
+        squared[r] = FOR_TARGET(sum)(sum);
     }
-    return FOR_TARGET(sum)(sum);
 }
 
 /* Of modality m: ||p_m - consensus||^2 / 2 * max_c consensus_c, where the consensus of the
@@ -192,7 +253,20 @@ static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float 
     FOR_TARGET(store_end)(out + whole, g, left);
 }
 
+/* exp of values <= 0, in place */
+static void FOR_TARGET(exp_row)(float *x, int64_t count) {
+    int64_t whole = count / LANES * LANES;
+    for (int64_t c = 0; c < whole; c += LANES) {
+        Floats v = FOR_TARGET(exp_nonpositive)(FOR_TARGET(load)(x + c));
+        memcpy(x + c, &v, sizeof v);
+    }
+    int32_t left = (int32_t)(count - whole);
+    Floats v = FOR_TARGET(exp_nonpositive)(FOR_TARGET(load_end)(x + whole, left, 0.0f));
+    FOR_TARGET(store_end)(x + whole, v, left);
+}
+
 static const RowKernels FOR_TARGET(kernels) = {
-    FOR_TARGET(softmax_row),  FOR_TARGET(scale_row),    FOR_TARGET(squared_distance),
-    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(contradiction),
+    FOR_TARGET(softmax_rows), FOR_TARGET(scale_row), FOR_TARGET(distance_rows),
+    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
+    FOR_TARGET(contradiction),
 };

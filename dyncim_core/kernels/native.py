@@ -29,6 +29,10 @@ __all__ = ["curriculum", "gate", "gradients", "statistics"]
 
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
+# Logits whose gradients are made with the curriculum: they stay in the cache until then.
+_AHEAD = 2**19
+
+_address = Tensor.data_ptr
 
 
 def statistics(
@@ -46,30 +50,41 @@ def curriculum(
     memory: Memory | None,
     settings: Settings,
 ) -> Curriculum:
-    """Weigh the samples by what the state knows; then take the batch into the state."""
+    """Weigh the samples by what the state knows; then take the batch into the state.
+
+    Small gradients are made ahead, for an incoming one of 1, from the exponentials at hand.
+    """
     problem = _Problem(logits, present, criterion)
-    shape = len(logits), problem.batch
-    coefficient = torch.empty(shape)
-    value = torch.empty(problem.batch if settings.reduction == "none" else ())
-    if _parts(problem) > 1:
+    heads, batch = len(logits), problem.batch
+    coefficient = torch.empty(heads, batch)
+    value = torch.empty(batch if settings.reduction == "none" else ())
+    rows_at = prediction_at = normaliser_at = 0
+    ahead: list[Tensor] | None = None
+    normaliser: Tensor | list[Tensor]
+    if heads * batch * problem.classes <= _AHEAD and all([x.requires_grad for x in logits]):
+        normaliser = ahead = problem.empty()
+    elif _parts(problem) > 1:
         rows, prediction, normaliser = _statistics(problem)
-        statistics_at = rows.data_ptr(), prediction.data_ptr()
+        rows_at, prediction_at = rows.data_ptr(), prediction.data_ptr()
     else:  # all in one call
-        normaliser = torch.empty(shape, dtype=torch.float64)
-        statistics_at = 0, 0
+        normaliser = torch.empty(heads, batch, dtype=torch.float64)
+        normaliser_at = normaliser.data_ptr()
     remembered = None
     if memory is not None:
         memory = memory._replace(rows=memory.rows.contiguous())
-        remembered = [len(memory.nll), *[x.data_ptr() for x in memory]]
+        remembered = [len(memory.nll), *map(_address, memory)]
     rejected = _native.curriculum(
-        *problem.of(0, problem.batch),
-        *statistics_at,
-        normaliser.data_ptr(),
-        [len(buffers.seen), *[x.data_ptr() for x in buffers]],
+        *problem.of(0, batch),
+        rows_at,
+        prediction_at,
+        normaliser_at,
+        buffers.seen.shape[0],
+        [*map(_address, buffers)],
         remembered,
         settings,
         coefficient.data_ptr(),
         value.data_ptr(),
+        None if ahead is None else [*map(_address, ahead)],
     )
     if rejected:
         raise _out_of_range(rejected, problem, memory)
@@ -79,29 +94,37 @@ def curriculum(
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Tensor | list[Tensor] | None,
     logits: Sequence[Tensor],
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
     """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
-    assert normaliser is not None  # noqa: S101
-    problem = _Problem(logits, None, criterion)
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
+    if isinstance(normaliser, list) and normaliser:  # made ahead: hand them out, once
+        grads = normaliser.copy()
+        normaliser.clear()
+        at = [*map(_address, grads)]
+        batch, classes = grads[0].shape
+        _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
+        return grads
+    problem = _Problem(logits, None, criterion)
     coefficient = None if coefficient is None else coefficient.contiguous()
-    grads = [torch.empty(head.shape) for head in logits]
-    _in_parts(
-        _native.gradients,
-        problem,
+    grads = problem.empty()
+    arguments = (
         grad.data_ptr(),
         head_stride,
         sample_stride,
         0 if coefficient is None else coefficient.data_ptr(),
-        normaliser.data_ptr(),
+        normaliser.data_ptr() if isinstance(normaliser, Tensor) else 0,
         guard,
-        [x.data_ptr() for x in grads],
+        [*map(_address, grads)],
     )
+    if isinstance(normaliser, Tensor):
+        _in_parts(_native.gradients, problem, *arguments)
+    else:
+        _native.gradients(*problem.of(0, problem.batch), *arguments)
     return grads
 
 
@@ -148,10 +171,14 @@ class _Problem:
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
         self.batch, self.classes = logits[0].shape
 
+    def empty(self) -> list[Tensor]:
+        """Room for the gradients."""
+        return [torch.empty(self.batch, self.classes) for _ in self.logits]
+
     def of(self, start: int, stop: int) -> tuple[Any, ...]:
         """As ``_native.c`` takes them, to work on these samples."""
         return (
-            [x.data_ptr() for x in self.logits],
+            [*map(_address, self.logits)],
             [x.stride(0) for x in self.logits],
             self.batch,
             self.classes,
