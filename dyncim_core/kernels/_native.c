@@ -14,7 +14,10 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAVE_TARGETS
+#include <immintrin.h>
 #endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 #define MAX_HEADS 9
 #define SIGNALS 3
@@ -68,7 +71,9 @@ typedef struct {
 #undef TARGET
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define TARGET avx512
+#define MASKED
 #include "_native_rows.h"
+#undef MASKED
 #undef TARGET
 #pragma GCC pop_options
 #endif

@@ -13,7 +13,27 @@ static inline Floats FOR_TARGET(load)(const float *x) {
     return v;
 }
 
-/* The end of a row, filled up. A loop over lanes becomes one masked instruction. */
+#ifdef MASKED /* what compilers make of vectors in general is slow in these five */
+
+static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
+    return (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << count) - 1), x);
+}
+
+static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+
+static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+}
+
+static inline float FOR_TARGET(largest)(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
+
+static inline int32_t FOR_TARGET(least)(Ints v) { return _mm512_reduce_min_epi32((__m512i)v); }
+
+#else
+
+/* The end of a row, filled up. */
 static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
     float v[LANES];
     for (int32_t k = 0; k < LANES; k++) v[k] = k < count ? x[k] : fill;
@@ -25,14 +45,9 @@ static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
         if (k < count) x[k] = v[k];
 }
 
-static inline float FOR_TARGET(sum)(Floats v) {
-    Half a[2];
-    Quarter b[2];
-    memcpy(a, &v, sizeof v);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+/* b where either is NaN. */
+static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
+    return FOR_TARGET(choose)(a > b, a, b);
 }
 
 static inline float FOR_TARGET(largest)(Floats v) {
@@ -52,10 +67,22 @@ static inline int32_t FOR_TARGET(least)(Ints v) {
     return best;
 }
 
+#endif
+
+static inline float FOR_TARGET(sum)(Floats v) {
+    Half a[2];
+    Quarter b[2];
+    memcpy(a, &v, sizeof v);
+    a[0] += a[1];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+}
+
 /* exp(x) for x <= 0 to float32 rounding; 0 below the smallest normal number; NaN stays. */
 static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
     Ints tiny = x < -87.0f;
-    Floats clamped = FOR_TARGET(choose)(tiny, (Floats){0} - 87.0f, x);
+    Floats clamped = FOR_TARGET(larger)((Floats){0} - 87.0f, x);
     Floats n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
     Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
     Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -96,19 +123,19 @@ static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, Floats d) {
     Floats exponential = FOR_TARGET(exp_nonpositive)(d);
     s->sum += exponential;
     /* 0 log 0 is 0, also for a logit of -inf */
-    s->weighted += exponential * FOR_TARGET(choose)(d < -88.0f, (Floats){0}, d);
+    s->weighted += exponential * FOR_TARGET(larger)((Floats){0} - 88.0f, d);
     return exponential;
 }
 
 /* Softmax of a row, not yet divided by its sum, into e. */
-static inline void FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes,
+ALWAYS_INLINE void FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes,
                                            float *restrict e, Softmaxes *found, int64_t r) {
     int64_t whole = classes / LANES * LANES;
     int32_t left = (int32_t)(classes - whole);
     Floats end = FOR_TARGET(load_end)(x + whole, left, -INFINITY), highest = end;
     for (int64_t c = 0; c < whole; c += LANES) {
         Floats v = FOR_TARGET(load)(x + c);
-        highest = FOR_TARGET(choose)(v > highest, v, highest);
+        highest = FOR_TARGET(larger)(v, highest);
     }
     float top = FOR_TARGET(largest)(highest);
 
@@ -209,7 +236,7 @@ static double FOR_TARGET(contradiction)(const float *restrict probs, int64_t str
                 consensus += FOR_TARGET(load)(probs + k * stride + c) * share[k];
         Floats d = FOR_TARGET(load)(probs + m * stride + c) - consensus;
         sum += d * d;
-        highest = FOR_TARGET(choose)(consensus > highest, consensus, highest);
+        highest = FOR_TARGET(larger)(consensus, highest);
     }
     double found = FOR_TARGET(sum)(sum) / 2.0 * FOR_TARGET(largest)(highest);
     return found < 1.0 ? found : 1.0;
