@@ -44,7 +44,8 @@ typedef struct {
 typedef struct {
     void (*softmax_rows)(const float *x, int64_t stride, int64_t rows, int64_t classes, float *e,
                          int64_t e_stride, Softmaxes *found);
-    void (*scale_row)(float *e, float factor, float smooth, const float *weight, int64_t classes);
+    void (*scale_rows)(float *e, int64_t rows, int64_t classes, const float *factor,
+                       const float *even, const float *weight);
     void (*distance_rows)(float *e, const float *p, int64_t stride, int64_t rows, int64_t classes,
                           const float *factor, float *squared);
     double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
@@ -164,8 +165,7 @@ static void statistics_of_rows(const Problem *p, const Work *w, int64_t from, St
         if (h)
             rows_of.distance_rows(e, fused, p->classes, count, p->classes, f.inverse_total, squared);
         else if (p->heads > 1 || w->probs)
-            for (int64_t r = 0; r < count; r++)
-                rows_of.scale_row(e + r * p->classes, f.inverse_total[r], 0.0f, NULL, p->classes);
+            rows_of.scale_rows(e, count, p->classes, f.inverse_total, NULL, NULL);
         for (int64_t r = 0; r < count; r++) {
             int64_t i = from + r, y = p->target[i];
             int64_t at = h * p->batch + i, near = h * s->near + i - s->start;
@@ -208,17 +208,23 @@ static int statistics(const Problem *p, float *rows, int64_t *prediction, double
     return 0;
 }
 
-/* Factors of a row of the gradient: softmax - even * weight, less `hit` at the target. */
+/* A row of the gradient: softmax * P - even * weight, less `hit` at the target. */
 typedef struct {
     float softmax, even, hit;
 } Factors;
 
-static Factors factors_of(const Problem *p, int64_t i, float g, double weight_sum) {
+/* Of a loss with a gradient of 1, but for the class weight of the target. */
+static Factors factors_of(const Problem *p) {
+    double even = p->smoothing / (double)p->classes;
+    return (Factors){(float)(even * sum_of(p->weight, p->classes)), (float)even,
+                     (float)(1.0 - p->smoothing)};
+}
+
+static Factors times(Factors f, float g, const Problem *p, int64_t i) {
     int64_t y = p->target[i];
     if (y == p->ignore_index) return (Factors){0.0f, 0.0f, 0.0f};
-    double hit = (1.0 - p->smoothing) * (p->weight ? p->weight[y] : 1.0);
-    double even = p->smoothing / (double)p->classes;
-    return (Factors){(float)(g * (hit + even * weight_sum)), g * (float)even, (float)(g * hit)};
+    float hit = p->weight ? f.hit * p->weight[y] : f.hit;
+    return (Factors){g * (hit + f.softmax), g * f.even, g * hit};
 }
 
 /* From saved normalisers. coefficient is [H, B] or NULL; grad has the given strides over heads
@@ -226,49 +232,53 @@ static Factors factors_of(const Problem *p, int64_t i, float g, double weight_su
 static void gradients(const Problem *p, const float *grad, int64_t head_stride,
                       int64_t sample_stride, const float *coefficient, const double *lse,
                       int guard, float **out) {
-    double weight_sum = sum_of(p->weight, p->classes);
+    Factors one = factors_of(p);
     for (int64_t h = 0; h < p->heads; h++)
         for (int64_t i = p->start; i < p->stop; i++) {
-            int64_t at = h * p->batch + i, y = p->target[i];
+            int64_t at = h * p->batch + i;
             float g = grad[h * head_stride + i * sample_stride];
             if (coefficient) g *= coefficient[at];
             float *row = out[h] + i * p->classes;
-            Factors f = factors_of(p, i, g, weight_sum);
-            if (guard && f.softmax == 0.0f && f.hit == 0.0f) {
+            Factors f = times(one, g, p, i);
+            if (guard && f.softmax == 0.0f) {
                 memset(row, 0, (size_t)p->classes * sizeof *row);
                 continue;
             }
             rows_of.gradient_row(p->logits[h] + i * p->stride[h], lse[at], f.softmax, f.even,
                                  p->weight, p->classes, row);
-            if (y != p->ignore_index) row[y] -= f.hit;
+            if (f.hit != 0.0f) row[p->target[i]] -= f.hit;
         }
 }
 
 /* The same from the softmaxes that `out` holds. */
-static void finish_gradients(const Problem *p, const float *coefficient, double weight_sum,
-                             int guard, float **out) {
+static void finish_gradients(const Problem *p, const float *coefficient, int guard, float **out) {
+    Factors one = factors_of(p);
     for (int64_t h = 0; h < p->heads; h++)
-        for (int64_t i = 0; i < p->batch; i++) {
-            float *row = out[h] + i * p->classes;
-            Factors f = factors_of(p, i, coefficient[h * p->batch + i], weight_sum);
-            if (guard && f.softmax == 0.0f && f.hit == 0.0f) {
-                memset(row, 0, (size_t)p->classes * sizeof *row);
-                continue;
+        for (int64_t from = 0; from < p->batch; from += ROWS) {
+            int64_t count = p->batch - from < ROWS ? p->batch - from : ROWS;
+            float *row = out[h] + from * p->classes, softmax[ROWS], even[ROWS], hit[ROWS];
+            for (int64_t r = 0; r < count; r++) {
+                Factors f = times(one, coefficient[h * p->batch + from + r], p, from + r);
+                softmax[r] = f.softmax, even[r] = f.even, hit[r] = f.hit;
+                if (guard && f.softmax == 0.0f)
+                    memset(row + r * p->classes, 0, (size_t)p->classes * sizeof *row);
             }
-            rows_of.scale_row(row, f.softmax, f.even, p->weight, p->classes);
-            if (f.hit != 0.0f) row[p->target[i]] -= f.hit;
+            rows_of.scale_rows(row, count, p->classes, softmax, even, p->weight);
+            for (int64_t r = 0; r < count; r++)
+                if (hit[r] != 0.0f) row[r * p->classes + p->target[from + r]] -= hit[r];
         }
 }
 
 /* Gradients times the incoming one, in place. */
 static void scale(int64_t heads, int64_t batch, int64_t classes, const float *grad,
                   int64_t head_stride, int64_t sample_stride, int guard, float **out) {
+    if (head_stride == 0 && sample_stride == 0 && *grad == 1.0f) return;
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < batch; i++) {
-            float g = grad[h * head_stride + i * sample_stride], *row = out[h] + i * classes;
-            if (g == 1.0f) continue;
-            if (g == 0.0f && guard) memset(row, 0, (size_t)classes * sizeof *row);
-            else rows_of.scale_row(row, g, 0.0f, NULL, classes);
+            const float *g = grad + h * head_stride + i * sample_stride;
+            float *row = out[h] + i * classes;
+            if (*g == 0.0f && guard) memset(row, 0, (size_t)classes * sizeof *row);
+            else rows_of.scale_rows(row, 1, classes, g, NULL, NULL);
         }
 }
 
@@ -526,7 +536,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *ga
             float *e = probs + m * padded;
             Softmaxes f;
             rows_of.softmax_rows(p->logits[m] + from * p->stride[m], 0, 1, p->classes, e, 0, &f);
-            rows_of.scale_row(e, f.inverse_total[0], 0.0f, NULL, p->classes);
+            rows_of.scale_rows(e, 1, p->classes, f.inverse_total, NULL, NULL);
         }
         double share[MAX_HEADS], top = -INFINITY, total = 0.0, kept = 0.0, largest = 0.0;
         for (int64_t m = 0; m < M; m++) {
@@ -648,10 +658,9 @@ static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t 
                 Softmaxes f;
                 rows_of.softmax_rows(p.logits[h] + i * p.stride[h], p.stride[h], rows, p.classes,
                                      e, p.classes, &f);
-                for (int64_t r = 0; r < rows; r++)
-                    rows_of.scale_row(e + r * p.classes, f.inverse_total[r], 0.0f, NULL, p.classes);
+                rows_of.scale_rows(e, rows, p.classes, f.inverse_total, NULL, NULL);
             }
-        finish_gradients(&p, coefficient, w.weight_sum, guard, out);
+        finish_gradients(&p, coefficient, guard, out);
         scale(p.heads, p.batch, p.classes, grad, head_stride, sample_stride, guard, out);
     }
     Py_END_ALLOW_THREADS
@@ -760,7 +769,7 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
         if (!failed) scratch = statistics_for(&p, &w, coefficient, lse, &found);
         failed = scratch ? curriculum(&p, &w, &found, &s, &o, coefficient, value) : -1;
         if (ahead && !failed)
-            finish_gradients(&p, coefficient, w.weight_sum, p.present || o.skip_nonfinite, out);
+            finish_gradients(&p, coefficient, p.present || o.skip_nonfinite, out);
         free(scratch);
         free(w.scratch);
     }

@@ -127,18 +127,16 @@ static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, Floats d) {
     return exponential;
 }
 
-/* Softmax of a row, not yet divided by its sum, into e. */
-ALWAYS_INLINE void FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes,
-                                           float *restrict e, Softmaxes *found, int64_t r) {
-    int64_t whole = classes / LANES * LANES;
-    int32_t left = (int32_t)(classes - whole);
-    Floats end = FOR_TARGET(load_end)(x + whole, left, -INFINITY), highest = end;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        Floats v = FOR_TARGET(load)(x + c);
-        highest = FOR_TARGET(larger)(v, highest);
-    }
-    float top = FOR_TARGET(largest)(highest);
+ALWAYS_INLINE Floats FOR_TARGET(highest)(const float *x, int64_t whole, int32_t left) {
+    Floats highest = FOR_TARGET(load_end)(x + whole, left, -INFINITY);
+    for (int64_t c = 0; c < whole; c += LANES)
+        highest = FOR_TARGET(larger)(FOR_TARGET(load)(x + c), highest);
+    return highest;
+}
 
+ALWAYS_INLINE FOR_TARGET(Sums) FOR_TARGET(exponentials)(const float *restrict x, float top,
+                                                        int64_t whole, int32_t left,
+                                                        float *restrict e) {
     Floats sum = {0}, weighted = {0};
     FOR_TARGET(Sums) s = {{0}, {0}, COUNT_UP, (Ints){0} + INT32_MAX};
     for (int64_t start = 0; start < whole; start += BLOCK) {
@@ -151,19 +149,34 @@ ALWAYS_INLINE void FOR_TARGET(softmax_row)(const float *restrict x, int64_t clas
         weighted += s.weighted;
         s.sum = s.weighted = (Floats){0};
     }
-    if (left) FOR_TARGET(store_end)(e + whole, FOR_TARGET(take)(&s, end - top), left);
-    int32_t best = FOR_TARGET(least)(s.first);
-    found->max[r] = top;
-    found->total[r] = FOR_TARGET(sum)(sum + s.sum);
-    found->weighted[r] = FOR_TARGET(sum)(weighted + s.weighted);
-    found->argmax[r] = best == INT32_MAX ? 0 : best; /* not finite: anything will do */
+    if (left) {
+        Floats end = FOR_TARGET(load_end)(x + whole, left, -INFINITY) - top;
+        FOR_TARGET(store_end)(e + whole, FOR_TARGET(take)(&s, end), left);
+    }
+    s.sum += sum;
+    s.weighted += weighted;
+    return s;
 }
 
+/* Softmaxes of rows, not yet divided by their sums, into e. Each step takes all rows before the
+ * next, so that a processor has several in hand. */
 static void FOR_TARGET(softmax_rows)(const float *x, int64_t stride, int64_t rows,
                                      int64_t classes, float *e, int64_t e_stride,
                                      Softmaxes *found) {
+    int64_t whole = classes / LANES * LANES;
+    int32_t left = (int32_t)(classes - whole);
+    FOR_TARGET(Sums) sums[ROWS];
     for (int64_t r = 0; r < rows; r++)
-        FOR_TARGET(softmax_row)(x + r * stride, classes, e + r * e_stride, found, r);
+        found->max[r] = FOR_TARGET(largest)(FOR_TARGET(highest)(x + r * stride, whole, left));
+    for (int64_t r = 0; r < rows; r++)
+        sums[r] = FOR_TARGET(exponentials)(x + r * stride, found->max[r], whole, left,
+                                           e + r * e_stride);
+    for (int64_t r = 0; r < rows; r++) {
+        int32_t best = FOR_TARGET(least)(sums[r].first);
+        found->argmax[r] = best == INT32_MAX ? 0 : best; /* not finite: anything will do */
+        found->total[r] = FOR_TARGET(sum)(sums[r].sum);
+        found->weighted[r] = FOR_TARGET(sum)(sums[r].weighted);
+    }
     for (int64_t r = rows; r < ROWS; r++) found->total[r] = found->weighted[r] = 1.0f;
     for (int64_t r = 0; r < ROWS; r += LANES / 2) {
         Half totals, weighted;
@@ -178,21 +191,25 @@ static void FOR_TARGET(softmax_rows)(const float *x, int64_t stride, int64_t row
     }
 }
 
-/* e_c = factor * e_c - smooth * weight_c, with weights of 1 when NULL */
-static void FOR_TARGET(scale_row)(float *restrict e, float factor, float smooth,
-                                  const float *restrict weight, int64_t classes) {
+/* e_c = factor * e_c - even * weight_c, with weights of 1 when NULL, of each row; without `even`
+ * that is 0. */
+static void FOR_TARGET(scale_rows)(float *restrict e, int64_t rows, int64_t classes,
+                                   const float *restrict factor, const float *restrict even,
+                                   const float *restrict weight) {
     int64_t whole = classes / LANES * LANES;
     int32_t left = (int32_t)(classes - whole);
-    Floats even = (Floats){0} + smooth, v;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        if (weight) even = FOR_TARGET(load)(weight + c) * smooth;
-        v = FOR_TARGET(load)(e + c) * factor - even;
-        memcpy(e + c, &v, sizeof v);
+    for (int64_t r = 0; r < rows; r++, e += classes) {
+        Floats less = (Floats){0} + (even ? even[r] : 0.0f), v;
+        for (int64_t c = 0; c < whole; c += LANES) {
+            if (weight) less = FOR_TARGET(load)(weight + c) * even[r];
+            v = FOR_TARGET(load)(e + c) * factor[r] - less;
+            memcpy(e + c, &v, sizeof v);
+        }
+        if (!left) continue;
+        if (weight) less = FOR_TARGET(load_end)(weight + whole, left, 0.0f) * even[r];
+        v = FOR_TARGET(load_end)(e + whole, left, 0.0f) * factor[r] - less;
+        FOR_TARGET(store_end)(e + whole, v, left);
     }
-    if (!left) return;
-    if (weight) even = FOR_TARGET(load_end)(weight + whole, left, 0.0f) * smooth;
-    v = FOR_TARGET(load_end)(e + whole, left, 0.0f) * factor - even;
-    FOR_TARGET(store_end)(e + whole, v, left);
 }
 
 /* Of each row, divided by its sum: sum_c (e_c - p_c)^2. */
@@ -293,7 +310,7 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
 }
 
 static const RowKernels FOR_TARGET(kernels) = {
-    FOR_TARGET(softmax_rows), FOR_TARGET(scale_row), FOR_TARGET(distance_rows),
+    FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
     FOR_TARGET(contradiction),
 };
