@@ -31,6 +31,7 @@ typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
 typedef int64_t Longs __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
+#define LOWEST -87.0f /* exp of less is no normal number */
 #define COUNT_UP {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 
 /* Of rows of one head; total: sum exp(x - max). */
@@ -46,7 +47,7 @@ typedef struct {
                          int64_t e_stride, Softmaxes *found);
     void (*scale_rows)(float *e, int64_t rows, int64_t classes, const float *factor,
                        const float *even, const float *weight);
-    void (*distance_rows)(float *e, const float *p, int64_t stride, int64_t rows, int64_t classes,
+    void (*distance_rows)(float *e, const float *p, int64_t rows, int64_t classes,
                           const float *factor, float *squared);
     double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
     void (*gradient_row)(const float *x, double lse, float factor, float smooth,
@@ -163,7 +164,7 @@ static void statistics_of_rows(const Problem *p, const Work *w, int64_t from, St
         rows_of.softmax_rows(p->logits[h] + from * p->stride[h], p->stride[h], count, p->classes,
                              e, p->classes, &f);
         if (h)
-            rows_of.distance_rows(e, fused, p->classes, count, p->classes, f.inverse_total, squared);
+            rows_of.distance_rows(e, fused, count, p->classes, f.inverse_total, squared);
         else if (p->heads > 1 || w->probs)
             rows_of.scale_rows(e, count, p->classes, f.inverse_total, NULL, NULL);
         for (int64_t r = 0; r < count; r++) {
