@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyncim_core import _checks
 from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Criterion, Kernels
+from dyncim_core.kernels.interface import Criterion, Kernels, Normaliser
 
 __all__ = ["HeadStatistics", "differentiable", "head_statistics"]
 
@@ -105,7 +105,7 @@ def head_statistics(
 def differentiable(
     value: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Normaliser,
     kernels: Kernels,
     criterion: Criterion,
     guard: bool,

@@ -16,6 +16,7 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Normaliser,
     Settings,
     Statistics,
 )
@@ -78,7 +79,7 @@ def statistics(
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Normaliser,
     logits: Sequence[Tensor],
     criterion: Criterion,
     guard: bool,

@@ -15,9 +15,15 @@ __all__ = [
     "Gating",
     "Kernels",
     "Memory",
+    "Normaliser",
     "Settings",
     "Statistics",
 ]
+
+
+# What kernels save for their gradients, if anything: normalisers of the softmaxes, or gradients
+# made ahead, in a list that is emptied when they are handed out.
+Normaliser = Tensor | list[Tensor] | None
 
 
 class Criterion(NamedTuple):
@@ -32,12 +38,12 @@ class Criterion(NamedTuple):
 class Statistics(NamedTuple):
     """``rows`` are loss, nll, entropy and distance, ``[4, M + 1, B]``; ``prediction`` is int64.
 
-    ``normaliser`` is what the same kernel wants back for the gradient, if anything.
+    ``normaliser`` is what the same kernel wants back for the gradient.
     """
 
     rows: Tensor
     prediction: Tensor
-    normaliser: Tensor | None
+    normaliser: Normaliser
 
 
 class Buffers(NamedTuple):
@@ -85,7 +91,7 @@ class Curriculum(NamedTuple):
 
     value: Tensor
     coefficient: Tensor
-    normaliser: Tensor | None
+    normaliser: Normaliser
 
 
 class Gate(NamedTuple):
@@ -134,7 +140,7 @@ class Kernels(Protocol):
         self,
         grad: Tensor,
         coefficient: Tensor | None,
-        normaliser: Tensor | None,
+        normaliser: Normaliser,
         logits: Sequence[Tensor],
         criterion: Criterion,
         guard: bool,

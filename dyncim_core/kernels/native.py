@@ -20,6 +20,7 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Normaliser,
     Settings,
     Statistics,
 )
@@ -60,7 +61,7 @@ def curriculum(
     value = torch.empty(batch if settings.reduction == "none" else ())
     rows_at = prediction_at = normaliser_at = 0
     ahead: list[Tensor] | None = None
-    normaliser: Tensor | list[Tensor]
+    normaliser: Normaliser
     if heads * batch * problem.classes <= _AHEAD and all([x.requires_grad for x in logits]):
         normaliser = ahead = problem.empty()
     elif _parts(problem) > 1:
@@ -94,7 +95,7 @@ def curriculum(
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | list[Tensor] | None,
+    normaliser: Normaliser,
     logits: Sequence[Tensor],
     criterion: Criterion,
     guard: bool,
@@ -164,12 +165,32 @@ class _Problem:
     def __init__(
         self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion | None
     ) -> None:
-        target, weight, self.ignore_index, self.label_smoothing = criterion or (None, None, 0, 0.0)
-        self.logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
-        self.target = None if target is None else target.contiguous()
-        self.present = None if present is None else present.contiguous()
-        self.weight = None if weight is None else weight.to(torch.float32).contiguous()
+        target, weight, self.ignore_index, smoothing = criterion or (None, None, 0, 0.0)
+        strides = [x.stride() for x in logits]
+        if any([stride[1] != 1 for stride in strides]):
+            logits = [x.contiguous() for x in logits]
+            strides = [x.stride() for x in logits]
+        if target is not None:
+            target = target.contiguous()
+        if present is not None:
+            present = present.contiguous()
+        if weight is not None:
+            weight = weight.to(torch.float32).contiguous()
+        self.logits, self.target, self._held = logits, target, (present, weight)
         self.batch, self.classes = logits[0].shape
+        self._sizes = (
+            [*map(_address, logits)],
+            [stride[0] for stride in strides],
+            self.batch,
+            self.classes,
+        )
+        self._criterion = (
+            0 if target is None else target.data_ptr(),
+            0 if present is None else present.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            self.ignore_index,
+            smoothing,
+        )
 
     def empty(self) -> list[Tensor]:
         """Room for the gradients."""
@@ -177,19 +198,7 @@ class _Problem:
 
     def of(self, start: int, stop: int) -> tuple[Any, ...]:
         """As ``_native.c`` takes them, to work on these samples."""
-        return (
-            [*map(_address, self.logits)],
-            [x.stride(0) for x in self.logits],
-            self.batch,
-            self.classes,
-            start,
-            stop,
-            0 if self.target is None else self.target.data_ptr(),
-            0 if self.present is None else self.present.data_ptr(),
-            0 if self.weight is None else self.weight.data_ptr(),
-            self.ignore_index,
-            self.label_smoothing,
-        )
+        return (*self._sizes, start, stop, *self._criterion)
 
 
 def _statistics(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
