@@ -171,7 +171,9 @@ class DynCIMLoss(nn.Module):
                 assertion, or from Triton's kernels a loss of NaN and no memory).
             RuntimeError: The backend asked for does not take the tensors.
         """
-        state, criterion = self.state, self.criterion
+        # Where Module.__getattr__, which is slow, would find them.
+        state = cast(CurriculumState, self._modules["state"])
+        criterion = self._modules.get("criterion") or self.criterion
         heads = [logits]
         if unimodal is not None:
             heads += _checks.as_list("unimodal", unimodal, state.modalities)

@@ -71,9 +71,7 @@ def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = 
     """
     if torch.compiler.is_compiling():
         return eager
-    name = asked
-    if name is None:
-        name = _FASTEST.get(logits[0].device.type, "eager")
+    name = asked or _FASTEST.get(logits[0].device.type, "eager")
     module = _load(name)[0]
     if module is None or name == "eager":
         return eager

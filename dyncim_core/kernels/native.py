@@ -31,7 +31,7 @@ __all__ = ["curriculum", "gate", "gradients", "statistics"]
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
 # Logits whose gradients are made with the curriculum: they stay in the cache until then.
-_AHEAD = 2**19
+_AHEAD = 2**22
 
 _address = Tensor.data_ptr
 
