@@ -140,7 +140,7 @@ typedef struct {
 
 /* 0, or -1 without memory for two rows. */
 static int work_for(const Problem *p, float **probs, Work *w) {
-    int64_t rows = BLOCK * 2 / p->classes;
+    int64_t rows = BLOCK * 16 / p->classes;
     w->rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
     w->weight_sum = sum_of(p->weight, p->classes);
     w->probs = probs;
@@ -354,12 +354,13 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample. */
-    int64_t count = 0, nonfinite = 0, contradicted = 0;
+    int64_t count = 0, nonfinite = 0, contradicted = 0, next = 0;
     double signal[SIGNALS] = {0.0}, mean_difficulty = 0.0;
     for (int64_t i = 0; i < B; i++) {
-        if (work && i % work->rows == 0) {
+        if (work && i == next) {
             found->start = i;
             statistics_of_rows(p, work, i, found);
+            next += work->rows;
         }
         int64_t y = p->target[i], present = 0, agreeing = 0, here = i - found->start;
         double surprisal = 0.0, excess = 0.0, apart = 0.0;
@@ -405,7 +406,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     spread = spread > 1e-4 ? spread : 1e-4;
     for (int64_t i = 0; i < B; i++)
         if (valid[i]) {
-            exponent[i] -= (float)(kappa * (difficulty[i] - mean_difficulty) / spread);
+            exponent[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
             top = exponent[i] > top ? exponent[i] : top;
         }
     float *weight = exponent;
@@ -414,18 +415,23 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     rows_of.exp_row(weight, B);
     for (int64_t i = 0; i < B; i++)
         if (valid[i]) total += weight[i];
-    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count * weight[i] / total) : 1.0f;
+    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count / total * weight[i]) : 1.0f;
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
     double mass[MAX_HEADS] = {0.0}, weighted[MAX_HEADS] = {0.0}, squares = 0.0;
-    for (int64_t h = 0; h < H; h++)
+    for (int64_t h = 0; h < H; h++) {
+        double sum = 0.0, sum_of_nll = 0.0, sum_of_squares = 0.0;
         for (int64_t i = 0; i < B; i++)
             if (valid[i] && (!p->present || p->present[h * B + i])) {
-                mass[h] += weight[i];
-                weighted[h] += (double)weight[i] * nll[h * B + i];
-                if (h == 0) squares += (double)weight[i] * weight[i];
+                sum += weight[i];
+                sum_of_nll += (double)weight[i] * nll[h * B + i];
+                sum_of_squares += (double)weight[i] * weight[i];
             }
+        mass[h] = sum;
+        weighted[h] = sum_of_nll;
+        if (h == 0) squares = sum_of_squares;
+    }
     if (count) {
         double effective = squares * some > 1e-12 ? squares * some : 1e-12;
         average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
