@@ -201,8 +201,11 @@ class DynCIMLoss(nn.Module):
         read = Criterion(
             target, criterion.weight, criterion.ignore_index, criterion.label_smoothing
         )
+        plain = self._neutral and unimodal is None
+        if plain:  # the state moves, without a gradient
+            heads = [logits.detach()]
         joint = kernels.curriculum(heads, present, read, averages, memory, self._settings(state))
-        if self._neutral and unimodal is None:
+        if plain:
             return self._plain(logits, target)
         guard = present is not None or self.nonfinite == "skip"
         return differentiable(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ __all__ = ["curriculum", "gate", "gradients", "statistics"]
 
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
-# Logits whose gradients are made with the curriculum: they stay in the cache until then.
+# Logits whose gradients are made with the curriculum, while a cache holds them.
 _AHEAD = 2**22
 
 _address = Tensor.data_ptr
+_requires_grad = attrgetter("requires_grad")
 
 
 def statistics(
@@ -53,7 +55,8 @@ def curriculum(
 ) -> Curriculum:
     """Weigh the samples by what the state knows; then take the batch into the state.
 
-    Small gradients are made ahead, for an incoming one of 1, from the exponentials at hand.
+    On one thread the gradients are made ahead, for an incoming one of 1, from the exponentials
+    at hand.
     """
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
@@ -62,11 +65,11 @@ def curriculum(
     rows_at = prediction_at = normaliser_at = 0
     ahead: list[Tensor] | None = None
     normaliser: Normaliser
-    if heads * batch * problem.classes <= _AHEAD and all([x.requires_grad for x in logits]):
-        normaliser = ahead = problem.empty()
-    elif _parts(problem) > 1:
+    if _parts(problem) > 1:
         rows, prediction, normaliser = _statistics(problem)
         rows_at, prediction_at = rows.data_ptr(), prediction.data_ptr()
+    elif heads * batch * problem.classes <= _AHEAD and all(map(_requires_grad, logits)):
+        normaliser = ahead = problem.empty()
     else:  # all in one call
         normaliser = torch.empty(heads, batch, dtype=torch.float64)
         normaliser_at = normaliser.data_ptr()
@@ -167,7 +170,7 @@ class _Problem:
     ) -> None:
         target, weight, self.ignore_index, smoothing = criterion or (None, None, 0, 0.0)
         strides = [x.stride() for x in logits]
-        if any([stride[1] != 1 for stride in strides]):
+        if {stride[1] for stride in strides} != {1}:
             logits = [x.contiguous() for x in logits]
             strides = [x.stride() for x in logits]
         if target is not None:
