@@ -165,10 +165,10 @@ def as_list(
 def _all_alike(heads: Sequence[Tensor]) -> bool:
     """Whether all are floating-point ``[B, C]`` tensors of one shape and device."""
     first = heads[0]
-    if not isinstance(first, Tensor):
+    if not (isinstance(first, Tensor) and first.is_floating_point()):
         return False
     shape, device = first.shape, first.device
-    for head in heads:
+    for head in heads[1:]:
         if not (
             isinstance(head, Tensor)
             and head.is_floating_point()
@@ -190,7 +190,8 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
                 "no gradient; got requires_grad=True, so pass target.detach()"
             )
     elif target.dtype == torch.int64:
-        _check_shape("target of class indices", target, (logits.shape[0],))
+        if target.shape != logits.shape[:1]:
+            _check_shape("target of class indices", target, (logits.shape[0],))
     else:
         raise TypeError(
             "target: expected int64 class indices or floating-point class probabilities, "

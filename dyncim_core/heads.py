@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyncim_core import _checks
-from dyncim_core.kernels import check_backend, select
+from dyncim_core.kernels import check_backend, eager, select
 from dyncim_core.kernels.interface import Criterion, Kernels, Normaliser
 
 __all__ = ["HeadStatistics", "differentiable", "head_statistics"]
@@ -123,7 +123,8 @@ def differentiable(
         guard: Rows of factor 0 pass on exactly 0, whatever their logits hold.
         logits: One ``[B, C]`` tensor per head.
     """
-    result: Tensor = _Objective.apply(  # type: ignore[no-untyped-call]
+    apply = _Objective.apply if kernels is eager else _apply_plainly
+    result: Tensor = apply(  # type: ignore[no-untyped-call]
         (value, coefficient, normaliser, kernels, criterion, guard), *logits
     )
     return result
@@ -147,6 +148,11 @@ class _Objective(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
         return (None, *grads)
+
+
+# Without what Function.apply does for functorch's transforms, which takes longer than the rest:
+# their tensors have no address, so that only the kernels in plain PyTorch take them.
+_apply_plainly = super(torch.autograd.Function, _Objective).apply
 
 
 class _OnceOnly(torch.autograd.Function):

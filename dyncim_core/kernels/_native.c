@@ -31,7 +31,7 @@ typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
 typedef int64_t Longs __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
-#define LOWEST -87.0f /* exp of less is no normal number */
+#define LOWEST (-87.0f) /* exp of less is no normal number */
 #define COUNT_UP {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 
 /* Of rows of one head; total: sum exp(x - max). */

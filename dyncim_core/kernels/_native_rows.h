@@ -159,7 +159,7 @@ static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
 
 /* log(x) for x >= 1 to float64 rounding; NaN stays. */
 static inline Doubles FOR_TARGET(log)(Doubles x) {
-    Longs bits = (Longs)x, power = (bits - 0x3fe6a09e667f3bcd) >> 52; /* of x * sqrt 2 */
+    Longs bits = (Longs)x, power = (bits - (int64_t)0x3fe6a09e667f3bcd) >> 52; /* of x * sqrt 2 */
     Doubles m = (Doubles)(bits - (power << 52)), f = (m - 1.0) / (m + 1.0), s = f * f;
     Doubles p = s / 19.0 + 1.0 / 17.0; /* of atanh */
     p = p * s + 1.0 / 15.0;
