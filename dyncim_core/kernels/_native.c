@@ -21,18 +21,13 @@
 
 #define MAX_HEADS 9
 #define SIGNALS 3
-#define LANES 16 /* floats in a vector; narrower processors take it in parts */
 #define BLOCK 512
-#define ROWS 16 /* rows of a head in hand at a time, at most; a whole number of half vectors */
+#define ROWS 16 /* rows of a head in hand at a time, at most */
+#define PADDING 16 /* floats of the widest vector */
 
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
-typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
-typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
-typedef int64_t Longs __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
 #define LOWEST (-87.0f) /* exp of less is no normal number */
-#define COUNT_UP {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+
+static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* Of rows of one head; total: sum exp(x - max). */
 typedef struct {
@@ -61,22 +56,29 @@ typedef struct {
 #define FOR_TARGET_(name, target) JOIN(name, target)
 #define FOR_TARGET(name) FOR_TARGET_(name, TARGET)
 
+/* LANES: floats in a vector, of the processor's own width; compilers split wider ones badly. */
 #define TARGET baseline
+#define LANES 4
 #include "_native_rows.h"
 #undef TARGET
+#undef LANES
 
 #ifdef HAVE_TARGETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define TARGET avx2
+#define LANES 8
 #include "_native_rows.h"
 #undef TARGET
+#undef LANES
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define TARGET avx512
+#define LANES 16
 #define MASKED
 #include "_native_rows.h"
 #undef MASKED
 #undef TARGET
+#undef LANES
 #pragma GCC pop_options
 #endif
 
@@ -525,7 +527,7 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64
 
 static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *gates,
                 float *scale) {
-    int64_t M = p->heads, B = p->batch, padded = (p->classes + LANES - 1) / LANES * LANES;
+    int64_t M = p->heads, B = p->batch, padded = (p->classes + PADDING - 1) / PADDING * PADDING;
     float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
     for (int64_t i = p->start; i < p->stop; i++) {

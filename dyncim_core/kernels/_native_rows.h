@@ -5,8 +5,26 @@
  * Either is filled up with classes of probability 0. Sums run over blocks, so that no float32
  * sum is long. */
 
+#define Floats FOR_TARGET(Floats)
+#define Ints FOR_TARGET(Ints)
+#define Half FOR_TARGET(Half)
+#define Doubles FOR_TARGET(Doubles)
+#define Longs FOR_TARGET(Longs)
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
+typedef int64_t Longs __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
+
 static inline Floats FOR_TARGET(choose)(Ints mask, Floats a, Floats b) {
     return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask));
+}
+
+static inline Ints FOR_TARGET(lanes)(void) {
+    Ints v;
+    memcpy(&v, count_up, sizeof v);
+    return v;
 }
 
 static inline Floats FOR_TARGET(load)(const float *x) {
@@ -30,6 +48,8 @@ static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
 }
 
 static inline float FOR_TARGET(largest)(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
+
+static inline float FOR_TARGET(sum)(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
 
 static inline Floats FOR_TARGET(times_power)(Floats p, Floats n, Floats x) {
     __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(LOWEST), _CMP_NLE_UQ);
@@ -67,14 +87,19 @@ static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
 }
 
 static inline float FOR_TARGET(largest)(Floats v) {
-    Half a[2];
-    Quarter b[2];
-    memcpy(a, &v, sizeof v);
-    for (int k = 0; k < LANES / 2; k++) a[0][k] = a[0][k] > a[1][k] ? a[0][k] : a[1][k];
-    memcpy(b, a, sizeof b);
-    for (int k = 0; k < LANES / 4; k++) b[0][k] = b[0][k] > b[1][k] ? b[0][k] : b[1][k];
-    float even = b[0][0] > b[0][2] ? b[0][0] : b[0][2], odd = b[0][1] > b[0][3] ? b[0][1] : b[0][3];
-    return even > odd ? even : odd;
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) x[k] = x[k] > x[k + half] ? x[k] : x[k + half];
+    return x[0];
+}
+
+static inline float FOR_TARGET(sum)(Floats v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) x[k] += x[k + half];
+    return x[0];
 }
 
 /* p * 2^n; 0 where x, of which it is the exponential, is the lowest. */
@@ -88,7 +113,7 @@ typedef Ints FOR_TARGET(First);
 #define NOWHERE ((Ints){0} + INT32_MAX)
 
 static inline void FOR_TARGET(find_zero)(FOR_TARGET(First) *first, int32_t position, Floats d) {
-    Ints at = (Ints)COUNT_UP + position, better = (d == 0.0f) & (at < *first);
+    Ints at = FOR_TARGET(lanes)() + position, better = (d == 0.0f) & (at < *first);
     *first = (at & better) | (*first & ~better);
 }
 
@@ -100,16 +125,6 @@ static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) {
 
 #endif
 
-static inline float FOR_TARGET(sum)(Floats v) {
-    Half a[2];
-    Quarter b[2];
-    memcpy(a, &v, sizeof v);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
-
 typedef struct {
     int64_t whole, last; /* where whole vectors end; where the tail starts */
     int32_t left;        /* classes in the tail alone */
@@ -120,7 +135,7 @@ ALWAYS_INLINE FOR_TARGET(Shape) FOR_TARGET(shape)(int64_t classes) {
     int32_t left = (int32_t)(classes % LANES);
     int64_t whole = classes - left;
     return (FOR_TARGET(Shape)){whole, whole ? classes - LANES : 0, left,
-                               (Ints)COUNT_UP < (whole ? LANES - left : 0)};
+                               FOR_TARGET(lanes)() < (whole ? LANES - left : 0)};
 }
 
 /* With what whole vectors cover, to be written back. */
@@ -384,3 +399,8 @@ static const RowKernels FOR_TARGET(kernels) = {
 };
 
 #undef NOWHERE
+#undef Floats
+#undef Ints
+#undef Half
+#undef Doubles
+#undef Longs
