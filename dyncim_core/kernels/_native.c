@@ -733,18 +733,6 @@ static Settings settings_from(PyObject *settings) {
     return o;
 }
 
-/* Statistics and their memory, or none when a curriculum runs on those of a few rows. */
-static void *statistics_for(const Problem *p, const Work *w, float *nll, double *lse,
-                            Statistics *s) {
-    int weighted = p->weight || p->smoothing > 0.0;
-    size_t near = (size_t)(p->heads * w->rows), all = weighted ? (size_t)(p->heads * p->batch) : 0;
-    int64_t *scratch = malloc(near * (sizeof *scratch + 2 * sizeof(float)) + all * sizeof(float));
-    float *floats = (float *)(scratch + near);
-    *s = (Statistics){weighted ? floats + 2 * near : nll, nll, floats, floats + near, scratch, lse,
-                      w->rows, 0};
-    return scratch;
-}
-
 /* Statistics may be given; when they are not, one call does all. Gradients for an incoming one of
  * 1, too, when there is room for them, `ahead`. */
 static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -772,14 +760,18 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
     if (rows) {
         failed = curriculum(&p, NULL, &found, &s, &o, coefficient, value);
     } else {
-        Work w;
-        void *scratch = NULL;
-        failed = work_for(&p, ahead, &w);
-        if (!failed) scratch = statistics_for(&p, &w, coefficient, lse, &found);
-        failed = scratch ? curriculum(&p, &w, &found, &s, &o, coefficient, value) : -1;
-        if (ahead && !failed)
+        /* Where coefficients will be, nll is until then, and the loss where it is the same. */
+        int weighted = p.weight || p.smoothing > 0.0;
+        float *loss = weighted ? malloc((size_t)(plane + 1) * sizeof *loss) : coefficient;
+        float entropy[MAX_HEADS * ROWS], distance[MAX_HEADS * ROWS];
+        int64_t of_rows[MAX_HEADS * ROWS];
+        found = (Statistics){loss, coefficient, entropy, distance, of_rows, lse, ROWS, 0};
+        Work w = {0};
+        failed = loss ? work_for(&p, ahead, &w) : -1;
+        if (!failed) failed = curriculum(&p, &w, &found, &s, &o, coefficient, value);
+        if (!failed && ahead)
             finish_gradients(&p, coefficient, p.present || o.skip_nonfinite, out);
-        free(scratch);
+        if (weighted) free(loss);
         free(w.scratch);
     }
     Py_END_ALLOW_THREADS

@@ -32,7 +32,7 @@ __all__ = ["curriculum", "gate", "gradients", "statistics"]
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
 # Logits whose gradients are made with the curriculum, while a cache holds them.
-_AHEAD = 2**22
+AHEAD = 2**22
 
 _address = Tensor.data_ptr
 _requires_grad = attrgetter("requires_grad")
@@ -68,7 +68,7 @@ def curriculum(
     if _parts(problem) > 1:
         rows, prediction, normaliser = _statistics(problem)
         rows_at, prediction_at = rows.data_ptr(), prediction.data_ptr()
-    elif heads * batch * problem.classes <= _AHEAD and all(map(_requires_grad, logits)):
+    elif heads * batch * problem.classes <= AHEAD and all(map(_requires_grad, logits)):
         normaliser = ahead = problem.empty()
     else:  # all in one call
         normaliser = torch.empty(heads, batch, dtype=torch.float64)
