@@ -35,6 +35,7 @@ _WORTH_A_THREAD = 2**19
 AHEAD = 2**22
 
 _address = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -78,7 +79,7 @@ def curriculum(
         memory = memory._replace(rows=memory.rows.contiguous())
         remembered = [len(memory.nll), *map(_address, memory)]
     rejected = _native.curriculum(
-        *problem.of(0, batch),
+        *problem.whole,
         rows_at,
         prediction_at,
         normaliser_at,
@@ -128,7 +129,7 @@ def gradients(
     if isinstance(normaliser, Tensor):
         _in_parts(_native.gradients, problem, *arguments)
     else:
-        _native.gradients(*problem.of(0, problem.batch), *arguments)
+        _native.gradients(*problem.whole, *arguments)
     return grads
 
 
@@ -163,35 +164,42 @@ def gate(
 
 
 class _Problem:
-    """The arguments common to all calls; holds the tensors whose addresses they are."""
+    """The arguments common to all calls; holds the tensors whose addresses they are.
+
+    Attributes:
+        whole: As ``_native.c`` takes them, to work on all samples.
+    """
+
+    __slots__ = ("batch", "classes", "ignore_index", "logits", "others", "target", "whole")
 
     def __init__(
         self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion | None
     ) -> None:
-        target, weight, self.ignore_index, smoothing = criterion or (None, None, 0, 0.0)
-        strides = [x.stride() for x in logits]
-        if {stride[1] for stride in strides} != {1}:
-            logits = [x.contiguous() for x in logits]
-            strides = [x.stride() for x in logits]
+        target, weight, ignore_index, smoothing = criterion or (None, None, 0, 0.0)
+        self.batch, self.classes = batch, classes = logits[0].shape
+        strides = [classes] * len(logits)
+        if not all(map(_is_contiguous, logits)):
+            logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+            strides = [x.stride(0) for x in logits]
         if target is not None:
             target = target.contiguous()
         if present is not None:
             present = present.contiguous()
         if weight is not None:
             weight = weight.to(torch.float32).contiguous()
-        self.logits, self.target, self._held = logits, target, (present, weight)
-        self.batch, self.classes = logits[0].shape
-        self._sizes = (
+        self.logits, self.target, self.others = logits, target, (present, weight)
+        self.ignore_index = ignore_index
+        self.whole = (
             [*map(_address, logits)],
-            [stride[0] for stride in strides],
-            self.batch,
-            self.classes,
-        )
-        self._criterion = (
+            strides,
+            batch,
+            classes,
+            0,
+            batch,
             0 if target is None else target.data_ptr(),
             0 if present is None else present.data_ptr(),
             0 if weight is None else weight.data_ptr(),
-            self.ignore_index,
+            ignore_index,
             smoothing,
         )
 
@@ -199,9 +207,9 @@ class _Problem:
         """Room for the gradients."""
         return [torch.empty(self.batch, self.classes) for _ in self.logits]
 
-    def of(self, start: int, stop: int) -> tuple[Any, ...]:
-        """As ``_native.c`` takes them, to work on these samples."""
-        return (*self._sizes, start, stop, *self._criterion)
+    def part(self, start: int, stop: int) -> tuple[Any, ...]:
+        """The same, to work on these samples."""
+        return (*self.whole[:4], start, stop, *self.whole[6:])
 
 
 def _statistics(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,10 +229,10 @@ def _in_parts(call: Callable[..., str | None], problem: _Problem, *arguments: An
     """The call, over parts of the batch side by side when there is work enough."""
     batch, parts = problem.batch, _parts(problem)
     if parts == 1:
-        return call(*problem.of(0, batch), *arguments)
+        return call(*problem.whole, *arguments)
     ends = [batch * k // parts for k in range(parts + 1)]
     calls = [
-        _pool(torch.get_num_threads()).submit(call, *problem.of(*span), *arguments)
+        _pool(torch.get_num_threads()).submit(call, *problem.part(*span), *arguments)
         for span in pairwise(ends)
     ]
     return next(filter(None, [part.result() for part in calls]), None)
