@@ -1,8 +1,9 @@
 """Statistics of every head, and the one place where they become differentiable.
 
 One pass over the logits of every head gives all that the curriculum needs. Only losses
-are differentiable; their backward is analytic and recomputes the softmax, so that
-nothing of the size of the logits is kept between forward and backward.
+are differentiable; their backward is analytic. It recomputes the softmax, or hands out
+gradients that a kernel made ahead: in no case is there more of the size of the logits than
+logits and gradients.
 """
 
 from __future__ import annotations

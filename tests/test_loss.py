@@ -595,6 +595,14 @@ def test_a_head_that_needs_no_gradient_gets_none() -> None:
         assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
+def test_no_second_derivative() -> None:
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+    (grad,) = torch.autograd.grad(loss, fused, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
 def test_gradients_accumulate_over_losses() -> None:
     """Each backward adds to what the one before left; none writes into it."""
     fused, others, target = batch()
