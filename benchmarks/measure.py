@@ -100,12 +100,16 @@ def extra_memory(step: Step, device: str) -> int:
 def native_scratch(batch: int, classes: int, heads: int) -> int:
     """Bytes that the C kernels allocate on one thread, unseen by torch.
 
-    Statistics of every head and sample, and either two rows of logits or what weighs the
-    samples. Freed before the gradients are allocated, so that it does not add to the peak
-    while it is smaller than they are.
+    What weighs the samples, and where the gradients are not made ahead two heads' softmaxes
+    of a few rows: those are freed before the gradients are allocated, so that they do not add
+    to the peak while they are smaller than it.
     """
-    statistics = heads * batch * (8 + 4 * 4)
-    return statistics + max(2 * 4 * classes, batch * (2 * 4 + 2))
+    from dyncim_core.kernels import native  # where there is a compiler
+
+    weighing = batch * (2 * 4 + 2)
+    if heads * batch * classes <= native.AHEAD:
+        return weighing
+    return weighing + 2 * 4 * max(classes, 2**13)
 
 
 def _memory(event: Any) -> bool:

@@ -143,15 +143,18 @@ def as_list(
     name: str, values: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None
 ) -> list[Any]:
     """Values by name or by position, in the order of ``names``."""
-    if isinstance(values, Mapping):
-        if names is not None and set(values) != set(names):
-            raise ValueError(f"{name}: expected the modalities {list(names)}, got {list(values)}")
-        return list(values.values()) if names is None else [values[key] for key in names]
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(
-            f"{name}: expected a mapping or a sequence with one entry per modality, "
-            f"got {type(values).__name__}"
-        )
+    if not isinstance(values, (list, tuple)):  # asking for an abstract class takes longer
+        if isinstance(values, Mapping):
+            if names is not None and set(values) != set(names):
+                raise ValueError(
+                    f"{name}: expected the modalities {list(names)}, got {list(values)}"
+                )
+            return list(values.values()) if names is None else [values[key] for key in names]
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+            raise TypeError(
+                f"{name}: expected a mapping or a sequence with one entry per modality, "
+                f"got {type(values).__name__}"
+            )
     if names is not None and len(values) != len(names):
         raise ValueError(
             f"{name}: expected {len(names)} modalities {list(names)}, got {len(values)}"
@@ -161,12 +164,19 @@ def as_list(
 
 def _all_alike(heads: Sequence[Tensor]) -> bool:
     """Whether all are floating-point ``[B, C]`` tensors of one shape and device."""
-    if not all(isinstance(head, Tensor) and head.is_floating_point() for head in heads):
+    first = heads[0]
+    if not (isinstance(first, Tensor) and first.is_floating_point()):
         return False
-    shape, device = heads[0].shape, heads[0].device
-    if len(shape) != 2 or shape[1] == 0:
-        return False
-    return all(head.shape == shape and head.device == device for head in heads)
+    shape, device = first.shape, first.device
+    for head in heads[1:]:
+        if not (
+            isinstance(head, Tensor)
+            and head.is_floating_point()
+            and head.shape == shape
+            and head.device == device
+        ):
+            return False
+    return len(shape) == 2 and shape[1] > 0
 
 
 def _check_target(target: Tensor, logits: Tensor) -> None:
@@ -180,7 +190,8 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
                 "no gradient; got requires_grad=True, so pass target.detach()"
             )
     elif target.dtype == torch.int64:
-        _check_shape("target of class indices", target, (logits.shape[0],))
+        if target.shape != logits.shape[:1]:
+            _check_shape("target of class indices", target, (logits.shape[0],))
     else:
         raise TypeError(
             "target: expected int64 class indices or floating-point class probabilities, "

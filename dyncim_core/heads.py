@@ -1,8 +1,9 @@
 """Statistics of every head, and the one place where they become differentiable.
 
 One pass over the logits of every head gives all that the curriculum needs. Only losses
-are differentiable; their backward is analytic and recomputes the softmax, so that
-nothing of the size of large logits is kept between forward and backward.
+are differentiable; their backward is analytic. It recomputes the softmax, or makes the
+gradient in the memory where a kernel kept it: in no case is there more of the size of large
+logits than logits and gradients.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dyncim_core import _checks
-from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Criterion, Kernels
+from dyncim_core.kernels import check_backend, eager, select
+from dyncim_core.kernels.interface import Criterion, Kernels, Normaliser
 
 __all__ = ["HeadStatistics", "differentiable", "head_statistics"]
 
@@ -91,7 +92,7 @@ def head_statistics(
     loss, nll, entropy, distance = found.rows
     present_or_all = None if present is None else present.to(loss.dtype)
     loss = differentiable(
-        loss,
+        loss.clone(),
         present_or_all,
         found.normaliser,
         kernels,
@@ -105,7 +106,7 @@ def head_statistics(
 def differentiable(
     value: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Normaliser,
     kernels: Kernels,
     criterion: Criterion,
     guard: bool,
@@ -114,7 +115,8 @@ def differentiable(
     """``value``, computed without autograd as a sum of ``coefficient * loss``, with its gradient.
 
     Args:
-        value: ``[M + 1, B]``, its sum over heads ``[B]``, or over all, scalar.
+        value: ``[M + 1, B]``, its sum over heads ``[B]``, or over all, scalar; a tensor of its
+            own, which becomes the result.
         coefficient: Factor of every loss in it, ``[M + 1, B]``; all 1 when ``None``.
         normaliser: What the kernels gave for their gradient.
         kernels: Those that computed ``value``.
@@ -122,28 +124,36 @@ def differentiable(
         guard: Rows of factor 0 pass on exactly 0, whatever their logits hold.
         logits: One ``[B, C]`` tensor per head.
     """
-    result: Tensor = _Objective.apply(  # type: ignore[no-untyped-call]
-        value, (coefficient, normaliser, kernels, criterion, guard), *logits
+    apply = _Objective.apply if kernels is eager else _apply_plainly
+    result: Tensor = apply(  # type: ignore[no-untyped-call]
+        (value, coefficient, normaliser, kernels, criterion, guard), *logits
     )
     return result
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
-        *ctx.known, (target, weight, *ctx.options), ctx.guard = known
+    def forward(ctx: Any, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
+        value: Tensor
+        value, *ctx.known = known
+        target, weight, *_ = ctx.known[3]
         ctx.save_for_backward(target, weight, *logits)  # a change in place is noticed
-        return value.clone()
+        # Fresh from a kernel, and hidden from autograd in a tuple: only a trace takes a copy.
+        return value.clone() if torch.compiler.is_compiling() else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficient, normaliser, kernels = ctx.known
-        target, weight, *logits = ctx.saved_tensors
-        criterion = Criterion(target, weight, *ctx.options)
-        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, ctx.guard)
+        coefficient, normaliser, kernels, criterion, guard = ctx.known
+        _, _, *logits = ctx.saved_tensors
+        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
-        return (None, None, *grads)
+        return (None, *grads)
+
+
+# Without what Function.apply does for functorch's transforms, which takes longer than the rest:
+# their tensors have no address, so that only the kernels in plain PyTorch take them.
+_apply_plainly = super(torch.autograd.Function, _Objective).apply
 
 
 class _OnceOnly(torch.autograd.Function):

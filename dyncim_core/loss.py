@@ -171,14 +171,21 @@ class DynCIMLoss(nn.Module):
                 assertion, or from Triton's kernels a loss of NaN and no memory).
             RuntimeError: The backend asked for does not take the tensors.
         """
-        state, criterion = self.state, self.criterion
-        others = [] if unimodal is None else _checks.as_list("unimodal", unimodal, state.modalities)
-        heads = [logits, *others]
+        # Where Module.__getattr__, which is slow, would find them.
+        state = cast(CurriculumState, self._modules["state"])
+        criterion = self._modules.get("criterion") or self.criterion
+        heads = [logits]
+        if unimodal is not None:
+            heads += _checks.as_list("unimodal", unimodal, state.modalities)
         _checks.check_heads(heads, target)
-        _checks.check_present(present, (len(logits), len(others)), logits.device)
-        _checks.check_index(index, state.num_samples, logits)
-        _checks.check_device("state", state.step, logits.device)
-        self._check_soft_target(target)
+        if present is not None:
+            _checks.check_present(present, (len(logits), len(heads) - 1), logits.device)
+        if index is not None:
+            _checks.check_index(index, state.num_samples, logits)
+        averages = state.averages()
+        _checks.check_device("state", averages.step, logits.device)
+        if target.is_floating_point():
+            self._check_soft_target()
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
 
@@ -187,14 +194,18 @@ class DynCIMLoss(nn.Module):
         kernels = select(self.backend, heads, target)
         if unimodal is not None and state.modalities is None:
             self._settle(unimodal, kernels, heads, target, index)
+            averages = state.averages()
         memory = None if index is None else state.memory(index)
         if not _is_cross_entropy(criterion):
             return self._generic(heads, target, present, kernels, memory)
         read = Criterion(
             target, criterion.weight, criterion.ignore_index, criterion.label_smoothing
         )
-        joint = kernels.curriculum(heads, present, read, state.averages(), memory, self._settings())
-        if self._neutral and unimodal is None:
+        plain = self._neutral and unimodal is None
+        if plain:  # the state moves, without a gradient
+            heads = [logits.detach()]
+        joint = kernels.curriculum(heads, present, read, averages, memory, self._settings(state))
+        if plain:
             return self._plain(logits, target)
         guard = present is not None or self.nonfinite == "skip"
         return differentiable(
@@ -210,7 +221,7 @@ class DynCIMLoss(nn.Module):
         memory: Memory | None,
     ) -> Tensor:
         """The joint objective of any criterion that gives one loss per sample."""
-        settings = self._settings()
+        settings = self._settings(self.state)
         criterion = Criterion(target)
         found = kernels.statistics(heads, present, criterion)
         usable = present
@@ -248,8 +259,7 @@ class DynCIMLoss(nn.Module):
             list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         )
 
-    def _settings(self) -> Settings:
-        state = self.state
+    def _settings(self, state: CurriculumState) -> Settings:
         return Settings(
             self.surprise_strength,
             self.label_noise,
@@ -261,9 +271,9 @@ class DynCIMLoss(nn.Module):
             self.reduction,
         )
 
-    def _check_soft_target(self, target: Tensor) -> None:
+    def _check_soft_target(self) -> None:
         ignore_index = getattr(self.criterion, "ignore_index", -100)
-        if target.is_floating_point() and ignore_index >= 0:
+        if ignore_index >= 0:
             raise ValueError(
                 "target: expected class indices, since the criterion has "
                 f"ignore_index={ignore_index}, got class probabilities"

@@ -220,6 +220,91 @@ def test_work_is_shared_between_threads(
         native.statistics(logits, None, Criterion(torch.full((50,), 99)))
 
 
+def objective(
+    problem: dict[str, Any], state: CurriculumState, needs: list[bool], **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Of a DynCIMLoss in C, and its logits."""
+    criterion = problem["criterion"]
+    wrapped = nn.CrossEntropyLoss(
+        criterion.weight,
+        ignore_index=criterion.ignore_index,
+        label_smoothing=criterion.label_smoothing,
+    )
+    logits = [
+        x.clone().requires_grad_(need) for x, need in zip(problem["logits"], needs, strict=True)
+    ]
+    present = None if problem["present"] is None else problem["present"][1:].t()
+    loss = DynCIMLoss(wrapped, state=state, backend="native", **options)
+    others = logits[1:] or None
+    return loss(logits[0], criterion.target, unimodal=others, present=present), logits
+
+
+@needs_native
+@given(
+    problem=problems(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    skip=st.booleans(),
+    incoming=st.sampled_from([1.0, -0.3, 0.0]),
+)
+def test_gradients_made_ahead_are_those_of_a_second_backward_and_of_kept_logits(
+    problem: dict[str, Any], reduction: Any, skip: bool, incoming: float
+) -> None:
+    modalities = len(problem["logits"]) - 1
+    options = {"nonfinite": "skip" if skip else "propagate", "reduction": reduction}
+    states = [CurriculumState(modalities or 1) for _ in range(2)]
+    loss, logits = objective(problem, states[0], [True] * (1 + modalities), **options)
+    # Made from the logits when the gradient is known, since one head needs none.
+    later, others = objective(problem, states[1], [True] + [False] * modalities, **options)
+    no_further(loss.detach(), later.detach(), later.detach())
+    grad = torch.linspace(1.0, 2.0, loss.numel()).view_as(loss) * incoming
+    first = torch.autograd.grad(loss, logits, grad, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, logits, grad)
+    for x, y, z in zip(first, second, kept, strict=True):
+        assert x.data_ptr() != y.data_ptr() or not x.numel()
+        assert_allclose(x, y, rtol=0, atol=0)
+        assert_allclose(x, z, rtol=0, atol=0)
+    (expected,) = torch.autograd.grad(later, others[:1], grad)
+    close(first[0], expected)
+
+
+@needs_native
+def test_gradients_made_ahead_are_handed_out_once(native: ModuleType) -> None:
+    logits = [randn(6, 5, seed=s).requires_grad_() for s in range(2)]
+    target = torch.arange(6) % 5
+    state, settings = CurriculumState(1), Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean")
+    criterion = Criterion(target)
+    joint = native.curriculum(logits, None, criterion, state.averages(), None, settings)
+    assert isinstance(joint.normaliser, list)
+    ahead = [x.data_ptr() for x in joint.normaliser]
+    args = joint.coefficient, joint.normaliser, logits, criterion, False
+    first, second = (native.gradients(torch.tensor(g), *args) for g in (1.0, 2.0))
+    assert [x.data_ptr() for x in first] == ahead
+    assert not set(ahead) & {x.data_ptr() for x in second}
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(2 * x, y)
+    logits[1].requires_grad_(False)
+    joint = native.curriculum(logits, None, criterion, state.averages(), None, settings)
+    assert isinstance(joint.normaliser, Tensor)
+
+
+@needs_native
+@pytest.mark.parametrize("classes", [15, 16, 1000, 50257])
+def test_gradients_made_ahead_are_exact_to_rounding(classes: int) -> None:
+    for scale in (1.0, 30.0):
+        single = [(scale * randn(4, classes, seed=s)).requires_grad_() for s in range(2)]
+        double = [x.detach().double().requires_grad_() for x in single]
+        target = torch.tensor([0, 5, classes - 1, 7])
+        # Standardising amplifies rounding; without, every factor is 1 / 4.
+        loss = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, pacing_strength=0.0)
+        loss(single[0], target, unimodal=single[1:]).backward()
+        for x, y in zip(single, double, strict=True):
+            nn.CrossEntropyLoss()(y, target).backward()
+            assert x.grad is not None
+            assert y.grad is not None
+            assert (x.grad - y.grad).norm() / y.grad.norm() < 2e-6
+
+
 @needs_native
 def test_strides_do_not_matter(native: ModuleType) -> None:
     whole = randn(6, 40)

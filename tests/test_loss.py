@@ -564,6 +564,57 @@ def test_a_target_changed_in_place_is_noticed() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("head", [0, 1])
+def test_logits_changed_in_place_are_noticed(head: int) -> None:
+    leaves, target = [randn(12, CLASSES, seed=k).requires_grad_() for k in range(2)], batch()[2]
+    logits = [2 * x for x in leaves]
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(logits[0], target, unimodal=logits[1:])
+    logits[head].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_is_freed_by_its_backward() -> None:
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_head_that_needs_no_gradient_gets_none() -> None:
+    fused, others, target = batch()
+    grads = []
+    for needs in (True, False):
+        others[1].requires_grad_(needs)
+        loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+        grads.append(torch.autograd.grad(loss, [fused, others[0]], retain_graph=True))
+    loss.backward()
+    assert others[1].grad is None
+    for x, y in zip(*grads, strict=True):
+        assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_no_second_derivative() -> None:
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss())(fused, target, unimodal=others)
+    (grad,) = torch.autograd.grad(loss, fused, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_gradients_accumulate_over_losses() -> None:
+    """Each backward adds to what the one before left; none writes into it."""
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    total = torch.zeros_like(fused)
+    for factor in (1.0, 0.5, 1.0):
+        loss = factor * criterion(fused, target, unimodal=others)
+        total += torch.autograd.grad(loss, fused, retain_graph=True)[0]
+        loss.backward()
+    assert_allclose(fused.grad, total, rtol=1e-6, atol=1e-8)
+
+
 def test_batch_sizes_do_not_compile_anew() -> None:
     """The second size makes the batch symbolic; from then on nothing is compiled."""
     state = CurriculumState(2, num_samples=40)

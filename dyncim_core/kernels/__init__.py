@@ -71,9 +71,7 @@ def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = 
     """
     if torch.compiler.is_compiling():
         return eager
-    name = asked
-    if name is None:
-        name = _FASTEST.get(logits[0].device.type, "eager")
+    name = asked or _fastest(logits[0])
     module = _load(name)[0]
     if module is None or name == "eager":
         return eager
@@ -85,12 +83,17 @@ def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = 
     raise RuntimeError(f"backend: {asked!r} does not take {reason}; leave backend=None")
 
 
-_FASTEST = {"cpu": "native", "cuda": "triton"}
+def _fastest(logits: Tensor) -> str:
+    """The backend made for a tensor's device, whose type's name takes longer to ask for."""
+    if logits.is_cpu:
+        return "native"
+    return "triton" if logits.is_cuda else "eager"
+
+
 _DTYPES = {
     "native": {torch.float32},
     "triton": {torch.float32, torch.bfloat16, torch.float16},
 }
-_DEVICES = {"native": {"cpu"}, "triton": {"cuda"}}
 _MAX_HEADS = 9
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -103,7 +106,7 @@ def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor | None) -> str
             return f"a {type(head).__name__}"
         if head.dtype not in dtypes:
             return f"logits of {head.dtype}"
-    if logits[0].device.type not in _DEVICES[name]:
+    if name != _fastest(logits[0]):
         return f"device {logits[0].device}"
     if target is not None and target.dtype != torch.int64:
         return "class probabilities"

@@ -1,5 +1,6 @@
 /* The kernels for float32 logits on a CPU: statistics of every head, the curriculum step and
- * the gradient, each in one call. No torch headers: native.py passes addresses.
+ * the gradient, each in one call, or the last two in one. No torch headers: native.py passes
+ * addresses.
  *
  * Layout is head-major: logits are one row-strided [B, C] array per head, statistics [4, H, B].
  * eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
@@ -14,33 +15,40 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAVE_TARGETS
+#include <immintrin.h>
 #endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 #define MAX_HEADS 9
 #define SIGNALS 3
-#define LANES 16 /* floats in a vector; narrower processors take it in parts */
 #define BLOCK 512
+#define ROWS 16 /* rows of a head in hand at a time, at most */
+#define PADDING 16 /* floats of the widest vector */
 
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
-typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
-#define COUNT_UP {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#define LOWEST (-87.0f) /* exp of less is no normal number */
 
+static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Of rows of one head; total: sum exp(x - max). */
 typedef struct {
-    double max, log_sum, entropy; /* log_sum: log sum exp(x - max) */
-    float inverse_sum;
-    int64_t argmax;
-} Row;
+    float max[ROWS], total[ROWS], weighted[ROWS], inverse_total[ROWS];
+    double log_total[ROWS], entropy[ROWS];
+    int32_t argmax[ROWS];
+} Softmaxes;
 
 /* One set of row kernels; which, depends on the processor. */
 typedef struct {
-    Row (*softmax_row)(const float *x, int64_t classes, float *e);
-    void (*scale_row)(float *e, float factor, int64_t classes);
-    double (*squared_distance)(const float *e, float factor, const float *p, int64_t classes);
+    void (*softmax_rows)(const float *x, int64_t stride, int64_t rows, int64_t classes, float *e,
+                         int64_t e_stride, Softmaxes *found);
+    void (*scale_rows)(float *e, int64_t rows, int64_t classes, const float *factor,
+                       const float *even, const float *weight);
+    void (*distance_rows)(float *e, const float *p, int64_t rows, int64_t classes,
+                          const float *factor, float *squared);
     double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
     void (*gradient_row)(const float *x, double lse, float factor, float smooth,
                          const float *weight, int64_t classes, float *out);
+    void (*exp_row)(float *x, int64_t count);
     double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
                             const float *share, int64_t classes);
 } RowKernels;
@@ -49,20 +57,29 @@ typedef struct {
 #define FOR_TARGET_(name, target) JOIN(name, target)
 #define FOR_TARGET(name) FOR_TARGET_(name, TARGET)
 
+/* LANES: floats in a vector, of the processor's own width; compilers split wider ones badly. */
 #define TARGET baseline
+#define LANES 4
 #include "_native_rows.h"
 #undef TARGET
+#undef LANES
 
 #ifdef HAVE_TARGETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define TARGET avx2
+#define LANES 8
 #include "_native_rows.h"
 #undef TARGET
+#undef LANES
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define TARGET avx512
+#define LANES 16
+#define MASKED
 #include "_native_rows.h"
+#undef MASKED
 #undef TARGET
+#undef LANES
 #pragma GCC pop_options
 #endif
 
@@ -108,83 +125,164 @@ static double sum_of(const float *weight, int64_t classes) {
     return sum;
 }
 
-static void statistics_of_sample(const Problem *p, int64_t i, double weight_sum, float *fused,
-                                 float *other, float *rows, int64_t *prediction, double *lse) {
-    int64_t plane = p->heads * p->batch, y = p->target[i];
+/* Where statistics go: entry (h, i) at h * plane + i, and those that only the signals of a
+ * sample need at h * near + i - start. */
+typedef struct {
+    float *loss, *nll, *entropy, *distance;
+    int64_t *prediction;
+    double *lse; /* or NULL */
+    int64_t near, start;
+} Statistics;
+
+/* What statistics are computed with: softmaxes go to probs[h] + i * stride, or to scratch. */
+typedef struct {
+    int64_t rows; /* in hand at a time */
+    double weight_sum;
+    float **probs, *scratch;
+} Work;
+
+/* 0, or -1 without memory for two rows. */
+static int work_for(const Problem *p, float **probs, Work *w) {
+    int64_t rows = BLOCK * 16 / p->classes;
+    w->rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
+    w->weight_sum = sum_of(p->weight, p->classes);
+    w->probs = probs;
+    w->scratch = NULL;
+    if (probs) return 0;
+    w->scratch = malloc(2 * (size_t)(w->rows * p->classes) * sizeof *w->scratch);
+    return w->scratch ? 0 : -1;
+}
+
+static float *probs_of(const Problem *p, const Work *w, int64_t h, int64_t i) {
+    return w->probs ? w->probs[h] + i * p->classes : w->scratch + (h ? w->rows * p->classes : 0);
+}
+
+/* Of the samples from `from` on that are in hand. */
+static void statistics_of_rows(const Problem *p, const Work *w, int64_t from, Statistics *s) {
+    int64_t count = p->stop - from < w->rows ? p->stop - from : w->rows;
+    const float *fused = probs_of(p, w, 0, from);
     for (int64_t h = 0; h < p->heads; h++) {
-        int64_t at = h * p->batch + i;
-        float *loss = rows + at, *nll = loss + plane, *entropy = nll + plane,
-              *distance = entropy + plane;
-        if (p->present && !p->present[at]) {
-            *loss = *nll = *entropy = *distance = 0.0f;
-            prediction[at] = 0;
-            lse[at] = 0.0;
-            continue;
+        float *e = probs_of(p, w, h, from), squared[ROWS] = {0.0f};
+        Softmaxes f;
+        rows_of.softmax_rows(p->logits[h] + from * p->stride[h], p->stride[h], count, p->classes,
+                             e, p->classes, &f);
+        if (h)
+            rows_of.distance_rows(e, fused, count, p->classes, f.inverse_total, squared);
+        else if (p->heads > 1 || w->probs)
+            rows_of.scale_rows(e, count, p->classes, f.inverse_total, NULL, NULL);
+        for (int64_t r = 0; r < count; r++) {
+            int64_t i = from + r, y = p->target[i];
+            int64_t at = h * p->batch + i, near = h * s->near + i - s->start;
+            s->loss[at] = s->nll[at] = 0.0f;
+            if (p->present && !p->present[at]) {
+                s->entropy[near] = s->distance[near] = 0.0f;
+                s->prediction[near] = 0;
+                if (s->lse) s->lse[at] = 0.0;
+                continue;
+            }
+            s->entropy[near] = (float)f.entropy[r];
+            s->distance[near] = sqrtf(squared[r] / 2.0f);
+            s->prediction[near] = f.argmax[r];
+            if (s->lse) s->lse[at] = f.max[r] + f.log_total[r];
+            if (y == p->ignore_index) continue;
+            const float *x = p->logits[h] + i * p->stride[h];
+            double surprisal = f.log_total[r] - ((double)x[y] - f.max[r]);
+            double weighted = p->weight ? surprisal * p->weight[y] : surprisal;
+            if (p->smoothing > 0.0) {
+                double total = w->weight_sum * f.log_total[r] -
+                               rows_of.weighted_sum(x, f.max[r], p->weight, p->classes);
+                weighted =
+                    (1.0 - p->smoothing) * weighted + p->smoothing * total / (double)p->classes;
+            }
+            s->nll[at] = (float)surprisal;
+            s->loss[at] = (float)weighted;
         }
-        const float *x = p->logits[h] + i * p->stride[h];
-        float *e = h ? other : fused;
-        Row row = rows_of.softmax_row(x, p->classes, e);
-        prediction[at] = row.argmax;
-        lse[at] = row.max + row.log_sum;
-        *entropy = (float)row.entropy;
-        *distance = 0.0f;
-        if (h) {
-            double squared = rows_of.squared_distance(e, row.inverse_sum, fused, p->classes);
-            *distance = (float)sqrt(squared / 2.0);
-        } else if (p->heads > 1) {
-            rows_of.scale_row(e, row.inverse_sum, p->classes);
-        }
-        *loss = *nll = 0.0f;
-        if (y == p->ignore_index) continue;
-        double surprisal = row.log_sum - ((double)x[y] - row.max);
-        double weighted = p->weight ? surprisal * p->weight[y] : surprisal;
-        if (p->smoothing > 0.0) {
-            double total = weight_sum * row.log_sum -
-                           rows_of.weighted_sum(x, row.max, p->weight, p->classes);
-            weighted = (1.0 - p->smoothing) * weighted + p->smoothing * total / (double)p->classes;
-        }
-        *nll = (float)surprisal;
-        *loss = (float)weighted;
     }
 }
 
-/* 0, or -1 without memory for two rows. */
+/* rows: [4, H, B]. 0, or -1 without memory. */
 static int statistics(const Problem *p, float *rows, int64_t *prediction, double *lse) {
-    int64_t padded = (p->classes + LANES - 1) / LANES * LANES;
-    double weight_sum = sum_of(p->weight, p->classes);
-    float *scratch = malloc(2 * (size_t)padded * sizeof *scratch);
-    if (!scratch) return -1;
-    for (int64_t i = p->start; i < p->stop; i++)
-        statistics_of_sample(p, i, weight_sum, scratch, scratch + padded, rows, prediction, lse);
-    free(scratch);
+    int64_t plane = p->heads * p->batch;
+    Statistics s = {rows,       rows + plane, rows + 2 * plane, rows + 3 * plane,
+                    prediction, lse,          p->batch,         0};
+    Work w;
+    if (work_for(p, NULL, &w)) return -1;
+    for (int64_t i = p->start; i < p->stop; i += w.rows) statistics_of_rows(p, &w, i, &s);
+    free(w.scratch);
     return 0;
 }
 
-/* coefficient [H, B] or NULL; grad has the given strides over heads and samples. */
+/* A row of the gradient: softmax * P - even * weight, less `hit` at the target. */
+typedef struct {
+    float softmax, even, hit;
+} Factors;
+
+/* Of a loss with a gradient of 1, but for the class weight of the target. */
+static Factors factors_of(const Problem *p) {
+    double even = p->smoothing / (double)p->classes;
+    return (Factors){(float)(even * sum_of(p->weight, p->classes)), (float)even,
+                     (float)(1.0 - p->smoothing)};
+}
+
+static Factors times(Factors f, float g, const Problem *p, int64_t i) {
+    int64_t y = p->target[i];
+    if (y == p->ignore_index) return (Factors){0.0f, 0.0f, 0.0f};
+    float hit = p->weight ? f.hit * p->weight[y] : f.hit;
+    return (Factors){g * (hit + f.softmax), g * f.even, g * hit};
+}
+
+/* From saved normalisers. coefficient is [H, B] or NULL; grad has the given strides over heads
+ * and samples. */
 static void gradients(const Problem *p, const float *grad, int64_t head_stride,
                       int64_t sample_stride, const float *coefficient, const double *lse,
                       int guard, float **out) {
-    int64_t classes = p->classes;
-    double on_target = 1.0 - p->smoothing;
-    double smooth_mass = p->smoothing * sum_of(p->weight, classes) / (double)classes;
-    float smooth = (float)(p->smoothing / (double)classes);
+    Factors one = factors_of(p);
     for (int64_t h = 0; h < p->heads; h++)
         for (int64_t i = p->start; i < p->stop; i++) {
-            int64_t at = h * p->batch + i, y = p->target[i];
-            int ignored = y == p->ignore_index;
+            int64_t at = h * p->batch + i;
             float g = grad[h * head_stride + i * sample_stride];
             if (coefficient) g *= coefficient[at];
-            if (ignored) g = 0.0f;
-            float *row = out[h] + i * classes;
-            if (g == 0.0f && guard) {
-                memset(row, 0, (size_t)classes * sizeof *row);
+            float *row = out[h] + i * p->classes;
+            Factors f = times(one, g, p, i);
+            if (guard && f.softmax == 0.0f) {
+                memset(row, 0, (size_t)p->classes * sizeof *row);
                 continue;
             }
-            double hit = p->weight && !ignored ? p->weight[y] : 1.0;
-            rows_of.gradient_row(p->logits[h] + i * p->stride[h], lse[at],
-                                 (float)(g * (on_target * hit + smooth_mass)), g * smooth,
-                                 p->weight, classes, row);
-            if (!ignored) row[y] -= (float)(g * on_target * hit);
+            rows_of.gradient_row(p->logits[h] + i * p->stride[h], lse[at], f.softmax, f.even,
+                                 p->weight, p->classes, row);
+            if (f.hit != 0.0f) row[p->target[i]] -= f.hit;
+        }
+}
+
+/* The same from the softmaxes that `out` holds. */
+static void finish_gradients(const Problem *p, const float *coefficient, int guard, float **out) {
+    Factors one = factors_of(p);
+    for (int64_t h = 0; h < p->heads; h++)
+        for (int64_t from = 0; from < p->batch; from += ROWS) {
+            int64_t count = p->batch - from < ROWS ? p->batch - from : ROWS;
+            float *row = out[h] + from * p->classes, softmax[ROWS], even[ROWS], hit[ROWS];
+            for (int64_t r = 0; r < count; r++) {
+                Factors f = times(one, coefficient[h * p->batch + from + r], p, from + r);
+                softmax[r] = f.softmax, even[r] = f.even, hit[r] = f.hit;
+                if (guard && f.softmax == 0.0f)
+                    memset(row + r * p->classes, 0, (size_t)p->classes * sizeof *row);
+            }
+            rows_of.scale_rows(row, count, p->classes, softmax, even, p->weight);
+            for (int64_t r = 0; r < count; r++)
+                if (hit[r] != 0.0f) row[r * p->classes + p->target[from + r]] -= hit[r];
+        }
+}
+
+/* Gradients times the incoming one, in place. */
+static void scale(int64_t heads, int64_t batch, int64_t classes, const float *grad,
+                  int64_t head_stride, int64_t sample_stride, int guard, float **out) {
+    if (head_stride == 0 && sample_stride == 0 && *grad == 1.0f) return;
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t i = 0; i < batch; i++) {
+            const float *g = grad + h * head_stride + i * sample_stride;
+            float *row = out[h] + i * classes;
+            if (*g == 0.0f && guard) memset(row, 0, (size_t)classes * sizeof *row);
+            else rows_of.scale_rows(row, 1, classes, g, NULL, NULL);
         }
 }
 
@@ -238,12 +336,12 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
         out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
 }
 
-/* Weigh the samples by what the state knows, then take the batch into it. */
-static int curriculum(const Problem *p, const float *rows, const int64_t *prediction, State *s,
+/* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
+ * or come from `work` as they are needed; coefficient may be where their nll or loss is. */
+static int curriculum(const Problem *p, const Work *work, Statistics *found, State *s,
                       const Settings *o, float *coefficient, float *value) {
-    int64_t B = p->batch, H = p->heads, plane = H * B;
-    const float *loss = rows, *nll = rows + plane, *entropy = nll + plane,
-                *distance = entropy + plane;
+    int64_t B = p->batch, H = p->heads;
+    const float *loss = found->loss, *nll = found->nll;
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
     float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 2));
     if (!scratch) return -1;
@@ -259,39 +357,44 @@ static int curriculum(const Problem *p, const float *rows, const int64_t *predic
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample. */
-    int64_t count = 0, nonfinite = 0, contradicted = 0;
+    int64_t count = 0, nonfinite = 0, contradicted = 0, next = 0;
     double signal[SIGNALS] = {0.0}, mean_difficulty = 0.0;
     for (int64_t i = 0; i < B; i++) {
-        int64_t y = p->target[i], present = 0, agreeing = 0;
+        if (work && i == next) {
+            found->start = i;
+            statistics_of_rows(p, work, i, found);
+            next += work->rows;
+        }
+        int64_t y = p->target[i], present = 0, agreeing = 0, here = i - found->start;
         double surprisal = 0.0, excess = 0.0, apart = 0.0;
         int finite = 1;
         for (int64_t h = 0; h < H; h++) {
-            int64_t at = h * B + i;
+            int64_t at = h * B + i, near = h * found->near + here;
             if (p->present && !p->present[at]) continue;
-            double more = (double)nll[at] - entropy[at];
+            double more = (double)nll[at] - found->entropy[near];
             finite &= isfinite(more);
             present++;
             surprisal += nll[at];
             excess += more > 0.0 ? more : 0.0;
-            apart += distance[at];
-            agreeing += prediction[at] == prediction[i];
+            apart += found->distance[near];
+            agreeing += found->prediction[near] == found->prediction[here];
         }
         kept[i] = y != p->ignore_index;
         valid[i] = kept[i] && finite;
         nonfinite += kept[i] && !finite;
         if (!valid[i]) continue;
-        double found[SIGNALS] = {
-            -expm1(-surprisal / (double)present),
+        double says[SIGNALS] = {
+            1.0 - expf((float)(-surprisal / (double)present)),
             present > 1 ? apart / (double)(present - 1) : 0.0,
-            clamp(entropy[i] * per_log, 0.0, 1.0),
+            clamp(found->entropy[here] * per_log, 0.0, 1.0),
         };
         double hard = 0.0;
         for (int k = 0; k < SIGNALS; k++) {
-            signal[k] += found[k];
-            hard += share[k] * found[k];
+            signal[k] += says[k];
+            hard += share[k] * says[k];
         }
         count++;
-        contradicted += present > 1 && agreeing == present && prediction[i] != y;
+        contradicted += present > 1 && agreeing == present && found->prediction[here] != y;
         exponent[i] = (float)(-rho * excess / (double)present * per_log);
         difficulty[i] = (float)hard;
         mean_difficulty += hard;
@@ -306,24 +409,32 @@ static int curriculum(const Problem *p, const float *rows, const int64_t *predic
     spread = spread > 1e-4 ? spread : 1e-4;
     for (int64_t i = 0; i < B; i++)
         if (valid[i]) {
-            exponent[i] -= (float)(kappa * (difficulty[i] - mean_difficulty) / spread);
+            exponent[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
             top = exponent[i] > top ? exponent[i] : top;
         }
     float *weight = exponent;
     for (int64_t i = 0; i < B; i++)
-        if (valid[i]) total += weight[i] = expf((float)(exponent[i] - top));
-    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count * weight[i] / total) : 1.0f;
+        weight[i] = valid[i] ? (float)(exponent[i] - top) : 0.0f;
+    rows_of.exp_row(weight, B);
+    for (int64_t i = 0; i < B; i++)
+        if (valid[i]) total += weight[i];
+    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count / total * weight[i]) : 1.0f;
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
     double mass[MAX_HEADS] = {0.0}, weighted[MAX_HEADS] = {0.0}, squares = 0.0;
-    for (int64_t h = 0; h < H; h++)
+    for (int64_t h = 0; h < H; h++) {
+        double sum = 0.0, sum_of_nll = 0.0, sum_of_squares = 0.0;
         for (int64_t i = 0; i < B; i++)
             if (valid[i] && (!p->present || p->present[h * B + i])) {
-                mass[h] += weight[i];
-                weighted[h] += (double)weight[i] * nll[h * B + i];
-                if (h == 0) squares += (double)weight[i] * weight[i];
+                sum += weight[i];
+                sum_of_nll += (double)weight[i] * nll[h * B + i];
+                sum_of_squares += (double)weight[i] * weight[i];
             }
+        mass[h] = sum;
+        weighted[h] = sum_of_nll;
+        if (h == 0) squares = sum_of_squares;
+    }
     if (count) {
         double effective = squares * some > 1e-12 ? squares * some : 1e-12;
         average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
@@ -417,8 +528,8 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64
 
 static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *gates,
                 float *scale) {
-    int64_t M = p->heads, B = p->batch, padded = (p->classes + LANES - 1) / LANES * LANES;
-    float *probs = malloc((size_t)(M * padded) * sizeof *probs);
+    int64_t M = p->heads, B = p->batch, padded = (p->classes + PADDING - 1) / PADDING * PADDING;
+    float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
     for (int64_t i = p->start; i < p->stop; i++) {
         if (d->chance) disturb(p, o, d, i);
@@ -433,8 +544,9 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *ga
             if (!here) continue;
             int64_t from = d->chance && d->source ? d->source[m * B + i] : i;
             float *e = probs + m * padded;
-            Row row = rows_of.softmax_row(p->logits[m] + from * p->stride[m], p->classes, e);
-            rows_of.scale_row(e, row.inverse_sum, p->classes);
+            Softmaxes f;
+            rows_of.softmax_rows(p->logits[m] + from * p->stride[m], 0, 1, p->classes, e, 0, &f);
+            rows_of.scale_rows(e, 1, p->classes, f.inverse_total, NULL, NULL);
         }
         double share[MAX_HEADS], top = -INFINITY, total = 0.0, kept = 0.0, largest = 0.0;
         for (int64_t m = 0; m < M; m++) {
@@ -523,6 +635,13 @@ static PyObject *py_statistics(PyObject *self, PyObject *const *args, Py_ssize_t
     return answer(failed, NULL);
 }
 
+static void addresses(PyObject *list, float **out) {
+    Py_ssize_t count = PyList_Size(list);
+    for (Py_ssize_t h = 0; h < count && h < MAX_HEADS; h++)
+        out[h] = address(PyList_GetItem(list, h));
+}
+
+/* Without saved normalisers the softmaxes are computed anew, as py_curriculum does. */
 static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (!arguments_are(count, PROBLEM_ARGUMENTS + 7)) return NULL;
@@ -534,20 +653,51 @@ static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t 
     const double *lse = address(args[4]);
     int guard = PyObject_IsTrue(args[5]);
     float *out[MAX_HEADS];
-    for (int64_t h = 0; h < p.heads && h < MAX_HEADS; h++)
-        out[h] = address(PyList_GetItem(args[6], h));
+    addresses(args[6], out);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    gradients(&p, grad, head_stride, sample_stride, coefficient, lse, guard, out);
+    if (lse) {
+        gradients(&p, grad, head_stride, sample_stride, coefficient, lse, guard, out);
+    } else {
+        Work w;
+        work_for(&p, out, &w);
+        for (int64_t h = 0; h < p.heads; h++)
+            for (int64_t i = 0; i < p.batch; i += w.rows) {
+                int64_t rows = p.batch - i < w.rows ? p.batch - i : w.rows;
+                float *e = probs_of(&p, &w, h, i);
+                Softmaxes f;
+                rows_of.softmax_rows(p.logits[h] + i * p.stride[h], p.stride[h], rows, p.classes,
+                                     e, p.classes, &f);
+                rows_of.scale_rows(e, rows, p.classes, f.inverse_total, NULL, NULL);
+            }
+        finish_gradients(&p, coefficient, guard, out);
+        scale(p.heads, p.batch, p.classes, grad, head_stride, sample_stride, guard, out);
+    }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-static State state_from(PyObject *buffers, PyObject *memory) {
+static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, 7)) return NULL;
+    float *out[MAX_HEADS];
+    addresses(args[0], out);
+    int64_t heads = PyList_Size(args[0]), batch = integer(args[1]), classes = integer(args[2]);
+    const float *grad = address(args[3]);
+    int64_t head_stride = integer(args[4]), sample_stride = integer(args[5]);
+    int guard = PyObject_IsTrue(args[6]);
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    scale(heads, batch, classes, grad, head_stride, sample_stride, guard, out);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
     PyObject *of[9];
-    for (int k = 0; k < 9; k++) of[k] = PyList_GetItem(buffers, 1 + k);
-    s.heads = integer(PyList_GetItem(buffers, 0));
+    for (int k = 0; k < 9; k++) of[k] = PyList_GetItem(buffers, k);
+    s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
     s.seen = address(of[2]);
@@ -584,34 +734,47 @@ static Settings settings_from(PyObject *settings) {
     return o;
 }
 
-/* Statistics may be given; when they are not, one call does all. */
+/* Statistics may be given; when they are not, one call does all. Gradients for an incoming one of
+ * 1, too, when there is room for them, `ahead`. */
 static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 10)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    const float *rows = address(args[0]);
-    const int64_t *prediction = address(args[1]);
+    float *rows = address(args[0]);
+    int64_t *prediction = address(args[1]);
     double *lse = address(args[2]);
-    State s = state_from(args[3], args[4]);
-    Settings o = settings_from(args[5]);
-    float *coefficient = address(args[6]), *value = address(args[7]);
+    State s = state_from(integer(args[3]), args[4], args[5]);
+    Settings o = settings_from(args[6]);
+    float *coefficient = address(args[7]), *value = address(args[8]);
+    float *out[MAX_HEADS], **ahead = args[9] == Py_None ? NULL : out;
+    if (ahead) addresses(args[9], out);
     if (PyErr_Occurred()) return NULL;
     if (!target_fits(&p)) return answer(0, "target");
     for (int64_t i = 0; s.samples && i < p.batch; i++)
         if (s.index[i] < 0 || s.index[i] >= s.samples) return answer(0, "index");
-    int failed = 0;
+    int failed;
     Py_BEGIN_ALLOW_THREADS
-    int64_t *found = NULL;
-    if (!rows) {
-        size_t size = (size_t)(p.heads * p.batch + 1);
-        found = malloc(size * (sizeof *found + 4 * sizeof(float)));
-        prediction = found;
-        rows = (float *)(found + size);
-        failed = found ? statistics(&p, (float *)(found + size), found, lse) : -1;
+    int64_t plane = p.heads * p.batch;
+    Statistics found = {rows,       rows + plane, rows + 2 * plane, rows + 3 * plane,
+                        prediction, NULL,         p.batch,          0};
+    if (rows) {
+        failed = curriculum(&p, NULL, &found, &s, &o, coefficient, value);
+    } else {
+        /* Where coefficients will be, nll is until then, and the loss where it is the same. */
+        int weighted = p.weight || p.smoothing > 0.0;
+        float *loss = weighted ? malloc((size_t)(plane + 1) * sizeof *loss) : coefficient;
+        float entropy[MAX_HEADS * ROWS], distance[MAX_HEADS * ROWS];
+        int64_t of_rows[MAX_HEADS * ROWS];
+        found = (Statistics){loss, coefficient, entropy, distance, of_rows, lse, ROWS, 0};
+        Work w = {0};
+        failed = loss ? work_for(&p, ahead, &w) : -1;
+        if (!failed) failed = curriculum(&p, &w, &found, &s, &o, coefficient, value);
+        if (!failed && ahead)
+            finish_gradients(&p, coefficient, p.present || o.skip_nonfinite, out);
+        if (weighted) free(loss);
+        free(w.scratch);
     }
-    if (!failed) failed = curriculum(&p, rows, prediction, &s, &o, coefficient, value);
-    free(found);
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }
@@ -640,6 +803,7 @@ static PyMethodDef methods[] = {
     {"statistics", FAST(py_statistics), NULL},
     {"curriculum", FAST(py_curriculum), NULL},
     {"gradients", FAST(py_gradients), NULL},
+    {"scale", FAST(py_scale), NULL},
     {"gate", FAST(py_gate), NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -1,10 +1,30 @@
 /* Loops over the classes of one row, compiled once for each instruction set by _native.c.
  *
- * They work on whole vectors; the end of a row is padded with classes of probability 0. Sums
- * run over blocks, so that no float32 sum is long. */
+ * They work on whole vectors. What is left at the end of a row is the tail: the last vector of
+ * the row, where it has one, whose first lanes whole vectors cover as well, else a part of one.
+ * Either is filled up with classes of probability 0. Sums run over blocks, so that no float32
+ * sum is long. */
+
+#define Floats FOR_TARGET(Floats)
+#define Ints FOR_TARGET(Ints)
+#define Half FOR_TARGET(Half)
+#define Doubles FOR_TARGET(Doubles)
+#define Longs FOR_TARGET(Longs)
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
+typedef int64_t Longs __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
 
 static inline Floats FOR_TARGET(choose)(Ints mask, Floats a, Floats b) {
     return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask));
+}
+
+static inline Ints FOR_TARGET(lanes)(void) {
+    Ints v;
+    memcpy(&v, count_up, sizeof v);
+    return v;
 }
 
 static inline Floats FOR_TARGET(load)(const float *x) {
@@ -13,7 +33,43 @@ static inline Floats FOR_TARGET(load)(const float *x) {
     return v;
 }
 
-/* The end of a row, filled up. A loop over lanes becomes one masked instruction. */
+#ifdef MASKED /* what compilers make of vectors in general is slow in these */
+
+static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
+    return (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << count) - 1), x);
+}
+
+static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+
+static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+}
+
+static inline float FOR_TARGET(largest)(Floats v) { return _mm512_reduce_max_ps((__m512)v); }
+
+static inline float FOR_TARGET(sum)(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+
+static inline Floats FOR_TARGET(times_power)(Floats p, Floats n, Floats x) {
+    __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(LOWEST), _CMP_NLE_UQ);
+    return (Floats)_mm512_maskz_scalef_ps(above, (__m512)p, (__m512)n);
+}
+
+typedef int32_t FOR_TARGET(First);
+#define NOWHERE INT32_MAX
+
+static inline void FOR_TARGET(find_zero)(FOR_TARGET(First) *first, int32_t position, Floats d) {
+    uint32_t zeros = _mm512_cmpeq_ps_mask((__m512)d, _mm512_setzero_ps());
+    int32_t at = zeros ? position + __builtin_ctz(zeros) : NOWHERE;
+    *first = at < *first ? at : *first;
+}
+
+static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) { return first; }
+
+#else
+
+/* The end of a row, filled up. */
 static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
     float v[LANES];
     for (int32_t k = 0; k < LANES; k++) v[k] = k < count ? x[k] : fill;
@@ -25,114 +81,248 @@ static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
         if (k < count) x[k] = v[k];
 }
 
-static inline float FOR_TARGET(sum)(Floats v) {
-    Half a[2];
-    Quarter b[2];
-    memcpy(a, &v, sizeof v);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+/* b where either is NaN. */
+static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
+    return FOR_TARGET(choose)(a > b, a, b);
 }
 
 static inline float FOR_TARGET(largest)(Floats v) {
-    Half a[2];
-    Quarter b[2];
-    memcpy(a, &v, sizeof v);
-    for (int k = 0; k < LANES / 2; k++) a[0][k] = a[0][k] > a[1][k] ? a[0][k] : a[1][k];
-    memcpy(b, a, sizeof b);
-    for (int k = 0; k < LANES / 4; k++) b[0][k] = b[0][k] > b[1][k] ? b[0][k] : b[1][k];
-    float even = b[0][0] > b[0][2] ? b[0][0] : b[0][2], odd = b[0][1] > b[0][3] ? b[0][1] : b[0][3];
-    return even > odd ? even : odd;
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) x[k] = x[k] > x[k + half] ? x[k] : x[k + half];
+    return x[0];
 }
 
-/* exp(x) for x <= 0 to float32 rounding; 0 below the smallest normal number; NaN stays. */
-static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
-    Ints tiny = x < -87.0f;
-    Floats clamped = FOR_TARGET(choose)(tiny, (Floats){0} - 87.0f, x);
-    Floats n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
-    Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return (Floats)((Ints)(p * (Floats)power) & ~tiny);
+static inline float FOR_TARGET(sum)(Floats v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) x[k] += x[k + half];
+    return x[0];
 }
+
+/* p * 2^n; 0 where x, of which it is the exponential, is the lowest. */
+static inline Floats FOR_TARGET(times_power)(Floats p, Floats n, Floats x) {
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return (Floats)((Ints)(p * (Floats)power) & ~(x <= LOWEST));
+}
+
+/* The first position where d is 0, of each lane. */
+typedef Ints FOR_TARGET(First);
+#define NOWHERE ((Ints){0} + INT32_MAX)
+
+static inline void FOR_TARGET(find_zero)(FOR_TARGET(First) *first, int32_t position, Floats d) {
+    Ints at = FOR_TARGET(lanes)() + position, better = (d == 0.0f) & (at < *first);
+    *first = (at & better) | (*first & ~better);
+}
+
+static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) {
+    int32_t best = first[0];
+    for (int k = 1; k < LANES; k++) best = first[k] < best ? first[k] : best;
+    return best;
+}
+
+#endif
 
 typedef struct {
-    Floats sum, weighted; /* of exp(d) and d exp(d) */
-    Ints position, first; /* of the next lane; of the first lane where d is 0 */
-} FOR_TARGET(Softmax);
+    int64_t whole, last; /* where whole vectors end; where the tail starts */
+    int32_t left;        /* classes in the tail alone */
+    Ints covered;        /* lanes of the tail that whole vectors cover */
+} FOR_TARGET(Shape);
 
-static inline void FOR_TARGET(take)(FOR_TARGET(Softmax) *s, Floats d, float *e) {
-    Ints is_first = (d == 0.0f) & (s->first == INT32_MAX);
-    s->first = (s->position & is_first) | (s->first & ~is_first);
-    s->position += LANES;
-    Floats exponential = FOR_TARGET(exp_nonpositive)(d);
-    memcpy(e, &exponential, sizeof exponential);
-    s->sum += exponential;
-    /* 0 log 0 is 0, also for a logit of -inf */
-    s->weighted += exponential * FOR_TARGET(choose)(d < -88.0f, (Floats){0}, d);
+ALWAYS_INLINE FOR_TARGET(Shape) FOR_TARGET(shape)(int64_t classes) {
+    int32_t left = (int32_t)(classes % LANES);
+    int64_t whole = classes - left;
+    return (FOR_TARGET(Shape)){whole, whole ? classes - LANES : 0, left,
+                               FOR_TARGET(lanes)() < (whole ? LANES - left : 0)};
 }
 
-/* Softmax of a row, not yet divided by its sum, into e, which has room for whole vectors. */
-static Row FOR_TARGET(softmax_row)(const float *restrict x, int64_t classes, float *restrict e) {
-    int64_t whole = classes / LANES * LANES;
-    Floats end = FOR_TARGET(load_end)(x + whole, (int32_t)(classes - whole), -INFINITY), highest = end;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        Floats v = FOR_TARGET(load)(x + c);
-        highest = FOR_TARGET(choose)(v > highest, v, highest);
-    }
-    float top = FOR_TARGET(largest)(highest);
+/* With what whole vectors cover, to be written back. */
+ALWAYS_INLINE Floats FOR_TARGET(load_last)(const float *x, FOR_TARGET(Shape) s) {
+    return s.whole ? FOR_TARGET(load)(x + s.last) : FOR_TARGET(load_end)(x, s.left, 0.0f);
+}
 
-    Floats sum = {0}, weighted = {0};
-    FOR_TARGET(Softmax) s = {{0}, {0}, COUNT_UP, (Ints){0} + INT32_MAX};
-    for (int64_t start = 0; start < whole; start += BLOCK) {
-        int64_t stop = start + BLOCK < whole ? start + BLOCK : whole;
+ALWAYS_INLINE Floats FOR_TARGET(load_tail)(const float *x, FOR_TARGET(Shape) s, float fill) {
+    if (!s.whole) return FOR_TARGET(load_end)(x, s.left, fill);
+    return FOR_TARGET(choose)(s.covered, (Floats){0} + fill, FOR_TARGET(load)(x + s.last));
+}
+
+ALWAYS_INLINE void FOR_TARGET(store)(float *x, Floats v) { memcpy(x, &v, sizeof v); }
+
+ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) s) {
+    if (s.whole) FOR_TARGET(store)(x + s.last, v);
+    else FOR_TARGET(store_end)(x, v, s.left);
+}
+
+/* exp(x) for x in [LOWEST, 0] to float32 rounding; 0 at LOWEST; NaN stays. */
+static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
+    Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = r * 1.3814598474e-3f + 8.3687168873e-3f;
+    p = p * r + 4.1668388049e-2f;
+    p = p * r + 1.6666520632e-1f;
+    p = p * r + 4.9999993448e-1f;
+    p = p * r + 1.0f;
+    return FOR_TARGET(times_power)(p * r + 1.0f, n, x);
+}
+
+/* exp(x) for x <= 0. */
+static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
+    return FOR_TARGET(exp_in_range)(FOR_TARGET(larger)((Floats){0} + LOWEST, x));
+}
+
+/* log(x) for x >= 1 to float64 rounding; NaN stays. */
+static inline Doubles FOR_TARGET(log)(Doubles x) {
+    Longs bits = (Longs)x, power = (bits - (int64_t)0x3fe6a09e667f3bcd) >> 52; /* of x * sqrt 2 */
+    Doubles m = (Doubles)(bits - (power << 52)), f = (m - 1.0) / (m + 1.0), s = f * f;
+    Doubles p = s / 19.0 + 1.0 / 17.0; /* of atanh */
+    p = p * s + 1.0 / 15.0;
+    p = p * s + 1.0 / 13.0;
+    p = p * s + 1.0 / 11.0;
+    p = p * s + 1.0 / 9.0;
+    p = p * s + 1.0 / 7.0;
+    p = p * s + 1.0 / 5.0;
+    p = p * s + 1.0 / 3.0;
+    p = p * s * f + f;
+    return __builtin_convertvector(power, Doubles) * 0.693147180559945309 + 2.0 * p + (x - x);
+}
+
+/* Of exp(d) and d exp(d), and where d is 0. */
+typedef struct {
+    Floats sum, weighted;
+    FOR_TARGET(First) first;
+} FOR_TARGET(Sums);
+
+static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, int64_t position, Floats d) {
+    FOR_TARGET(find_zero)(&s->first, (int32_t)position, d);
+    d = FOR_TARGET(larger)((Floats){0} + LOWEST, d);
+    Floats e = FOR_TARGET(exp_in_range)(d);
+    s->sum += e;
+    s->weighted += e * d; /* 0 log 0 is 0, also for a logit of -inf */
+    return e;
+}
+
+ALWAYS_INLINE Floats FOR_TARGET(highest)(const float *x, FOR_TARGET(Shape) s) {
+    Floats highest = (Floats){0} - INFINITY;
+    if (s.left) highest = FOR_TARGET(load_tail)(x, s, -INFINITY);
+    for (int64_t c = 0; c < s.whole; c += LANES)
+        highest = FOR_TARGET(larger)(FOR_TARGET(load)(x + c), highest);
+    return highest;
+}
+
+ALWAYS_INLINE FOR_TARGET(Sums) FOR_TARGET(exponentials)(const float *restrict x, float top,
+                                                        FOR_TARGET(Shape) shape,
+                                                        float *restrict e) {
+    FOR_TARGET(Sums) s = {{0}, {0}, NOWHERE};
+    if (shape.left) { /* before the whole vectors, which cover a part of it */
+        Floats d = FOR_TARGET(load_tail)(x, shape, -INFINITY) - top;
+        FOR_TARGET(store_tail)(e, FOR_TARGET(take)(&s, shape.last, d), shape);
+    }
+    Floats sum = s.sum, weighted = s.weighted;
+    for (int64_t start = 0; start < shape.whole; start += BLOCK) {
+        int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
+        s.sum = s.weighted = (Floats){0};
         for (int64_t c = start; c < stop; c += LANES)
-            FOR_TARGET(take)(&s, FOR_TARGET(load)(x + c) - top, e + c);
+            FOR_TARGET(store)(e + c, FOR_TARGET(take)(&s, c, FOR_TARGET(load)(x + c) - top));
         sum += s.sum;
         weighted += s.weighted;
-        s.sum = s.weighted = (Floats){0};
     }
-    if (whole < classes) FOR_TARGET(take)(&s, end - top, e + whole);
-    double total = FOR_TARGET(sum)(sum + s.sum), log_sum = log(total);
-    int32_t best = INT32_MAX;
-    for (int k = 0; k < LANES; k++) best = s.first[k] < best ? s.first[k] : best;
-    return (Row){
-        .max = top,
-        .log_sum = log_sum,
-        .entropy = log_sum - FOR_TARGET(sum)(weighted + s.weighted) / total,
-        .inverse_sum = (float)(1.0 / total),
-        .argmax = best == INT32_MAX ? 0 : best, /* not finite: anything will do */
-    };
+    s.sum = sum;
+    s.weighted = weighted;
+    return s;
 }
 
-static void FOR_TARGET(scale_row)(float *restrict e, float factor, int64_t classes) {
-    for (int64_t c = 0; c < classes; c += LANES) {
-        Floats v = FOR_TARGET(load)(e + c) * factor;
-        memcpy(e + c, &v, sizeof v);
+/* Softmaxes of rows, not yet divided by their sums, into e. Each step takes all rows before the
+ * next, so that a processor has several in hand. */
+static void FOR_TARGET(softmax_rows)(const float *x, int64_t stride, int64_t rows,
+                                     int64_t classes, float *e, int64_t e_stride,
+                                     Softmaxes *found) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
+    Floats sum[ROWS], weighted[ROWS];
+    FOR_TARGET(First) first[ROWS];
+    for (int64_t r = 0; r < rows; r++)
+        found->max[r] = FOR_TARGET(largest)(FOR_TARGET(highest)(x + r * stride, shape));
+    for (int64_t r = 0; r < rows; r++) {
+        FOR_TARGET(Sums) s = FOR_TARGET(exponentials)(x + r * stride, found->max[r], shape,
+                                                      e + r * e_stride);
+        sum[r] = s.sum;
+        weighted[r] = s.weighted;
+        first[r] = s.first;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int32_t best = FOR_TARGET(found)(first[r]);
+        found->argmax[r] = best == INT32_MAX ? 0 : best; /* not finite: anything will do */
+        found->total[r] = FOR_TARGET(sum)(sum[r]);
+        found->weighted[r] = FOR_TARGET(sum)(weighted[r]);
+    }
+    for (int64_t r = rows; r < ROWS; r++) found->total[r] = found->weighted[r] = 1.0f;
+    for (int64_t r = 0; r < ROWS; r += LANES / 2) {
+        Half totals, weighted;
+        memcpy(&totals, found->total + r, sizeof totals);
+        memcpy(&weighted, found->weighted + r, sizeof weighted);
+        Half inverse = 1.0f / totals;
+        memcpy(found->inverse_total + r, &inverse, sizeof inverse);
+        Doubles total = __builtin_convertvector(totals, Doubles), log = FOR_TARGET(log)(total);
+        memcpy(found->log_total + r, &log, sizeof log);
+        Doubles entropy = log - __builtin_convertvector(weighted, Doubles) / total;
+        memcpy(found->entropy + r, &entropy, sizeof entropy);
     }
 }
 
-/* sum_c (factor * e_c - p_c)^2, of padded rows */
-static double FOR_TARGET(squared_distance)(const float *restrict e, float factor,
-                                           const float *restrict p, int64_t classes) {
-    Floats sum = {0};
-    for (int64_t start = 0; start < classes; start += BLOCK) {
-        int64_t stop = start + BLOCK < classes ? start + BLOCK : classes;
-        Floats s = {0};
-        for (int64_t c = start; c < stop; c += LANES) {
-            Floats d = FOR_TARGET(load)(e + c) * factor -
-                       FOR_TARGET(load)(p + c);
-            s += d * d;
+/* e_c = factor * e_c - even * weight_c, with weights of 1 when NULL, of each row; without `even`
+ * that is 0. Tails are read before any is written: a part of a vector that was written is slow
+ * to read. */
+static void FOR_TARGET(scale_rows)(float *restrict e, int64_t rows, int64_t classes,
+                                   const float *restrict factor, const float *restrict even,
+                                   const float *restrict weight) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
+    Floats tails[ROWS], weights = {0};
+    if (weight && shape.left) weights = FOR_TARGET(load_last)(weight, shape);
+    for (int64_t r = 0; shape.left && r < rows; r++)
+        tails[r] = FOR_TARGET(load_last)(e + r * classes, shape);
+    for (int64_t r = 0; r < rows; r++, e += classes) {
+        Floats less = (Floats){0} + (even ? even[r] : 0.0f);
+        if (shape.left)
+            tails[r] = tails[r] * factor[r] - (weight ? less * weights : less);
+        for (int64_t c = 0; c < shape.whole; c += LANES) {
+            Floats v = FOR_TARGET(load)(e + c) * factor[r];
+            FOR_TARGET(store)(e + c, v - (weight ? less * FOR_TARGET(load)(weight + c) : less));
         }
-        sum += s;
+        if (shape.left) FOR_TARGET(store_tail)(e, tails[r], shape);
     }
-    return FOR_TARGET(sum)(sum);
+}
+
+/* Of each row, divided by its sum: sum_c (e_c - p_c)^2. */
+static void FOR_TARGET(distance_rows)(float *restrict e, const float *restrict p, int64_t rows,
+                                      int64_t classes, const float *restrict factor,
+                                      float *restrict squared) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
+    Floats tails[ROWS], sums[ROWS];
+    for (int64_t r = 0; shape.left && r < rows; r++)
+        tails[r] = FOR_TARGET(load_last)(e + r * classes, shape);
+    for (int64_t r = 0; r < rows; r++, e += classes, p += classes) {
+        Floats sum = {0};
+        if (shape.left) {
+            tails[r] *= factor[r];
+            Floats d = tails[r] - FOR_TARGET(load_last)(p, shape);
+            d = FOR_TARGET(choose)(shape.covered, (Floats){0}, d);
+            sum = d * d;
+        }
+        for (int64_t start = 0; start < shape.whole; start += BLOCK) {
+            int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
+            Floats s = {0};
+            for (int64_t c = start; c < stop; c += LANES) {
+                Floats v = FOR_TARGET(load)(e + c) * factor[r], d = v - FOR_TARGET(load)(p + c);
+                FOR_TARGET(store)(e + c, v);
+                s += d * d;
+            }
+            sum += s;
+        }
+        if (shape.left) FOR_TARGET(store_tail)(e, tails[r], shape);
+        sums[r] = sum;
+    }
+    for (int64_t r = 0; r < rows; r++) squared[r] = FOR_TARGET(sum)(sums[r]);
 }
 
 /* Of modality m: ||p_m - consensus||^2 / 2 * max_c consensus_c, where the consensus of the
@@ -148,7 +338,7 @@ static double FOR_TARGET(contradiction)(const float *restrict probs, int64_t str
                 consensus += FOR_TARGET(load)(probs + k * stride + c) * share[k];
         Floats d = FOR_TARGET(load)(probs + m * stride + c) - consensus;
         sum += d * d;
-        highest = FOR_TARGET(choose)(consensus > highest, consensus, highest);
+        highest = FOR_TARGET(larger)(consensus, highest);
     }
     double found = FOR_TARGET(sum)(sum) / 2.0 * FOR_TARGET(largest)(highest);
     return found < 1.0 ? found : 1.0;
@@ -177,22 +367,40 @@ static inline Floats FOR_TARGET(gradient)(Floats x, float high, float low, float
 static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float factor,
                                      float smooth, const float *restrict weight, int64_t classes,
                                      float *restrict out) {
-    int64_t whole = classes / LANES * LANES;
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
     float high = (float)lse, low = (float)(lse - high);
     Floats even = (Floats){0} + smooth, g;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        if (weight) even = FOR_TARGET(load)(weight + c) * smooth;
-        g = FOR_TARGET(gradient)(FOR_TARGET(load)(x + c), high, low, factor, even);
-        memcpy(out + c, &g, sizeof g);
+    if (shape.left) { /* before the whole vectors, which cover a part of it */
+        if (weight) even = FOR_TARGET(load_tail)(weight, shape, 0.0f) * smooth;
+        g = FOR_TARGET(load_tail)(x, shape, high);
+        FOR_TARGET(store_tail)(out, FOR_TARGET(gradient)(g, high, low, factor, even), shape);
     }
-    int32_t left = (int32_t)(classes - whole);
-    if (weight) even = FOR_TARGET(load_end)(weight + whole, left, 0.0f) * smooth;
-    g = FOR_TARGET(load_end)(x + whole, left, high);
-    g = FOR_TARGET(gradient)(g, high, low, factor, even);
-    FOR_TARGET(store_end)(out + whole, g, left);
+    for (int64_t c = 0; c < shape.whole; c += LANES) {
+        if (weight) even = FOR_TARGET(load)(weight + c) * smooth;
+        g = FOR_TARGET(load)(x + c);
+        FOR_TARGET(store)(out + c, FOR_TARGET(gradient)(g, high, low, factor, even));
+    }
+}
+
+/* exp of values <= 0, in place */
+static void FOR_TARGET(exp_row)(float *x, int64_t count) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
+    Floats tail = {0};
+    if (shape.left) tail = FOR_TARGET(load_last)(x, shape);
+    for (int64_t c = 0; c < shape.whole; c += LANES)
+        FOR_TARGET(store)(x + c, FOR_TARGET(exp_nonpositive)(FOR_TARGET(load)(x + c)));
+    if (shape.left) FOR_TARGET(store_tail)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
 }
 
 static const RowKernels FOR_TARGET(kernels) = {
-    FOR_TARGET(softmax_row),  FOR_TARGET(scale_row),    FOR_TARGET(squared_distance),
-    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(contradiction),
+    FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
+    FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
+    FOR_TARGET(contradiction),
 };
+
+#undef NOWHERE
+#undef Floats
+#undef Ints
+#undef Half
+#undef Doubles
+#undef Longs

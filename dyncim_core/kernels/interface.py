@@ -15,9 +15,15 @@ __all__ = [
     "Gating",
     "Kernels",
     "Memory",
+    "Normaliser",
     "Settings",
     "Statistics",
 ]
+
+
+# What kernels save for their gradients, if anything: normalisers of the softmaxes, or gradients
+# made ahead, in a list that is emptied when they are handed out.
+Normaliser = Tensor | list[Tensor] | None
 
 
 class Criterion(NamedTuple):
@@ -38,7 +44,7 @@ class Statistics(NamedTuple):
 
     rows: Tensor
     prediction: Tensor
-    normaliser: Tensor | None
+    normaliser: Normaliser
 
 
 class Buffers(NamedTuple):
@@ -86,7 +92,7 @@ class Curriculum(NamedTuple):
 
     value: Tensor
     coefficient: Tensor
-    normaliser: Tensor | None
+    normaliser: Normaliser
 
 
 class Gate(NamedTuple):
@@ -135,7 +141,7 @@ class Kernels(Protocol):
         self,
         grad: Tensor,
         coefficient: Tensor | None,
-        normaliser: Tensor | None,
+        normaliser: Normaliser,
         logits: Sequence[Tensor],
         criterion: Criterion,
         guard: bool,

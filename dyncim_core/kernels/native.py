@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Normaliser,
     Settings,
     Statistics,
 )
@@ -29,6 +31,12 @@ __all__ = ["curriculum", "gate", "gradients", "statistics"]
 
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
+# Logits whose gradients are made with the curriculum, while a cache holds them.
+AHEAD = 2**22
+
+_address = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
+_requires_grad = attrgetter("requires_grad")
 
 
 def statistics(
@@ -46,30 +54,42 @@ def curriculum(
     memory: Memory | None,
     settings: Settings,
 ) -> Curriculum:
-    """Weigh the samples by what the state knows; then take the batch into the state."""
+    """Weigh the samples by what the state knows; then take the batch into the state.
+
+    On one thread the gradients are made ahead, for an incoming one of 1, from the exponentials
+    at hand.
+    """
     problem = _Problem(logits, present, criterion)
-    shape = len(logits), problem.batch
-    coefficient = torch.empty(shape)
-    value = torch.empty(problem.batch if settings.reduction == "none" else ())
+    heads, batch = len(logits), problem.batch
+    coefficient = torch.empty(heads, batch)
+    value = torch.empty(batch if settings.reduction == "none" else ())
+    rows_at = prediction_at = normaliser_at = 0
+    ahead: list[Tensor] | None = None
+    normaliser: Normaliser
     if _parts(problem) > 1:
         rows, prediction, normaliser = _statistics(problem)
-        statistics_at = rows.data_ptr(), prediction.data_ptr()
+        rows_at, prediction_at = rows.data_ptr(), prediction.data_ptr()
+    elif heads * batch * problem.classes <= AHEAD and all(map(_requires_grad, logits)):
+        normaliser = ahead = problem.empty()
     else:  # all in one call
-        normaliser = torch.empty(shape, dtype=torch.float64)
-        statistics_at = 0, 0
+        normaliser = torch.empty(heads, batch, dtype=torch.float64)
+        normaliser_at = normaliser.data_ptr()
     remembered = None
     if memory is not None:
         memory = memory._replace(rows=memory.rows.contiguous())
-        remembered = [len(memory.nll), *[x.data_ptr() for x in memory]]
+        remembered = [len(memory.nll), *map(_address, memory)]
     rejected = _native.curriculum(
-        *problem.of(0, problem.batch),
-        *statistics_at,
-        normaliser.data_ptr(),
-        [len(buffers.seen), *[x.data_ptr() for x in buffers]],
+        *problem.whole,
+        rows_at,
+        prediction_at,
+        normaliser_at,
+        buffers.seen.shape[0],
+        [*map(_address, buffers)],
         remembered,
         settings,
         coefficient.data_ptr(),
         value.data_ptr(),
+        None if ahead is None else [*map(_address, ahead)],
     )
     if rejected:
         raise _out_of_range(rejected, problem, memory)
@@ -79,29 +99,37 @@ def curriculum(
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Normaliser,
     logits: Sequence[Tensor],
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
     """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
-    assert normaliser is not None  # noqa: S101
-    problem = _Problem(logits, None, criterion)
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
+    if isinstance(normaliser, list) and normaliser:  # made ahead: hand them out, once
+        grads = normaliser.copy()
+        normaliser.clear()
+        at = [*map(_address, grads)]
+        batch, classes = grads[0].shape
+        _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
+        return grads
+    problem = _Problem(logits, None, criterion)
     coefficient = None if coefficient is None else coefficient.contiguous()
-    grads = [torch.empty(head.shape) for head in logits]
-    _in_parts(
-        _native.gradients,
-        problem,
+    grads = problem.empty()
+    arguments = (
         grad.data_ptr(),
         head_stride,
         sample_stride,
         0 if coefficient is None else coefficient.data_ptr(),
-        normaliser.data_ptr(),
+        normaliser.data_ptr() if isinstance(normaliser, Tensor) else 0,
         guard,
-        [x.data_ptr() for x in grads],
+        [*map(_address, grads)],
     )
+    if isinstance(normaliser, Tensor):
+        _in_parts(_native.gradients, problem, *arguments)
+    else:
+        _native.gradients(*problem.whole, *arguments)
     return grads
 
 
@@ -136,33 +164,52 @@ def gate(
 
 
 class _Problem:
-    """The arguments common to all calls; holds the tensors whose addresses they are."""
+    """The arguments common to all calls; holds the tensors whose addresses they are.
+
+    Attributes:
+        whole: As ``_native.c`` takes them, to work on all samples.
+    """
+
+    __slots__ = ("batch", "classes", "ignore_index", "logits", "others", "target", "whole")
 
     def __init__(
         self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion | None
     ) -> None:
-        target, weight, self.ignore_index, self.label_smoothing = criterion or (None, None, 0, 0.0)
-        self.logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
-        self.target = None if target is None else target.contiguous()
-        self.present = None if present is None else present.contiguous()
-        self.weight = None if weight is None else weight.to(torch.float32).contiguous()
-        self.batch, self.classes = logits[0].shape
-
-    def of(self, start: int, stop: int) -> tuple[Any, ...]:
-        """As ``_native.c`` takes them, to work on these samples."""
-        return (
-            [x.data_ptr() for x in self.logits],
-            [x.stride(0) for x in self.logits],
-            self.batch,
-            self.classes,
-            start,
-            stop,
-            0 if self.target is None else self.target.data_ptr(),
-            0 if self.present is None else self.present.data_ptr(),
-            0 if self.weight is None else self.weight.data_ptr(),
-            self.ignore_index,
-            self.label_smoothing,
+        target, weight, ignore_index, smoothing = criterion or (None, None, 0, 0.0)
+        self.batch, self.classes = batch, classes = logits[0].shape
+        strides = [classes] * len(logits)
+        if not all(map(_is_contiguous, logits)):
+            logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+            strides = [x.stride(0) for x in logits]
+        if target is not None:
+            target = target.contiguous()
+        if present is not None:
+            present = present.contiguous()
+        if weight is not None:
+            weight = weight.to(torch.float32).contiguous()
+        self.logits, self.target, self.others = logits, target, (present, weight)
+        self.ignore_index = ignore_index
+        self.whole = (
+            [*map(_address, logits)],
+            strides,
+            batch,
+            classes,
+            0,
+            batch,
+            0 if target is None else target.data_ptr(),
+            0 if present is None else present.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            ignore_index,
+            smoothing,
         )
+
+    def empty(self) -> list[Tensor]:
+        """Room for the gradients."""
+        return [torch.empty(self.batch, self.classes) for _ in self.logits]
+
+    def part(self, start: int, stop: int) -> tuple[Any, ...]:
+        """The same, to work on these samples."""
+        return (*self.whole[:4], start, stop, *self.whole[6:])
 
 
 def _statistics(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,10 +229,10 @@ def _in_parts(call: Callable[..., str | None], problem: _Problem, *arguments: An
     """The call, over parts of the batch side by side when there is work enough."""
     batch, parts = problem.batch, _parts(problem)
     if parts == 1:
-        return call(*problem.of(0, batch), *arguments)
+        return call(*problem.whole, *arguments)
     ends = [batch * k // parts for k in range(parts + 1)]
     calls = [
-        _pool(torch.get_num_threads()).submit(call, *problem.of(*span), *arguments)
+        _pool(torch.get_num_threads()).submit(call, *problem.part(*span), *arguments)
         for span in pairwise(ends)
     ]
     return next(filter(None, [part.result() for part in calls]), None)

@@ -26,6 +26,7 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Normaliser,
     Settings,
     Statistics,
 )
@@ -122,7 +123,7 @@ def curriculum(
 def gradients(
     grad: Tensor,
     coefficient: Tensor | None,
-    normaliser: Tensor | None,
+    normaliser: Normaliser,
     logits: Sequence[Tensor],
     criterion: Criterion,
     guard: bool,
