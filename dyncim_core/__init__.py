@@ -19,6 +19,7 @@ from dyncim_core.modality import (
     modality_coefficients,
     modality_weights,
     quality,
+    redundancy,
 )
 from dyncim_core.signals import (
     contradiction,
@@ -60,6 +61,7 @@ __all__ = [
     "prediction_deviation",
     "prediction_stability",
     "quality",
+    "redundancy",
     "relative_change",
     "reliability_gates",
     "sample_weights",

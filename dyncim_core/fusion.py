@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Gate
+from dyncim_core.kernels.interface import Disturbance, Gate
+from dyncim_core.modality import augmentation_rates, redundancy
 from dyncim_core.state import CurriculumState
 
 __all__ = ["FusionOutput", "GatedFusion"]
@@ -37,13 +38,13 @@ class FusionOutput(NamedTuple):
 class GatedFusion(nn.Module):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
-    The gate of a modality falls with how much the others, as far as they are sure,
-    contradict its own prediction, so that it works without labels. Features are scaled
-    by their gate over the largest gate of the sample, so that equal gates give plain
-    concatenation. In training, some modalities of some samples are dropped or swapped
-    with another sample's: at most one modality of a sample, and the more quality it has,
-    the less often. The paper (arXiv 2503.06456) names a gating-based dynamic fusion; this
-    one is a definition chosen here.
+    The gate of a modality falls with how much the others, two at least and as far as they
+    are sure, contradict its own prediction, so that it works without labels. Features are
+    scaled by their gate over the largest gate of the sample, so that equal gates give plain
+    concatenation. In training, some modalities of some samples are dropped or swapped with
+    another sample's: at most one modality of a sample, the less often the more quality it
+    has, and the less often the further fusion is ahead of its modalities. The paper (arXiv
+    2503.06456) names a gating-based dynamic fusion; this one is a definition chosen here.
 
     It has no parameters, and predictions enter the gate detached: the encoders are not
     trained to look reliable.
@@ -51,15 +52,16 @@ class GatedFusion(nn.Module):
     Args:
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose qualities weigh the modalities in their
-            consensus and set the rates of swap and dropout; the last ones seen in training
-            are kept in ``quality`` for inference. All alike when ``None``.
+            consensus and, with its HMIR, set the rates of swap and dropout; the last
+            qualities seen in training are kept in ``quality`` for inference. All
+            modalities count alike, and disturbances in full, when ``None``.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; 0 for plain
             concatenation.
         threshold: Share under which a gate is cut as redundant, in [0, 1 / M).
         swap: Share of the samples of a training batch, in [0, 1], that take one modality,
-            picked at random, from another sample; less as far as the picked one has
-            more quality than the weakest. Worth 0.1 where inputs do get mixed up, at
-            some cost on clean ones.
+            picked at random, from another sample, at full ``redundancy``; less as far as
+            the picked one has more quality than the weakest. Worth 0.1 where inputs do get
+            mixed up, at some cost on clean ones.
         dropout: Share that misses one modality, likewise; ``swap + dropout <= 1``.
         backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
             the tensors when ``None``.
@@ -79,10 +81,11 @@ class GatedFusion(nn.Module):
         >>> features = {"audio": torch.ones(4, 3), "image": torch.ones(4, 2)}
         >>> fusion(features).fused.shape
         torch.Size([4, 5])
-        >>> sure, unsure = torch.tensor([[9.0, 0.0]] * 4), torch.tensor([[0.0, 1.0]] * 4)
-        >>> gates = fusion(features, unimodal={"audio": sure, "image": unsure}).gates
+        >>> fusion = GatedFusion([3, 3, 3]).eval()
+        >>> yes, no = torch.tensor([[9.0, 0.0]] * 4), torch.tensor([[0.0, 9.0]] * 4)
+        >>> gates = fusion([torch.ones(4, 3)] * 3, unimodal=[yes, yes, no]).gates
         >>> [round(gate, 2) for gate in gates[0].tolist()]
-        [0.55, 0.45]
+        [0.5, 0.5, 0.0]
     """
 
     quality: Tensor
@@ -92,10 +95,10 @@ class GatedFusion(nn.Module):
         features: Mapping[str, int] | Sequence[int],
         *,
         state: CurriculumState | None = None,
-        disagreement_slope: float = 1.5,
+        disagreement_slope: float = 3.0,
         threshold: float = 0.05,
         swap: float = 0.0,
-        dropout: float = 0.05,
+        dropout: float = 0.5,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -158,11 +161,11 @@ class GatedFusion(nn.Module):
             _checks.check_unimodal(logits, self.modalities, batch, device)
         _checks.check_present(present, (batch, len(streams)), device)
         available = None if present is None else present.t()
-        chance = None
+        disturbance = None
         if self.training:
-            self._recall_quality()
+            rates = self._recall()
             if self.swap or self.dropout:
-                chance = torch.rand((3, batch), device=device)
+                disturbance = Disturbance(torch.rand((3, batch), device=device), rates)
 
         evidence = logits
         if evidence is None:  # all agree
@@ -171,7 +174,7 @@ class GatedFusion(nn.Module):
             evidence,
             self.quality.float(),
             available,
-            chance,
+            disturbance,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
         if present is None:
@@ -184,11 +187,15 @@ class GatedFusion(nn.Module):
         return FusionOutput(fused, gates.t(), consensus)
 
     @torch.no_grad()
-    def _recall_quality(self) -> None:
+    def _recall(self) -> Tensor:
+        """Take up the qualities that the state has by now; how often to disturb each modality."""
         (state,) = self._state
-        if state is not None:
-            _checks.check_device("state", state.quality, self.quality.device)
-            self.quality.copy_(state.quality[1:])
+        if state is None:
+            return augmentation_rates(self.quality.float())
+        _checks.check_device("state", state.quality, self.quality.device)
+        self.quality.copy_(state.quality[1:])
+        share = redundancy(state.log_quality, state.quality[0])
+        return share * augmentation_rates(state.quality[1:])
 
     @override
     def extra_repr(self) -> str:

@@ -23,7 +23,8 @@ def disagreement(
     """How much the others, as far as they are sure of something, contradict each modality.
 
     The consensus of modality m is the mean prediction of the other present modalities,
-    each weighted by its quality. Half the squared Euclidean distance from it, so that the
+    each weighted by its quality; it takes two, since of two modalities that contradict
+    each other nothing tells which is wrong. Half the squared Euclidean distance from it, so that the
     small differences between reliable modalities count for little, times the probability
     of its likeliest class: a consensus that is unsure contradicts nobody. Definition
     chosen here.
@@ -34,7 +35,7 @@ def disagreement(
         present: Bool ``[M, B]``; all when ``None``.
 
     Returns:
-        ``[M, B]`` in [0, 1]; 0 where the modality or every other one is absent.
+        ``[M, B]`` in [0, 1]; 0 where the modality is absent, or all others but one.
 
     Example:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
@@ -49,7 +50,7 @@ def disagreement(
         present, quality.to(probs.dtype).clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0
     )
     weighted = weight.unsqueeze(-1) * torch.where(present.unsqueeze(-1), probs, 0.0)
-    comparable = present & (present.sum(dim=0) > 1)
+    comparable = present & (present.sum(dim=0) > 2)
     weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
     consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
     squared = (probs - consensus).square().sum(dim=-1) / 2.0

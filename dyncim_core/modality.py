@@ -27,6 +27,7 @@ __all__ = [
     "modality_coefficients",
     "modality_weights",
     "quality",
+    "redundancy",
 ]
 
 
@@ -198,6 +199,30 @@ def quality(log_quality: Tensor, num_classes: int) -> Tensor:
         return torch.zeros_like(log_quality)
     certain = log_quality.new_ones(())
     return certain.add(log_quality, alpha=per_log_classes(num_classes)).clamp(0.0, 1.0)
+
+
+def redundancy(log_quality: Tensor, fused_quality: Tensor) -> Tensor:
+    """Share of what fusion has learnt that its modalities know on their own.
+
+    ``quality_0 / (1 + HMIR)``: 0 before anything is learnt, small while fusion is far ahead
+    of all its modalities, towards 1 as it improves on some modality by nothing. Definition
+    chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first; any real values.
+        fused_quality: ``[...]`` in [0, 1], what the fusion has learnt, see ``quality``.
+
+    Returns:
+        ``[...]`` in [0, 1].
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> redundancy(torch.tensor([0.8, 0.4, 0.4]).log(), torch.tensor(0.9))
+        tensor(0.4500)
+    """
+    return fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality))
 
 
 def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "prediction_stability",
     "quality",
     "relative_change",
+    "redundancy",
     "reliability_gates",
     "sample_weights",
     "surprise",
@@ -202,7 +203,7 @@ def surprise(
 ) -> Array:
     """Deviation beyond what the model's own uncertainty predicts.
 
-    ``mean_h max(0, nll_h - H_h) / log C``: the nll that a head expects is its entropy,
+    ``(1 - 1 / C) * mean_h max(0, nll_h - H_h)``: the nll that a head expects is its entropy,
     ``E_{c ~ p}[-log p_c] = H(p)``. Definition chosen here.
 
     Args:
@@ -216,10 +217,10 @@ def surprise(
 
     Example:
         >>> surprise([[3 * np.log(2.0)]], [[np.log(2.0)]], num_classes=2).round(4).tolist()
-        [2.0]
+        [0.6931]
     """
     excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
-    return _in_log_classes(_mean_over_heads(np.maximum(excess, 0.0), present), num_classes)
+    return (1.0 - 1.0 / num_classes) * _mean_over_heads(np.maximum(excess, 0.0), present)
 
 
 def relative_change(current: ArrayLike, previous: ArrayLike, eps: float = 1e-3) -> Array:
@@ -283,30 +284,32 @@ def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
 
 
 def contradiction(
-    prediction: ArrayLike, label: ArrayLike, present: ArrayLike | None = None
-) -> Mask:
-    """Whether all heads of a sample, two at least, predict one class that is not its label.
+    prediction: ArrayLike, target: ArrayLike, present: ArrayLike | None = None
+) -> Array:
+    """How far all heads of a sample, two at least, contradict its target together.
 
+    ``max_c t_c - t_k`` where all predict class k, else 0; t is one-hot for a class.
     Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
-        label: Int ``[B]``.
+        target: Int ``[B]``, or class probabilities, ``[B, C]``.
         present: Bool ``[H, B]``.
 
     Returns:
-        Bool ``[B]``.
+        ``[B]`` in [0, 1].
 
     Example:
         >>> contradiction([[1, 1, 0], [1, 2, 0]], [0, 0, 0]).tolist()
-        [True, False, False]
+        [1.0, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
-    result = np.zeros(classes.shape[1], dtype=np.bool_)
-    for i, y in enumerate(np.asarray(label)):
+    result = np.zeros(classes.shape[1])
+    for i, t in enumerate(np.asarray(target)):
         votes = classes[mask[:, i], i]
-        result[i] = len(votes) > 1 and len(set(votes)) == 1 and votes[0] != y
+        if len(votes) > 1 and len(set(votes)) == 1:
+            result[i] = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
     return result
 
 
@@ -537,6 +540,25 @@ def quality(log_quality: ArrayLike, num_classes: int) -> Array:
     return np.clip(1.0 + _in_log_classes(log_q, num_classes), 0.0, 1.0)
 
 
+def redundancy(log_quality: ArrayLike, fused_quality: ArrayLike) -> Array:
+    """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)``.
+
+    Definition chosen here.
+
+    Args:
+        log_quality: ``[..., M + 1]``, fused head first.
+        fused_quality: ``[...]`` in [0, 1].
+
+    Returns:
+        ``[...]`` in [0, 1].
+
+    Example:
+        >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(4).tolist()
+        0.45
+    """
+    return np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality))
+
+
 def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
     """How often to swap or drop each modality, ``(min_k q_k + eps) / (q_m + eps)``.
 
@@ -570,7 +592,7 @@ def disagreement(
     """How much the others, as far as they are sure of something, contradict each modality.
 
     ``max_c c_m[c] * ||p_m - c_m||_2^2 / 2`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over
-    the present ``k != m``. Definition chosen here.
+    the present ``k != m``, of which it takes two. Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
@@ -578,7 +600,7 @@ def disagreement(
         present: Bool ``[M, B]``.
 
     Returns:
-        ``[M, B]`` in [0, 1]; 0 where the modality or every other one is absent.
+        ``[M, B]`` in [0, 1]; 0 where the modality is absent, or all others but one.
 
     Example:
         >>> disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]]).round(4).tolist()
@@ -594,7 +616,7 @@ def disagreement(
     result = np.zeros((modalities, batch))
     for m in range(modalities):
         others = [k for k in range(modalities) if k != m]
-        comparable = mask[m] & mask[others].any(axis=0)
+        comparable = mask[m] & (mask[others].sum(axis=0) > 1)
         total = np.where(comparable, weight[others].sum(axis=0), 1.0)
         consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
         squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncim_core._units import per_log_classes
+from dyncim_core._units import error_of_guessing, per_log_classes
 
 __all__ = [
     "SIGNALS",
@@ -106,6 +106,10 @@ def surprise(
     ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
     the target, as they do when the target is wrong. Definition chosen here.
 
+    Weights ``exp(-s * excess)`` with s > 1 let a constant prediction feed on itself, which
+    the fewer classes share the rest, the less is learnt to stop: hence the factor
+    ``1 - 1 / C``, under which a strength of 2 is s = 1 with two classes.
+
     Args:
         nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
         entropy: Entropy of every head, ``[M + 1, B]``, in nats.
@@ -113,16 +117,16 @@ def surprise(
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[B]``, >= 0, in units of ``log C``; 0 when C = 1.
+        ``[B]``, >= 0, in nats times ``1 - 1 / C``; 0 when C = 1.
 
     Example:
         >>> p = torch.tensor([0.9, 0.1])
         >>> entropy = torch.special.entr(p).sum().expand(1, 2)
         >>> surprise(-p.log().unsqueeze(0), entropy, num_classes=2)
-        tensor([0.0000, 2.8529])
+        tensor([0.0000, 0.9888])
     """
     excess = (nll - entropy).clamp_min(0.0)
-    return _mean_over_heads(excess, present) * per_log_classes(num_classes)
+    return _mean_over_heads(excess, present) * error_of_guessing(num_classes)
 
 
 def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:
@@ -179,35 +183,36 @@ def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
     return (signal_weights.unsqueeze(1) * signals).sum(dim=0)
 
 
-def contradiction(prediction: Tensor, label: Tensor, present: Tensor | None = None) -> Tensor:
-    """Whether every head of a sample predicts the same class, and not its label.
+def contradiction(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+    """How far all heads of a sample together contradict its target.
+
+    1 where every head predicts the same class, and not the target's, else 0. A target of
+    class probabilities, which may be unsure itself, is contradicted by as much as it
+    prefers its likeliest class to the predicted one.
 
     A hard sample confuses some heads, in different ways; a wrong label has all of them
     agree on another class. The share of such samples is what the run itself shows of
-    label noise. One head alone agrees with nobody: false for a sample without any
-    modality. Definition chosen here.
+    label noise. One head alone agrees with nobody: 0 for a sample without any modality.
+    Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
-        label: Class of each sample, int64 ``[B]``.
+        target: Class of each sample, int64 ``[B]``, or class probabilities, ``[B, C]``.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        Bool ``[B]``.
+        ``[B]`` in [0, 1]; bool for classes.
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 2, 0]])
         >>> contradiction(prediction, torch.tensor([0, 0, 0]))
         tensor([ True, False, False])
     """
-    fused, others = prediction[0], prediction[1:]
-    if not len(others):
-        return torch.zeros_like(fused, dtype=torch.bool)
-    agree = others == fused
-    if present is None:
-        return agree.all(dim=0) & (fused != label)
-    agree = (agree | ~present[1:]).all(dim=0)
-    return agree & present[1:].any(dim=0) & (fused != label)
+    agree = _agreement(prediction, present)
+    if not target.is_floating_point():
+        return agree & (prediction[0] != target)
+    given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
+    return torch.where(agree, target.amax(dim=1) - given, 0.0)
 
 
 def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:
@@ -269,6 +274,16 @@ def sample_weights(
     lowest = torch.finfo(exponent.dtype).min
     weights = count * torch.where(valid, exponent, lowest).softmax(dim=0)
     return torch.where(valid, weights, 1.0)
+
+
+def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
+    fused, others = prediction[0], prediction[1:]
+    if not len(others):
+        return torch.zeros_like(fused, dtype=torch.bool)
+    agree = others == fused
+    if present is None:
+        return agree.all(dim=0)
+    return (agree | ~present[1:]).all(dim=0) & present[1:].any(dim=0)
 
 
 def _mean_over_heads(values: Tensor, present: Tensor | None) -> Tensor:

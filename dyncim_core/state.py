@@ -16,6 +16,7 @@ from dyncim_core.modality import (
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     modality_weights,
+    redundancy,
 )
 from dyncim_core.signals import SIGNALS, volatility_weights
 
@@ -210,7 +211,7 @@ class CurriculumState(nn.Module):
             Floats by name: ``step``, ``nonfinite``, ``label_noise``, ``effective_share``,
             ``quality/fused``, and for each signal ``signal/NAME`` and
             ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
-            ``balance_factor``, and for each ``quality/NAME`` and
+            ``balance_factor``, ``redundancy``, and for each ``quality/NAME`` and
             ``modality_weight/NAME``.
 
         Example:
@@ -233,6 +234,7 @@ class CurriculumState(nn.Module):
             values["gmr"] = geometric_mean_ratio(self.log_quality)
             values["hmir"] = harmonic_mean_improvement_rate(self.log_quality)
             values["balance_factor"] = balance_factor(self.log_quality)
+            values["redundancy"] = redundancy(self.log_quality, self.quality[0])
             alpha = modality_weights(self.log_quality)
             for m, name in enumerate(self.modalities):
                 values[f"modality_weight/{name}"] = alpha[m]

@@ -9,7 +9,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, redundancy
 from dyncim_core import reference as ref
 
 NAMES = ["audio", "image", "text"]
@@ -47,7 +47,7 @@ def test_gates_are_those_of_the_reference() -> None:
     probs = torch.stack(rows).softmax(dim=-1).numpy()
     mask = present.t().numpy()
     apart = ref.disagreement(probs, [0.5, 0.9, 0.05], mask)
-    expected = ref.reliability_gates(-1.5 * apart, mask, 0.1)
+    expected = ref.reliability_gates(-3.0 * apart, mask, 0.1)
     assert_allclose(gates.detach(), expected.T, rtol=1e-4, atol=1e-6)
     largest = gates.amax(dim=1, keepdim=True).clamp_min(1e-30)
     scale = (gates / largest).split(1, dim=1)
@@ -98,7 +98,8 @@ def test_the_odd_one_out_is_cut() -> None:
     fused, gates, _ = fusion(features, unimodal=logits)
     assert_allclose(gates[0].detach(), [0.5, 0.5, 0.0], atol=1e-3)
     assert fused[0, -2:].tolist() == [0.0, 0.0]
-    assert still(threshold=0.0)(features, unimodal=logits).gates[0, 2] > 0.05
+    loose = still(threshold=0.0, disagreement_slope=1.5)(features, unimodal=logits)
+    assert loose.gates[0, 2] > 0.05
     assert_allclose(still(disagreement_slope=0.0)(features, unimodal=logits).gates, 1 / 3)
 
 
@@ -170,9 +171,22 @@ def test_dropout_drops_one_modality() -> None:
 def test_the_better_modality_is_disturbed_less() -> None:
     state = CurriculumState(2)
     state.quality.copy_(torch.tensor([0.9, 0.8, 0.2]))
+    state.log_quality.copy_(torch.tensor([-0.2, -0.2, -1.0]))  # fusion adds nothing to the first
     fusion = GatedFusion([1, 1], state=state, swap=0.0, dropout=0.8)
     dropped = rows_of(fusion)[1] == 0
-    assert_allclose(dropped.double().mean(dim=0), [0.4 * 0.25, 0.4], atol=0.02)
+    share = 0.9 / 1.002
+    assert_allclose(dropped.double().mean(dim=0), [0.4 * 0.25 * share, 0.4 * share], atol=0.02)
+
+
+@pytest.mark.parametrize(("ahead", "learnt"), [(0.0, 0.9), (1.0, 0.9), (0.0, 0.1), (0.0, 0.0)])
+def test_what_only_fusion_knows_is_not_dropped(ahead: float, learnt: float) -> None:
+    state = CurriculumState(2)
+    state.quality.fill_(learnt)
+    state.log_quality.copy_(torch.tensor([-0.2, -0.2 - ahead, -0.2 - ahead]))
+    dropped = rows_of(GatedFusion([1, 1], state=state, dropout=0.8))[1] == 0
+    expected = 0.8 * learnt / math.exp(ahead)
+    assert_allclose(dropped.any(dim=1).double().mean(), expected, atol=0.02)
+    assert_allclose(redundancy(state.log_quality, state.quality[0]), expected / 0.8, rtol=2e-3)
 
 
 def test_the_only_modality_is_never_disturbed() -> None:

@@ -168,11 +168,20 @@ def test_no_quality_is_any_uniform_quality(case: Panel, level: float) -> None:
     assert_allclose(measured(case._replace(quality=None)), uniform, rtol=1e-9, atol=1e-12)
 
 
-@given(st.integers(2, 6).flatmap(lambda c: probabilities(2, 3, c)), arrays(2, reals(0, 1)))
-def test_two_modalities_hear_each_other_at_any_quality(probs: Array, quality: Array) -> None:
-    squared = np.square(probs[0] - probs[1]).sum(axis=-1) / 2
-    for apart, other in zip(measured(Panel(probs, quality, None)), probs[::-1], strict=True):
-        assert_allclose(apart, squared * other.max(axis=-1), rtol=1e-9, atol=1e-12)
+@given(st.integers(2, 6).flatmap(lambda c: probabilities(3, 3, c)), arrays(3, reals(0, 1)))
+def test_two_modalities_outvote_nobody(probs: Array, quality: Array) -> None:
+    assert not measured(Panel(probs[:2], quality[:2], None)).any()
+    present = np.ones((3, 3), dtype=bool)
+    present[1] = False
+    assert not measured(Panel(probs, quality, present)).any()
+
+
+@given(st.integers(2, 6).flatmap(lambda c: probabilities(2, 3, c)), arrays(3, reals(0, 1)))
+def test_two_that_agree_are_a_consensus_at_any_quality(probs: Array, quality: Array) -> None:
+    both, odd = probs
+    apart = measured(Panel(np.stack([both, both, odd]), quality, None))
+    squared = np.square(both - odd).sum(axis=-1) / 2
+    assert_allclose(apart[2], squared * both.max(axis=-1), rtol=1e-9, atol=1e-12)
 
 
 def test_the_better_modality_carries_the_consensus() -> None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Settings
+from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Settings
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -169,11 +169,12 @@ def test_native_gates_are_those_of_eager(
 
     logits, present = problem["logits"], problem["present"]
     generator = torch.Generator().manual_seed(0)
-    chance = torch.rand(3, len(logits[0]), generator=generator) if disturbed else None
+    chance = torch.rand(3, len(logits[0]), generator=generator)
     quality = torch.linspace(0.0, 0.9, len(logits))
+    disturbance = Disturbance(chance, 1.0 - quality) if disturbed else None
     settings = Gate(slope, 0.05, swap, dropout)
     actual, expected = (
-        backend.gate(logits, quality, present, chance, settings) for backend in (native, eager)
+        backend.gate(logits, quality, present, disturbance, settings) for backend in (native, eager)
     )
     for ours, theirs in zip(actual[2:], expected[2:], strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)

@@ -121,7 +121,7 @@ def by_hand(
     weights = ref.sample_weights(
         ref.surprise(heads.nll, heads.entropy, CLASSES),
         ref.difficulty(signals, ref.volatility_weights(state.volatility)),
-        surprise_strength=4.0 * float(ref.noise_pressure(noise)),
+        surprise_strength=2.0 * float(ref.noise_pressure(noise)),
         pacing_strength=0.2 * (1.0 - float(state.quality[0])),
     )
     mean = -(weights * heads.nll).sum(axis=1) / weights.sum()

@@ -24,6 +24,7 @@ from dyncim_core.modality import (
     modality_coefficients,
     modality_weights,
     quality,
+    redundancy,
 )
 
 SCALARS = [geometric_mean_ratio, harmonic_mean_improvement_rate, balance_factor]
@@ -360,6 +361,29 @@ def test_quality_grows_from_chance_to_certainty(values: Array, classes: int, ste
 @given(arrays((2, 3), reals(-8, 2)))
 def test_one_class_teaches_nothing(values: Array) -> None:
     assert torch.equal(quality(to_torch(values), 1), torch.zeros(2, 3, dtype=torch.float64))
+
+
+@given(log_quality(), st.data())
+def test_redundancy_is_the_share_of_what_is_learnt_that_needs_no_fusion(
+    values: Array, data: st.DataObject
+) -> None:
+    learnt = data.draw(arrays(values.shape[:-1], reals(0, 1)))
+    share = redundancy(to_torch(values), to_torch(learnt))
+    assert_allclose(share, ref.redundancy(values, learnt), rtol=1e-12, atol=1e-300)
+    assert (share >= 0).all()
+    assert (share <= to_torch(learnt)).all()
+    assert not redundancy(to_torch(values), to_torch(0.0 * learnt)).any()
+    values[..., 1:] = values[..., :1]  # fusion adds nothing
+    full = redundancy(to_torch(values), to_torch(learnt))
+    assert_allclose(full, learnt / (1.0 + EPS), rtol=1e-12, atol=1e-300)
+
+
+@given(gains(), reals(0.125, 2))
+def test_redundancy_falls_as_the_fusion_gets_ahead(values: Array, step: float) -> None:
+    ahead = values.copy()
+    ahead[0] += step
+    before, after = (redundancy(to_torch(x), torch.tensor(0.5).double()) for x in (values, ahead))
+    assert after < before
 
 
 @given(st.integers(1, 8).flatmap(lambda m: arrays(m, reals(0, 1))))

@@ -139,11 +139,13 @@ def test_prediction_stability() -> None:
 
 
 def test_surprise() -> None:
-    # Excess over two heads: (3 - 1) log 2 and 0, floored; log C = 2 log 2.
+    # Excess over two heads: (3 - 1) log 2 and 0, floored; a guess among 4 is wrong in 3/4.
     nll, entropy = [[3 * LN2], [0.0]], [[LN2], [LN2]]
-    assert_allclose(ref.surprise(nll, entropy, 4), [0.5], rtol=1e-14)
+    assert_allclose(ref.surprise(nll, entropy, 4), [0.75 * LN2], rtol=1e-14)
     assert_allclose(
-        ref.surprise([[3 * LN2], [NAN]], [[LN2], [NAN]], 4, [[True], [False]]), [1.0], rtol=1e-14
+        ref.surprise([[3 * LN2], [NAN]], [[LN2], [NAN]], 4, [[True], [False]]),
+        [1.5 * LN2],
+        rtol=1e-14,
     )
     assert ref.surprise([[1.0]], [[0.0]], 1).tolist() == [0.0]
 
@@ -173,6 +175,10 @@ def test_contradiction() -> None:
     assert ref.contradiction(prediction, [0, 0, 0, 0, 0], present).tolist() == expected
     assert ref.contradiction([[1], [1]], [1]).tolist() == [False]
     assert ref.contradiction([[1]], [0]).tolist() == [False]
+    # Probabilities: by 0.6 - 0.3, by nothing, by nobody, who disagree.
+    unsure = [[0.6, 0.3, 0.1]] * 3
+    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], unsure)
+    assert_allclose(found, [0.3, 0.0, 0.0], rtol=1e-14)
 
 
 def test_noise_pressure() -> None:
@@ -292,11 +298,11 @@ def test_disagreement() -> None:
     sure = [7 / 8, 3 / 4, 3 / 4]
     expected = [[0.765625 * sure[0]], [0.5625 * sure[1]], [0.0625 * sure[2]]]
     assert_allclose(out, expected, rtol=1e-14)
-    # A second sample without the last modality, a third with the first alone.
+    # A second sample without the last modality, a third with the first alone: no consensus.
     probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
     present = [[True, True, True], [True, True, False], [True, False, False]]
     out = ref.disagreement(probs, [1.0, 3.0, 1.0], present)
-    expected = [[*expected[0], 1.0, 0.0], [*expected[1], 1.0, 0.0], [*expected[2], 0.0, 0.0]]
+    expected = [[*row, 0.0, 0.0] for row in expected]
     assert_allclose(out, expected, rtol=1e-14)
 
 

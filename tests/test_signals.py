@@ -184,7 +184,19 @@ def test_surprise_is_zero_up_to_the_expected_nll_and_grows_beyond(
     below = surprise(to_torch(entropy - excess), to_torch(entropy), 4)
     assert (below == 0).all()
     above = surprise(to_torch(entropy + excess), to_torch(entropy), 4)
-    assert_allclose(above, excess.mean(axis=0) / math.log(4), rtol=1e-12, atol=1e-12)
+    assert_allclose(above, 0.75 * excess.mean(axis=0), rtol=1e-12, atol=1e-12)
+
+
+@given(st.floats(0.501, 0.999), st.sampled_from([1.0, 2.0]))
+def test_a_constant_prediction_of_two_classes_does_not_feed_on_itself(p: float, rho: float) -> None:
+    """However sure it is of one of two balanced classes, the weighted gradient draws it back."""
+    probs = torch.tensor([p, 1.0 - p]).double()
+    nll, entropy = -probs.log().expand(2, -1), torch.special.entr(probs).sum().expand(2, 2)
+    weights = sample_weights(
+        surprise(nll, entropy, 2), torch.zeros(2), surprise_strength=rho, pacing_strength=0.0
+    )
+    push = weights[0] * (1.0 - p) - weights[1] * p
+    assert push <= 1e-12
 
 
 @given(statistics())
@@ -362,26 +374,34 @@ def test_without_strength_all_weigh_one(surprised: Array, hard: Array) -> None:
     assert weights.tolist() == [1.0] * 5
 
 
-@given(
-    st.integers(1, 5).flatmap(
-        lambda h: st.tuples(
-            arrays((h, 4), st.integers(0, 2)),
-            arrays(4, st.integers(0, 2)),
-            arrays((h, 4), st.booleans()) | st.none(),
-        )
-    )
-)
-def test_contradiction_agrees_with_the_reference(case: tuple[Array, Array, Array | None]) -> None:
-    prediction, label = (x.astype(np.int64) for x in case[:2])
-    present = None if case[2] is None else case[2].astype(bool)
+@st.composite
+def votes(draw: st.DrawFn) -> tuple[Array, Array, Array | None]:
+    """Predictions, labels and which heads are present."""
+    heads = draw(st.integers(1, 5))
+    prediction, label = (draw(arrays(n, st.integers(0, 2))) for n in ((heads, 4), 4))
+    present = draw(arrays((heads, 4), st.booleans()) | st.none())
     if present is not None:
+        present = present.astype(bool)
         present[0] = True
-    actual = contradiction(
-        torch.from_numpy(prediction),
-        torch.from_numpy(label),
-        None if present is None else torch.from_numpy(present),
-    )
-    assert actual.tolist() == ref.contradiction(prediction, label, present).tolist()
+    return prediction.astype(np.int64), label.astype(np.int64), present
+
+
+@given(votes(), arrays((4, 3), reals(0, 1)))
+def test_contradiction_agrees_with_the_reference(
+    case: tuple[Array, Array, Array | None], likely: Array
+) -> None:
+    prediction, label, present = case
+    certain, unsure = np.eye(3)[label], likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
+    for target in (label, certain, unsure):
+        actual = contradiction(
+            torch.from_numpy(prediction),
+            torch.from_numpy(target),
+            None if present is None else torch.from_numpy(present),
+        )
+        expected = ref.contradiction(prediction, target, present)
+        assert_allclose(actual.double(), expected, rtol=1e-12, atol=1e-15)
+        if target is not unsure:  # a class is one-hot
+            assert actual.tolist() == ref.contradiction(prediction, label, present).tolist()
 
 
 @given(arrays((4, 3), st.integers(0, 2)), arrays((3, 3), st.booleans()), st.randoms())

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Settings
+from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Settings
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -356,12 +356,15 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         c.present[:, 5:7] = False
         c.present[0, 6] = True
         c.logits[0][6] = math.nan
-    chance = None
+    quality = torch.linspace(0.0, 0.9, len(c.logits), device=DEVICE)
+    disturbance = None
     if swap or dropout:
         chance = torch.rand(3, 21, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    quality = torch.linspace(0.0, 0.9, len(c.logits), device=DEVICE)
+        disturbance = Disturbance(chance, 1.0 - quality)
     settings = Gate(3.0, 0.2, swap, dropout)
-    ours, theirs = (b.gate(c.logits, quality, c.present, chance, settings) for b in (kernel, eager))
+    ours, theirs = (
+        b.gate(c.logits, quality, c.present, disturbance, settings) for b in (kernel, eager)
+    )
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
     close(ours.gates, theirs.gates)
@@ -430,7 +433,7 @@ JITFunction.run = compile_only
 
 from dyncim_core import CurriculumState
 from dyncim_core.kernels import triton as kernel
-from dyncim_core.kernels.interface import Criterion, Gate, Settings
+from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Settings
 
 target, present = torch.zeros(4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
 logits = [torch.zeros(4, 40), torch.zeros(4, 40).bfloat16(), torch.zeros(4, 40).half()]
@@ -445,7 +448,8 @@ for criterion, mask, memory, known, chance in (
     joint = kernel.curriculum(logits, mask, criterion, state.averages(), memory, settings)
     args = torch.ones(()), joint.coefficient, joint.normaliser, logits, criterion
     kernel.gradients(*args, mask is not None)
-    kernel.gate(logits, torch.ones(3), mask, chance, Gate(1.5, 0.05, 0.1, 0.1))
+    luck = None if chance is None else Disturbance(chance, torch.ones(3))
+    kernel.gate(logits, torch.ones(3), mask, luck, Gate(1.5, 0.05, 0.1, 0.1))
 assert len(compiled) == 8 and all("cubin" in kernel.asm for kernel in compiled)
 """
 

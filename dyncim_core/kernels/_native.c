@@ -353,7 +353,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int k = 0; k < SIGNALS; k++)
         share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
     double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
-    double rho = o->surprise_strength * clamp(noise / 0.15, 0.0, 1.0);
+    double rho = o->surprise_strength * (1.0 - 1.0 / (double)p->classes) *
+                 clamp(noise / 0.15, 0.0, 1.0);
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample. */
@@ -395,7 +396,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         }
         count++;
         contradicted += present > 1 && agreeing == present && found->prediction[here] != y;
-        exponent[i] = (float)(-rho * excess / (double)present * per_log);
+        exponent[i] = (float)(-rho * excess / (double)present);
         difficulty[i] = (float)hard;
         mean_difficulty += hard;
     }
@@ -501,9 +502,10 @@ typedef struct {
     double slope, threshold, swap, dropout;
 } Gate;
 
-/* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
+/* Uniform numbers in [0, 1), [3, B], or NULL, and how often each modality is hit, [M]; where
+ * modality m of sample i comes from. */
 typedef struct {
-    const float *chance, *quality;
+    const float *chance, *rates;
     uint8_t *available; /* [M, B] */
     int64_t *source;    /* [M, B] or NULL */
 } Disturbance;
@@ -517,31 +519,31 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64
     }
     int64_t m = (int64_t)(d->chance[i] * (float)M);
     if (count < 2 || m >= M) return;
-    double least = d->quality[0];
-    for (int64_t k = 1; k < M; k++) least = d->quality[k] < least ? d->quality[k] : least;
-    double rate = (least + 1e-3) / (d->quality[m] + 1e-3), event = d->chance[B + i];
+    double rate = d->rates[m], event = d->chance[B + i];
     int64_t other = (i + 1 + (int64_t)(d->chance[2 * B + i] * (float)(B - 1))) % B;
     int here = d->available[m * B + i], there = p->present ? p->present[m * B + other] : 1;
     if (d->source && event < o->swap * rate && here && there) d->source[m * B + i] = other;
     if (event >= 1.0 - o->dropout * rate) d->available[m * B + i] = 0;
 }
 
-static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *gates,
-                float *scale) {
+/* Two modalities that contradict each other outvote nobody: the gate takes three. */
+static int gate(const Problem *p, const Gate *o, const Disturbance *d, const float *quality,
+                float *gates, float *scale) {
     int64_t M = p->heads, B = p->batch, padded = (p->classes + PADDING - 1) / PADDING * PADDING;
     float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
     for (int64_t i = p->start; i < p->stop; i++) {
         if (d->chance) disturb(p, o, d, i);
         const uint8_t *available = d->chance ? d->available : p->present;
-        double weight[MAX_HEADS], all = 0.0;
+        double weight[MAX_HEADS];
         int64_t count = 0;
         for (int64_t m = 0; m < M; m++) {
             int here = available ? available[m * B + i] : 1;
-            weight[m] = !here ? 0.0 : d->quality[m] > 1e-3f ? d->quality[m] : 1e-3;
-            all += weight[m];
+            weight[m] = !here ? 0.0 : quality[m] > 1e-3f ? quality[m] : 1e-3;
             count += here;
-            if (!here) continue;
+        }
+        for (int64_t m = 0; count > 2 && m < M; m++) {
+            if (weight[m] == 0.0) continue;
             int64_t from = d->chance && d->source ? d->source[m * B + i] : i;
             float *e = probs + m * padded;
             Softmaxes f;
@@ -555,9 +557,8 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, float *ga
             double sum = 0.0;
             for (int64_t k = 0; k < M; k++) sum += k == m ? 0.0 : weight[k];
             for (int64_t k = 0; k < M; k++) others[k] = (float)(weight[k] / sum);
-            double found = count < 2 ? 0.0
-                                     : rows_of.contradiction(probs, padded, M, m, others,
-                                                             p->classes);
+            double found =
+                count > 2 ? rows_of.contradiction(probs, padded, M, m, others, p->classes) : 0.0;
             share[m] = -o->slope * found;
             top = share[m] > top ? share[m] : top;
         }
@@ -781,18 +782,19 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 7)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    Disturbance d = {address(args[0]), address(args[1]), address(args[2]), address(args[3])};
+    Disturbance d = {address(args[0]), address(args[1]), address(args[3]), address(args[4])};
+    const float *quality = address(args[2]);
     Gate o;
     double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
-    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[4], k));
-    float *gates = address(args[5]), *scale = address(args[6]);
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[5], k));
+    float *gates = address(args[6]), *scale = address(args[7]);
     if (PyErr_Occurred()) return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = gate(&p, &o, &d, gates, scale);
+    failed = gate(&p, &o, &d, quality, gates, scale);
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }

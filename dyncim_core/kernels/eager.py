@@ -14,6 +14,7 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
+    Disturbance,
     Gate,
     Gating,
     Memory,
@@ -21,7 +22,7 @@ from dyncim_core.kernels.interface import (
     Settings,
     Statistics,
 )
-from dyncim_core.modality import augmentation_rates, modality_coefficients, quality
+from dyncim_core.modality import modality_coefficients, quality
 from dyncim_core.signals import (
     contradiction,
     difficulty,
@@ -173,9 +174,9 @@ def weigh(
     """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers."""
     target = criterion.target
     if target.is_floating_point():
-        label, kept = target.argmax(dim=1), torch.ones_like(target[:, 0], dtype=torch.bool)
+        kept = torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
-        label, kept = target, target != criterion.ignore_index
+        kept = target != criterion.ignore_index
     total = found.rows[1:3].sum(dim=(0, 1))
     valid = kept & (total - total == 0)  # finite, in fewer operators than isfinite
     number, count = kept.sum(), valid.sum()
@@ -209,7 +210,7 @@ def weigh(
     take_in(
         nll,
         signals,
-        contradiction(found.prediction, label, present) & valid,
+        contradiction(found.prediction, target, present) * valid,
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
@@ -312,19 +313,22 @@ def gate(
     logits: Sequence[Tensor],
     quality: Tensor,
     available: Tensor | None,
-    chance: Tensor | None,
+    disturbance: Disturbance | None,
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, some of them disturbed."""
     source = None
-    if chance is not None:
-        source, available = _disturb(quality, available, chance, settings)
+    if disturbance is not None:
+        source, available = _disturb(disturbance, available, settings)
         if settings.swap:
             logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
         else:
             source = None
-    probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
-    conflict = disagreement(probs, quality, available)
+    if len(logits) > 2:
+        probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
+        conflict = disagreement(probs, quality, available)
+    else:  # nobody is outvoted
+        conflict = quality.new_zeros((len(logits), len(logits[0])))
     gates = reliability_gates(
         -settings.disagreement_slope * conflict, available, settings.threshold
     )
@@ -334,16 +338,16 @@ def gate(
 
 
 def _disturb(
-    quality: Tensor, available: Tensor | None, chance: Tensor, settings: Gate
+    disturbance: Disturbance, available: Tensor | None, settings: Gate
 ) -> tuple[Tensor, Tensor]:
     """Row that each modality of each sample is taken from, and what remains present.
 
     At most one modality of a sample is disturbed, and never its only one.
     """
-    modalities, batch, device = len(quality), chance.shape[1], chance.device
+    chance, rates = disturbance.chance, disturbance.rates.unsqueeze(1)
+    modalities, batch, device = len(rates), chance.shape[1], chance.device
     if available is None:
         available = torch.ones((modalities, batch), dtype=torch.bool, device=device)
-    rates = augmentation_rates(quality).unsqueeze(1)
     pick, event, step = chance
     position = torch.arange(modalities, device=device).unsqueeze(1)
     chosen = (position == (pick * modalities).long()) & (available.sum(dim=0) > 1)

@@ -11,6 +11,7 @@ __all__ = [
     "Buffers",
     "Criterion",
     "Curriculum",
+    "Disturbance",
     "Gate",
     "Gating",
     "Kernels",
@@ -104,6 +105,17 @@ class Gate(NamedTuple):
     dropout: float
 
 
+class Disturbance(NamedTuple):
+    """Luck of a training step: it swaps or drops one modality of some samples.
+
+    ``chance`` is uniform in [0, 1), ``[3, B]``; ``rates``, ``[M]`` in [0, 1], is how often a
+    picked modality is hit, as a share of ``Gate.swap`` and ``Gate.dropout``.
+    """
+
+    chance: Tensor
+    rates: Tensor
+
+
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
@@ -153,10 +165,7 @@ class Kernels(Protocol):
         logits: Sequence[Tensor],
         quality: Tensor,
         available: Tensor | None,
-        chance: Tensor | None,
+        disturbance: Disturbance | None,
         settings: Gate,
     ) -> Gating:
-        """Gates of the modalities from their logits.
-
-        ``chance`` is uniform in [0, 1), ``[3, B]``: it disturbs one modality of some samples.
-        """
+        """Gates of the modalities from their logits, some of them disturbed."""

@@ -18,6 +18,7 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
+    Disturbance,
     Gate,
     Gating,
     Memory,
@@ -137,15 +138,16 @@ def gate(
     logits: Sequence[Tensor],
     quality: Tensor,
     available: Tensor | None,
-    chance: Tensor | None,
+    disturbance: Disturbance | None,
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, some of them disturbed."""
     problem = _Problem(logits, available, None)
     shape = len(problem.logits), problem.batch
     gates, scale = torch.empty(shape), torch.empty(shape)
-    source = None
-    if chance is not None:
+    source = chance = rates = None
+    if disturbance is not None:
+        chance, rates = disturbance
         available = torch.empty(shape, dtype=torch.bool)
         if settings.swap:
             source = torch.empty(shape, dtype=torch.int64)
@@ -153,6 +155,7 @@ def gate(
         _native.gate,
         problem,
         0 if chance is None else chance.data_ptr(),
+        0 if rates is None else rates.data_ptr(),
         quality.data_ptr(),
         0 if available is None else available.data_ptr(),
         0 if source is None else source.data_ptr(),

@@ -23,6 +23,7 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
+    Disturbance,
     Gate,
     Gating,
     Memory,
@@ -161,13 +162,14 @@ def gate(
     logits: Sequence[Tensor],
     quality: Tensor,
     available: Tensor | None,
-    chance: Tensor | None,
+    disturbance: Disturbance | None,
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, some of them disturbed."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
     shape, like = (len(logits), batch), quality
+    chance, rates = disturbance or (None, None)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
@@ -182,6 +184,7 @@ def gate(
             quality.contiguous(),
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
+            None if rates is None else rates.contiguous(),
             settings,
             found,
             batch,
@@ -459,7 +462,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
-    rho = strengths[0] * tl.minimum(noise / 0.15, 1.0)
+    rho = strengths[0] * (1.0 - 1.0 / classes) * tl.minimum(noise / 0.15, 1.0)
     kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
     shares: tl.tuple = ()
     moved = 0.0
@@ -646,7 +649,7 @@ def _signals(
     difficulty = tl.zeros(i.shape, tl.float32)
     for k in tl.static_range(3):
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
-    surprise = tl.sum(tl.maximum(nll - entropy, 0.0), 0) / number * per_log
+    surprise = tl.sum(tl.maximum(nll - entropy, 0.0), 0) / number
     return nll, here, kept, valid, signals, difficulty, surprise
 
 
@@ -675,6 +678,7 @@ def _gate(
     quality: tl.tensor,
     available: tl.tensor,
     chance: tl.tensor,
+    rates: tl.tensor,
     settings: tl.tuple,
     found: tl.tuple,
     batch: tl.tensor,
@@ -688,10 +692,8 @@ def _gate(
     i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = i < batch
     number = tl.zeros([group], tl.int32)
-    least = tl.load(quality).to(tl.float32)
     for m in tl.static_range(count):
         number += _has(available, m * batch + i, inside).to(tl.int32)
-        least = tl.minimum(least, tl.load(quality + m).to(tl.float32))
 
     present: tl.tuple = ()
     rows: tl.tuple = ()
@@ -704,7 +706,7 @@ def _gate(
         if chance is not None:
             pick = tl.load(chance + i, mask=inside, other=0.0)
             event = tl.load(chance + batch + i, mask=inside, other=0.0)
-            rate = (least + 1e-3) / (q + 1e-3)
+            rate = tl.load(rates + m).to(tl.float32)
             chosen = ((pick * count).to(tl.int32) == m) & (number > 1)
             dropped = chosen & (event >= 1.0 - settings.dropout * rate)
             if found.source is not None:
@@ -720,11 +722,14 @@ def _gate(
         weights += (tl.where(here, tl.maximum(q, 1e-3), 0.0),)
         number_left += here.to(tl.int32)
 
+    reach = classes
+    if count < 3:  # nobody is outvoted
+        reach = 0
     zero = tl.zeros([group, lanes], tl.float32)
     softmaxes: tl.tuple = ()
     for _m in tl.static_range(count):
         softmaxes += ((zero + _LOWEST, zero),)
-    for start in tl.range(0, classes, lanes, loop_unroll_factor=unrolled):
+    for start in tl.range(0, reach, lanes, loop_unroll_factor=unrolled):
         updated: tl.tuple = ()
         for m in tl.static_range(count):
             top, total = softmaxes[m]
@@ -747,7 +752,7 @@ def _gate(
         normalisers += ((top, 1.0 / total),)
         per_weight += (1.0 / tl.where(others > 0, others, 1.0),)
         conflicts += ((zero, zero),)
-    for start in tl.range(0, classes, lanes, loop_unroll_factor=unrolled):
+    for start in tl.range(0, reach, lanes, loop_unroll_factor=unrolled):
         shares: tl.tuple = ()
         for m in tl.static_range(count):
             top, scale = normalisers[m]
@@ -772,7 +777,7 @@ def _gate(
         apart, surest = conflicts[m]
         conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1)
         conflict = tl.where(conflict > 1, 1.0, conflict)
-        conflict = tl.where(present[m] & (number_left > 1), conflict, 0.0)
+        conflict = tl.where(present[m] & (number_left > 2), conflict, 0.0)
         evidence += (-settings.disagreement_slope * conflict,)
         top = tl.where(present[m], tl.maximum(top, evidence[m]), top)
     total = tl.zeros([group], tl.float32)
