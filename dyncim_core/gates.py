@@ -24,10 +24,10 @@ def disagreement(
 
     The consensus of modality m is the mean prediction of the other present modalities,
     each weighted by its quality; it takes two, since of two modalities that contradict
-    each other nothing tells which is wrong. Half the squared Euclidean distance from it, so that the
-    small differences between reliable modalities count for little, times the probability
-    of its likeliest class: a consensus that is unsure contradicts nobody. Definition
-    chosen here.
+    each other nothing tells which is wrong. Half the squared Euclidean distance from it, so
+    that the small differences between reliable modalities count for little, times the
+    probability of its likeliest class: a consensus that is unsure contradicts nobody.
+    Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.

@@ -115,9 +115,9 @@ def gradients(
     """
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
-    if normaliser is not None and not normaliser.numel():
+    if isinstance(normaliser, Tensor) and not normaliser.numel():
         normaliser = statistics(logits, None, criterion).normaliser
-    if normaliser is not None:
+    if isinstance(normaliser, Tensor):
         probs = normaliser[..., : logits[0].shape[1]].detach()
         normaliser.set_()  # type: ignore[call-overload]
         parts = _gradient(probs, coefs, _truth(criterion, dtype), guard)
