@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import dyncim_core
 from benchmarks.study import bars, methods, report, statistics, suites
 from benchmarks.study.__main__ import main
 from benchmarks.study.conditions import CONDITIONS, TEST_CONDITIONS, corrupt_test, prepare
@@ -27,7 +29,14 @@ from benchmarks.study.measures import (
     self_confidence,
 )
 from benchmarks.study.methods import METHODS, Method, Problem, Rehearsal
-from benchmarks.study.models import Concatenation, MeanOfLogits, Network, OneModality
+from benchmarks.study.models import (
+    Concatenation,
+    Gated,
+    GatedUnderShare,
+    MeanOfLogits,
+    Network,
+    OneModality,
+)
 from benchmarks.study.results import Cell
 from benchmarks.study.store import Store
 from benchmarks.study.train import run
@@ -256,24 +265,28 @@ class TestDynCIM:
             found.append((x.grad * own).sum(dim=1) / own.square().sum(dim=1))
         return torch.stack(found)
 
+    @staticmethod
+    def ungated(make: type[methods.DynCIM]) -> methods.DynCIM:
+        return make(problem(3), 0.0, gate=methods.no_gate)
+
     def test_equal_modalities_changes_only_the_modality_level(self) -> None:
-        whole = self.factors(methods.DynCIM(problem(3), gate=False), steps=0)
-        equal = self.factors(methods.EqualModalities(problem(3), gate=False), steps=0)
+        whole = self.factors(self.ungated(methods.DynCIM), steps=0)
+        equal = self.factors(self.ungated(methods.EqualModalities), steps=0)
         torch.testing.assert_close(equal[0], whole[0])
-        trained = self.factors(methods.DynCIM(problem(3), gate=False))
+        trained = self.factors(self.ungated(methods.DynCIM))
         assert (trained[3] / trained[1]).sub(1).abs().min() > 0.1
-        equal = self.factors(methods.EqualModalities(problem(3), gate=False))
+        equal = self.factors(self.ungated(methods.EqualModalities))
         torch.testing.assert_close(equal[1:], equal[1:2].expand(3, -1), rtol=1e-2, atol=1e-5)
 
     def test_no_sample_level_weighs_all_samples_alike(self) -> None:
-        whole = self.factors(methods.DynCIM(problem(3)))
+        whole = self.factors(methods.DynCIM(problem(3), 0.0))
         assert whole[0].max() > 1.05 * whole[0].min()
-        without = self.factors(methods.DynCIM(problem(3), **methods.NO_SAMPLE_LEVEL))
+        without = self.factors(methods.DynCIM(problem(3), 0.0, **methods.NO_SAMPLE_LEVEL))
         torch.testing.assert_close(without[0], without[0, :1].expand(32), rtol=1e-2, atol=1e-5)
 
     @pytest.mark.parametrize("signal", [0, 1, 2])
     def test_one_signal_makes_the_difficulty(self, signal: int) -> None:
-        method = methods.OneSignal(problem(), signal=signal)
+        method = methods.OneSignal(problem(), 0.0, signal=signal)
         seen = []
         method.objective.register_forward_pre_hook(lambda *_: seen.append(method.state.summary()))
         encoder_gradients(method, steps=3)
@@ -282,15 +295,114 @@ class TestDynCIM:
             weights = [v for name, v in summary.items() if name.startswith("signal_weight/")]
             assert weights == [float(k == signal) for k in range(3)]
 
+    @staticmethod
+    def learnt(name: str, quality: Tensor | None = None) -> methods.DynCIM:
+        """A variant of three modalities in the middle of training."""
+        method = METHODS[name].build(problem(3), 0.0)
+        assert isinstance(method, methods.DynCIM)
+        method.state.log_quality.copy_(torch.tensor([-0.4, -0.7, -0.3, -1.9]))
+        if quality is None:
+            quality = torch.tensor([0.83, 0.7, 0.87, 0.17])
+        method.state.quality.copy_(quality)
+        return method
+
+    @staticmethod
+    def missing(method: methods.DynCIM, size: int = 40_000) -> list[float]:
+        """Share of the samples that miss each modality, in training."""
+        fusion = method.network.fusion.train()
+        features = {f"m{k}": torch.ones(size, 64) for k in range(3)}
+        torch.manual_seed(3)
+        alike = dict.fromkeys(features, torch.zeros(size, 4))
+        seen = []
+        fusion.gates.register_forward_hook(lambda *call: seen.append(call[-1].gates))
+        fusion(features, alike, None)
+        absent = (seen[0] == 0).float()
+        assert absent.sum(dim=1).max() <= 1
+        return absent.mean(dim=0).tolist()
+
+    @staticmethod
+    def spread(share: float, state: dyncim_core.CurriculumState) -> list[float]:
+        """What each modality misses where each is picked alike, the better less often."""
+        return (share / 3 * dyncim_core.augmentation_rates(state.quality[1:])).tolist()
+
+    def test_the_whole_drops_by_redundancy(self) -> None:
+        method = self.learnt("dyncim")
+        share = 0.5 * float(
+            dyncim_core.redundancy(method.state.log_quality, method.state.quality[0])
+        )
+        assert 0.05 < share < 0.45
+        wanted = self.spread(share, method.state)
+        assert self.missing(method) == pytest.approx(wanted, abs=0.004)
+
+    def test_constant_dropout_does_not_follow_redundancy(self) -> None:
+        method = self.learnt("dyncim/constant-dropout")
+        assert self.missing(method) == pytest.approx(self.spread(0.25, method.state), abs=0.004)
+        nothing = self.learnt("dyncim/constant-dropout", torch.zeros(4))
+        assert self.missing(nothing) == pytest.approx([0.25 / 3] * 3, abs=0.004)
+        assert max(self.missing(self.learnt("dyncim", torch.zeros(4)))) == 0
+
+    def test_shifted_hmir_is_the_harmonic_mean_of_the_ratios(self) -> None:
+        method = self.learnt("dyncim/shifted-hmir")
+        ratios = [math.exp(-0.4 + x) for x in (0.7, 0.3, 1.9)]
+        harmonic = 3 / sum(1 / r for r in ratios)
+        assert methods.shifted_redundancy(method.state) == pytest.approx(0.83 / harmonic, rel=1e-5)
+        wanted = self.spread(0.5 * 0.83 / harmonic, method.state)
+        assert self.missing(method) == pytest.approx(wanted, abs=0.004)
+        # one modality is better than the fusion, so that the floor matters
+        floored = float(dyncim_core.redundancy(method.state.log_quality, method.state.quality[0]))
+        assert abs(0.83 / harmonic - floored) > 0.05
+
+    @pytest.mark.parametrize("name", ["dyncim/no-modality-level", "dyncim/equal-losses"])
+    def test_no_modality_level(self, name: str) -> None:
+        method = self.learnt(name)
+        assert isinstance(method, methods.EqualModalities)
+        alike = pytest.approx([0.25 / 3] * 3, abs=0.004)
+        assert (self.missing(method) == alike) == (name == "dyncim/no-modality-level")
+
+    def test_dropout_in_front_of_the_gates_is_the_toolkits(self) -> None:
+        state = self.learnt("dyncim").state
+
+        def share(state: dyncim_core.CurriculumState) -> Tensor:
+            return 0.5 * dyncim_core.redundancy(state.log_quality, state.quality[0])
+
+        inside = Gated(("m0", "m1", "m2"), 4, state=state).train()
+        outside = GatedUnderShare(("m0", "m1", "m2"), 4, state=state, share=share).train()
+        outside.load_state_dict(inside.state_dict())
+        generator = torch.Generator().manual_seed(0)
+        features = {f"m{k}": torch.randn(500, 64, generator=generator) for k in range(3)}
+        unimodal = {f"m{k}": torch.randn(500, 4, generator=generator) for k in range(3)}
+        fused = []
+        for fusion in (inside, outside):
+            torch.manual_seed(0)
+            fused.append(fusion(features, unimodal, None))
+        torch.testing.assert_close(fused[0], fused[1])
+        torch.testing.assert_close(
+            inside.eval()(features, unimodal, None), outside.eval()(features, unimodal, None)
+        )
+        assert not torch.allclose(fused[0], inside(features, unimodal, None))
+
+    def test_no_gate_is_plain_concatenation(self) -> None:
+        assert isinstance(self.learnt("dyncim/no-gate").network.fusion, Concatenation)
+
+    def test_full_dropout_is_the_toolkits(self) -> None:
+        assert dyncim_core.GatedFusion([1, 1]).dropout == methods.DROPOUT
+
+    @pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("dyncim")])
+    def test_the_setting_is_weight_decay(self, name: str) -> None:
+        method = METHODS[name].build(problem(), 0.25)
+        (group,) = torch.optim.Adam(method.parameters()).param_groups
+        assert group["weight_decay"] == 0.25
+        assert len(group["params"]) == len(list(method.network.parameters()))
+
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_classes_and_on_probabilities(name: str) -> None:
+def test_every_method_trains_on_classes_and_on_probabilities(name: str, tmp_path: Path) -> None:
     entry = METHODS[name]
     if entry.missing():
         pytest.skip(entry.missing())
     inputs, target, index = batch()
     for wanted in (target, F.one_hot(target, 4) * 0.8 + 0.05):
-        method = entry.build(problem(), entry.grid[0] if entry.grid else None)
+        method = entry.build(problem(), suites.chosen(tmp_path / "none")[name])
         optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
         for _ in range(30):
             optimizer.zero_grad()
@@ -485,6 +597,47 @@ class TestBars:
         assert found is not None
         assert found[0] == "uniform"
 
+    def test_label_noise_says_how_much_there_is_to_gain(self) -> None:
+        noisy = self.cell(88.0, "symmetric-40")
+        noisy.scores["uniform"] = dict.fromkeys(range(3), 86.5)
+        met = [bar for bar in bars.bars({}, [self.cell(91.0), noisy]) if "label noise" in bar.name]
+        assert [bar.cases for bar in met] == [
+            f"**{DATA} symmetric-40 +1.5 ± 0.2 (uniform; 4.5 to the best clean score)**"
+        ]
+        (alone,) = [bar for bar in bars.bars({}, [noisy]) if "label noise" in bar.name]
+        assert "(uniform)" in alone.cases
+
+    @staticmethod
+    def ablated(level: list[float], gate: list[float]) -> bars.Bar:
+        """The bar, of cells where the variants differ from the whole by these."""
+        shape = np.array([-0.1, 0.0, 0.1])
+        found = [
+            Cell(
+                data,
+                "clean",
+                False,
+                {
+                    "dyncim": dict.fromkeys(range(3), 80.0),
+                    "dyncim/no-modality-level": dict(enumerate(80 + a + shape)),
+                    "dyncim/no-gate": dict(enumerate(80 + b + shape)),
+                },
+            )
+            for data, a, b in zip(("x", "y", "diabetes"), level, gate, strict=True)
+        ]
+        return bars.bars({}, found)[-1]
+
+    def test_each_part_earns_its_place_by_its_mean(self) -> None:
+        bar = self.ablated([-2.0, 1.0, 90.0], [-0.2, -1.0, 90.0])  # diabetes is no accuracy
+        assert bar.met is True
+        assert bar.cases == (
+            "no-modality-level -0.50 over 2 conditions, interval below 0 in 1, above in 1; "
+            "no-gate -0.60 over 2 conditions, interval below 0 in 1, above in 0"
+        )
+        bar = self.ablated([-2.0, 1.0, 0.0], [0.2, 0.2, -90.0])
+        assert bar.met is False
+        assert bar.cases.startswith("**no-gate +0.20")
+        assert bars.bars({}, [])[-1].met is None
+
     def test_mean_rank(self) -> None:
         order, count = bars.mean_ranks([self.cell(91.0), self.cell(92.0), self.cell(80.0)])
         assert count == 3
@@ -503,6 +656,18 @@ class TestSuites:
         tuning = suites.configs("tuning", tmp_path / "none")
         counts = {name: sum(c.method == name for c in tuning) for name in methods.peers()}
         assert len({counts[name] for name, entry in METHODS.items() if entry.grid}) == 1
+
+    def test_dyncim_is_tuned_over_its_grid_and_ablations_are_not(self, tmp_path: Path) -> None:
+        tuning = suites.configs("tuning", tmp_path / "none")
+        assert {c.setting for c in tuning if c.method == "dyncim"} == {0.0, 1e-4, 1e-3}
+        assert not [c for c in tuning if "/" in c.method]
+
+    def test_ablations_have_the_setting_of_the_whole(self, tmp_path: Path) -> None:
+        settings = tmp_path / suites.SETTINGS
+        settings.write_text("method,value,chosen\ndyncim,0.0,no\ndyncim,0.001,yes\n")
+        found = [c for c in suites.configs("ablation", settings) if c.method != "uniform"]
+        assert {c.method for c in found} == {name for name in METHODS if "dyncim" in name}
+        assert {c.setting for c in found} == {0.001}
 
     def test_keys_tell_runs_apart(self, tmp_path: Path) -> None:
         every = {c for suite in suites.SUITES for c in suites.configs(suite, tmp_path / "none")}
@@ -574,14 +739,21 @@ class TestCommands:
     def test_choose_takes_the_best_of_every_grid(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
         for config in suites.configs("tuning", tmp_path / "none"):
-            if config.method == "gce":
-                score = 90.0 - abs(config.setting - 0.9)
+            if config.method in ("gce", "dyncim"):
+                score = 90.0 - abs(config.setting - {"gce": 0.9, "dyncim": 1e-3}[config.method])
                 store.add("tuning", config, dict.fromkeys(("score", *TEST_CONDITIONS), score))
         assert main(["choose", "--out", str(tmp_path)]) == 0
         chosen = suites.chosen(tmp_path / suites.SETTINGS)
         assert chosen["gce"] == 0.9
         assert chosen["uniform"] == 1.0  # not tuned here: the middle of its grid
-        assert chosen["dyncim"] is None
+        assert chosen["dyncim"] == chosen["dyncim/no-gate"] == 1e-3
+        assert {row["method"] for row in self.settings(tmp_path)} == {"gce", "dyncim"}
+        assert len(self.settings(tmp_path)) == 6
+
+    @staticmethod
+    def settings(folder: Path) -> list[dict[str, str]]:
+        with (folder / suites.SETTINGS).open(newline="") as file:
+            return list(csv.DictReader(file))
 
     def test_a_missing_package_names_the_extra(
         self,

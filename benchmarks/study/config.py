@@ -19,7 +19,7 @@ class Config:
         data: A name that ``data.load`` knows.
         condition: A name in ``conditions.CONDITIONS``.
         method: A name in ``methods.METHODS``.
-        setting: The method's one hyperparameter; ``None`` for a method without.
+        setting: The method's one hyperparameter.
         seed: Of the split, the corruption, the weights and the batches.
         epochs: Passes over the full training set, before what the condition multiplies.
     """
@@ -27,7 +27,7 @@ class Config:
     data: str
     condition: str
     method: str
-    setting: float | None
+    setting: float
     seed: int
     epochs: int
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, DynCIMLoss
+from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios
 
 from .models import (
     AttentionPool,
     Concatenation,
     Fusion,
     Gated,
+    GatedUnderShare,
     Heads,
     MeanOfLogits,
     Network,
@@ -378,15 +379,26 @@ class Aecf(Uniform):
         return super().loss(heads, target, index) + self.strength * fusion.penalty
 
 
-class DynCIM(Method):
-    """The toolkit, as its README shows; ``options`` go to ``DynCIMLoss``."""
+class DynCIM(_Decayed):
+    """The toolkit, as its README shows.
+
+    Ablations replace ``gate``, which makes the fusion from the state; ``options`` go to
+    ``DynCIMLoss``.
+    """
 
     criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
 
-    def __init__(self, problem: Problem, *, gate: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        decay: float,
+        *,
+        gate: Callable[[CurriculumState], Fusion] = lambda state: partial(Gated, state=state),
+        **options: Any,
+    ) -> None:
         self.state = CurriculumState(problem.modalities, num_samples=problem.num_samples)
-        self.fusion = partial(Gated, state=self.state) if gate else Concatenation
-        self.network = problem.network(self.fusion)
+        self.fusion = gate(self.state)
+        super().__init__(problem, decay)
         self.objective = DynCIMLoss(self.criterion, state=self.state, **options)
 
     @override
@@ -397,15 +409,15 @@ class DynCIM(Method):
 
 
 class EqualModalities(DynCIM):
-    """Ablation: the loss of a sample counts alike for each of its modalities.
+    """Ablation, of the losses alone: that of a sample counts alike for each of its modalities.
 
     The factors of the joint objective are its derivatives by the losses of the heads.
     """
 
-    def __init__(self, problem: Problem, **options: Any) -> None:
+    def __init__(self, problem: Problem, decay: float, **options: Any) -> None:
         self.losses: list[Tensor] = []
         self.criterion = self._recorded
-        super().__init__(problem, **options)
+        super().__init__(problem, decay, **options)
 
     def _recorded(self, logits: Tensor, target: Tensor) -> Tensor:
         self.losses.append(F.cross_entropy(logits, target, reduction="none"))
@@ -421,11 +433,42 @@ class EqualModalities(DynCIM):
         return (factors * torch.stack(self.losses)).sum()
 
 
+DROPOUT = 0.5  # GatedFusion's, at full redundancy
+
+
+def no_gate(state: CurriculumState) -> Fusion:
+    """Ablation: plain concatenation, without dropout."""
+    return Concatenation
+
+
+def constant_gate(state: CurriculumState) -> Fusion:
+    """Ablation: the fusion without the state: all modalities alike, half the full dropout."""
+    return partial(Gated, dropout=DROPOUT / 2)
+
+
+def constant_dropout(state: CurriculumState) -> Fusion:
+    """Ablation: dropout does not follow redundancy; it is half the full one."""
+    return partial(GatedUnderShare, state=state, share=lambda state: DROPOUT / 2)
+
+
+def shifted_hmir(state: CurriculumState) -> Fusion:
+    """Ablation: dropout follows the redundancy of ``shifted_redundancy``."""
+    return partial(
+        GatedUnderShare, state=state, share=lambda state: DROPOUT * shifted_redundancy(state)
+    )
+
+
+def shifted_redundancy(state: CurriculumState) -> Tensor:
+    """``redundancy`` with the harmonic mean of the ratios for ``1 + HMIR``: without a floor."""
+    ratios = improvement_ratios(state.log_quality)
+    return state.quality[0] * ratios.reciprocal().mean()
+
+
 class OneSignal(DynCIM):
     """Ablation: the difficulty is one signal alone, as if the others had never moved."""
 
-    def __init__(self, problem: Problem, *, signal: int) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, decay: float, *, signal: int) -> None:
+        super().__init__(problem, decay)
         self.signal = signal
 
     @override
@@ -451,20 +494,21 @@ class Entry:
     """A method by name.
 
     Attributes:
-        make: Makes it for a problem, with a setting unless ``grid`` is empty.
+        make: Makes it for a problem, with a setting.
         setting: Name of its hyperparameter.
-        grid: The values that tuning tries; the middle one until it has.
+        grid: The values that tuning tries; the middle one until it has. Empty for an
+            ablation, which takes the setting of the whole.
         needs: Package that it needs.
     """
 
-    make: Callable[..., Method]
+    make: Callable[[Problem, float], Method]
     setting: str = ""
     grid: tuple[float, ...] = ()
     needs: str = ""
 
-    def build(self, problem: Problem, setting: float | None) -> Method:
+    def build(self, problem: Problem, setting: float) -> Method:
         """The method, on a problem."""
-        return self.make(problem) if setting is None else self.make(problem, setting)
+        return self.make(problem, setting)
 
     def missing(self) -> str:
         """Why it cannot run here, if it cannot."""
@@ -489,10 +533,13 @@ METHODS: dict[str, Entry] = {
     "gce": Entry(GeneralisedCrossEntropy, "q", (0.3, 0.7, 0.9)),
     "modality_dropout": Entry(ModalityDropout, "share", (0.1, 0.25, 0.5)),
     "aecf": Entry(Aecf, "strength of the penalty", (0.01, 0.1, 1.0), needs="aecf"),
-    "dyncim": Entry(DynCIM),
+    "dyncim": Entry(DynCIM, *_DECAY),
     "dyncim/no-sample-level": Entry(partial(DynCIM, **NO_SAMPLE_LEVEL)),
-    "dyncim/no-modality-level": Entry(EqualModalities),
-    "dyncim/no-gate": Entry(partial(DynCIM, gate=False)),
+    "dyncim/no-modality-level": Entry(partial(EqualModalities, gate=constant_gate)),
+    "dyncim/equal-losses": Entry(EqualModalities),
+    "dyncim/constant-dropout": Entry(partial(DynCIM, gate=constant_dropout)),
+    "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
+    "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

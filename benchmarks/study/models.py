@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from dyncim_core import CurriculumState, GatedFusion
+from dyncim_core import CurriculumState, GatedFusion, augmentation_rates
 
 WIDTH = 64  # of every modality's features
 
@@ -111,11 +112,9 @@ class OneModality(nn.Module):
 class Gated(nn.Module):
     """``GatedFusion`` with a linear head, as in the toolkit's README."""
 
-    def __init__(
-        self, modalities: tuple[str, ...], num_classes: int, *, state: CurriculumState
-    ) -> None:
+    def __init__(self, modalities: tuple[str, ...], num_classes: int, **options: Any) -> None:
         super().__init__()
-        self.gates = GatedFusion(dict.fromkeys(modalities, WIDTH), state=state)
+        self.gates = GatedFusion(dict.fromkeys(modalities, WIDTH), **options)
         self.head = nn.Linear(self.gates.out_features, num_classes)
 
     def forward(
@@ -125,6 +124,45 @@ class Gated(nn.Module):
         fused, _, gated = self.gates(features, unimodal=unimodal, present=present)
         logits: Tensor = self.head(fused) + gated
         return logits
+
+
+class GatedUnderShare(Gated):
+    """``Gated`` whose dropout is done in front of the gates: at a ``share`` of the samples.
+
+    As in the toolkit, the picked modality is missed the less often the more quality it has.
+    """
+
+    def __init__(
+        self,
+        modalities: tuple[str, ...],
+        num_classes: int,
+        *,
+        state: CurriculumState,
+        share: Callable[[CurriculumState], float | Tensor],
+    ) -> None:
+        super().__init__(modalities, num_classes, state=state, dropout=0.0)
+        self.share = share
+        self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        if self.training:
+            assert present is None  # in training, nothing else is absent
+            present = self.draw(len(next(iter(features.values()))))
+        return super().forward(features, unimodal, present)
+
+    @torch.no_grad()
+    def draw(self, size: int) -> Tensor:
+        """Mask of what is present, bool ``[size, modalities]``."""
+        (state,) = self._state
+        rates = self.share(state) * augmentation_rates(state.quality[1:])
+        pick, event, _ = torch.rand((3, size))  # as the toolkit does
+        picked = torch.arange(len(rates)) == (pick * len(rates)).long().unsqueeze(1)
+        present: Tensor = ~picked | (event.unsqueeze(1) < 1.0 - rates)
+        return present
 
 
 class AttentionPool(nn.Module):

@@ -36,7 +36,7 @@ class Block:
     seeds: range
     epochs: int | None = None  # the data's own
 
-    def configs(self, settings: Mapping[str, Sequence[float | None]]) -> Iterator[Config]:
+    def configs(self, settings: Mapping[str, Sequence[float]]) -> Iterator[Config]:
         """Seed by seed, so that a part of the grid is a fair part."""
         for seed in self.seeds:
             for data in self.data:
@@ -73,32 +73,33 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
         Block((TRIPLE,), ("asymmetric-30",), ABLATIONS, range(5)),
+        Block(("diabetes",), ("clean",), ABLATIONS, range(5)),
     ),
 }
 
 
 def configs(suite: str, settings: Path) -> list[Config]:
     """The runs of a suite: in ``tuning`` every value of every grid, elsewhere the chosen one."""
-    values: dict[str, Sequence[float | None]]
+    values: dict[str, Sequence[float]]
     if suite == "tuning":
-        values = {name: entry.grid or (None,) for name, entry in METHODS.items()}
+        values = {name: METHODS[name].grid for name in PEERS}
     else:
         values = {name: (value,) for name, value in chosen(settings).items()}
     found = (config for block in SUITES[suite] for config in block.configs(values))
     return list(dict.fromkeys(found))
 
 
-def chosen(settings: Path) -> dict[str, float | None]:
-    """Each method's setting: the one that ``choose`` wrote, else the middle of its grid."""
-    values: dict[str, float | None] = {
-        name: entry.grid[len(entry.grid) // 2] if entry.grid else None
-        for name, entry in METHODS.items()
-    }
+def chosen(settings: Path) -> dict[str, float]:
+    """Each method's setting: the one that ``choose`` wrote, else the middle of its grid.
+
+    An ablation ``NAME/part`` has that of ``NAME``.
+    """
+    values = {name: METHODS[name].grid[len(METHODS[name].grid) // 2] for name in PEERS}
     if settings.exists():
         with settings.open(newline="") as file:
             rows = list(csv.DictReader(file))
         values |= {row["method"]: float(row["value"]) for row in rows if row["chosen"] == "yes"}
-    return values
+    return {name: values[name.partition("/")[0]] for name in METHODS}
 
 
 def select(
