@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,45 @@ def loss(
 
     call = torch.compile(forward, fullgraph=True) if compiled else forward
     return lambda: torch.autograd.grad(call(*logits), logits)
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(*logits)
+        return logits[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+@cache
+def _registered_nothing() -> Callable[[list[Tensor]], Tensor]:
+    @torch.library.custom_op("dyncim_benchmarks::nothing", mutates_args=())
+    def nothing(logits: list[Tensor]) -> Tensor:
+        return logits[0].new_empty(())
+
+    def save(ctx: Any, inputs: tuple[list[Tensor]], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[0])
+
+    def backward(ctx: Any, grad: Tensor) -> list[Tensor]:
+        return list(map(torch.empty_like, ctx.saved_tensors))
+
+    nothing.register_fake(lambda logits: logits[0].new_empty(()))
+    nothing.register_autograd(backward, setup_context=save)
+    return nothing
+
+
+def dispatched(logits: list[Tensor], registered: bool) -> Step:
+    """Forward and backward of a step that computes nothing: what it costs to be one.
+
+    An autograd function, as the loss is, or an operator registered with its autograd rule.
+    """
+    if registered:
+        operator = _registered_nothing()
+        return lambda: torch.autograd.grad(operator(logits), logits)
+    return lambda: torch.autograd.grad(_Nothing.apply(*logits), logits)  # type: ignore[no-untyped-call]
 
 
 def captured(step: Step) -> Step:

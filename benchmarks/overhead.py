@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     seconds: float
     loss: Sequence[Cell]
     compiled: Sequence[Cell]
+    dispatch: Sequence[Cell]
     fusion: Sequence[Cell]
     training: Sequence[Cell]
     resources: Sequence[Cell]
@@ -64,6 +65,7 @@ FULL = Plan(
         if b * c * (1 + m) <= LARGEST
     ],
     compiled=[Cell(64, 101), Cell(256, 1000)],
+    dispatch=[Cell(64, 6)],
     fusion=[
         Cell(64, 6, 2, 64),
         Cell(64, 101, 2, 512),
@@ -77,6 +79,7 @@ QUICK = Plan(
     seconds=0.5,
     loss=[Cell(64, 6), Cell(256, 1000)],
     compiled=[],
+    dispatch=[Cell(64, 6)],
     fusion=[Cell(64, 6, 2, 64), Cell(256, 101, 2, 512)],
     training=[RESNETS, DIGITS],
     resources=[Cell(64, 101), Cell(256, 1000)],
@@ -141,6 +144,16 @@ def fastest(device: str) -> str:
     """The backend that a call on a device takes."""
     name = "triton" if device == "cuda" else "native"
     return name if backends()[name] == "available" else "eager"
+
+
+def dispatch_steps(cell: Cell, device: str) -> Steps:
+    """What a step costs that computes nothing, as an autograd function and as an operator."""
+    logits, target = cases.heads(cell.batch, cell.classes, cell.modalities, device)
+    return {
+        BASELINE: cases.cross_entropies(logits, target),
+        "autograd function": cases.dispatched(logits, registered=False),
+        "registered operator": cases.dispatched(logits, registered=True),
+    }
 
 
 def compiled_steps(cell: Cell, device: str) -> Steps:
@@ -243,6 +256,7 @@ def measure(plan: Plan, device: str) -> Tables:
     tables = {
         "loss": timed("loss", plan.loss, loss_steps, device, seconds),
         "compiled": timed("compiled", compiled, compiled_steps, device, seconds),
+        "dispatch": timed("dispatch", plan.dispatch, dispatch_steps, device, seconds),
         "fusion": timed("fusion", plan.fusion, fusion_steps, device, seconds),
         "training": timed("training", plan.training, training_steps, device, 4 * seconds),
         "resources": [resources(cell, device) for cell in plan.resources],
