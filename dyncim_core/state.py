@@ -160,8 +160,9 @@ class CurriculumState(nn.Module):
     def suspects(self, k: int | None = None, *, modality: str | int | None = None) -> Suspects:
         """Rank training samples by how wrong they look, from the per-sample memory.
 
-        Without ``modality``, the score is the average NLL of the fused head: the samples
-        whose label the model cannot come to agree with. With one, it is how much that
+        Without ``modality``, the score is the mean over heads of the average NLL: the
+        samples whose label the model cannot come to agree with, be it that one modality
+        learns it by heart. With one, it is how much that
         modality's NLL exceeds the mean of the other modalities': samples whose input of
         that modality, rather than the label, looks corrupted. Definition chosen here.
 
@@ -193,7 +194,9 @@ class CurriculumState(nn.Module):
             raise ValueError(f"k: expected a whole number in [1, {self.num_samples}], got {k!r}")
         nll, visited = self.memory_nll, self.memory_visits > 0
         if modality is None:
-            score, ranked = nll[:, 0], visited[:, 0]
+            count = visited.sum(dim=1)
+            score = torch.where(visited, nll, 0.0).sum(dim=1) / count.clamp_min(1)
+            ranked = count > 0
         else:
             head = 1 + self._position(modality)
             others = visited[:, 1:].clone()

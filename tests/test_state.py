@@ -171,6 +171,16 @@ def test_suspects_rank_wrong_labels_and_corrupted_inputs() -> None:
     assert state.suspects().scores.diff().max() <= 0
 
 
+def test_a_label_that_fusion_learnt_by_heart_stays_suspect() -> None:
+    state = CurriculumState(2, num_samples=3)
+    state.memory_nll.copy_(torch.tensor([[0.1, 0.1, 0.2], [0.0, 0.0, 3.0], [0.3, 9.0, 0.4]]))
+    state.memory_visits.fill_(1)
+    state.memory_visits[2, 1] = 0  # the modality was never there
+    suspects = state.suspects()
+    assert suspects.indices.tolist() == [1, 2, 0]
+    assert_allclose(suspects.scores, [1.0, 0.35, 0.4 / 3], rtol=1e-6)
+
+
 def test_samples_never_seen_come_last() -> None:
     suspects = trained(1).state.suspects()
     assert suspects.scores[10:].isneginf().all()
