@@ -19,6 +19,7 @@ __all__ = [
     "check_index",
     "check_present",
     "check_range",
+    "check_savable",
     "check_unimodal",
     "modality_names",
 ]
@@ -105,6 +106,19 @@ def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
                 )
             check_device(name, head, heads[0].device)
     _check_target(target, heads[0])
+
+
+def check_savable(heads: Sequence[Tensor], target: Tensor) -> None:
+    """Tensors that autograd can save for the backward."""
+    if torch.compiler.is_compiling():
+        return
+    for h, tensor in enumerate((target, *heads)):
+        if tensor.is_inference():
+            raise RuntimeError(
+                f"{('target', 'logits')[h] if h < 2 else f'unimodal logits of modality {h - 2}'}: "
+                "expected a tensor that autograd can save, got one made in inference mode; "
+                "pass its clone()"
+            )
 
 
 def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:

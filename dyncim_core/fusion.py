@@ -125,7 +125,7 @@ class GatedFusion(nn.Module):
             state.settle_modalities(self.modalities)
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
-        self.register_buffer("quality", torch.zeros(len(widths)))
+        self.register_buffer("quality", torch.zeros(len(widths), dtype=torch.float32))
 
     @override
     def forward(
@@ -165,7 +165,9 @@ class GatedFusion(nn.Module):
         if self.training:
             rates = self._recall()
             if self.swap or self.dropout:
-                disturbance = Disturbance(torch.rand((3, batch), device=device), rates)
+                disturbance = Disturbance(
+                    torch.rand((3, batch), dtype=torch.float32, device=device), rates
+                )
 
         evidence = logits
         if evidence is None:  # all agree
@@ -178,7 +180,7 @@ class GatedFusion(nn.Module):
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
         if present is None:
-            available = None  # what was dropped is finite, so that a scale of 0 removes it
+            available = None  # a scale of 0 removes what was dropped, finite as its features are
         fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
         consensus = None
         if logits is not None:

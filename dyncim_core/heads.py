@@ -135,17 +135,17 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
         value: Tensor
-        value, *ctx.known = known
-        target, weight, *_ = ctx.known[3]
+        value, *ctx.known, (target, weight, *ctx.options), ctx.guard = known
         ctx.save_for_backward(target, weight, *logits)  # a change in place is noticed
         # Fresh from a kernel, and hidden from autograd in a tuple: only a trace takes a copy.
         return value.clone() if torch.compiler.is_compiling() else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficient, normaliser, kernels, criterion, guard = ctx.known
-        _, _, *logits = ctx.saved_tensors
-        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
+        coefficient, normaliser, kernels = ctx.known
+        target, weight, *logits = ctx.saved_tensors
+        criterion = Criterion(target, weight, *ctx.options)
+        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, ctx.guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
         return (None, *grads)

@@ -186,8 +186,11 @@ class DynCIMLoss(nn.Module):
         _checks.check_device("state", averages.step, logits.device)
         if target.is_floating_point():
             self._check_soft_target()
+        weight = criterion.weight if _is_cross_entropy(criterion) else None
+        _checks.check_class_weight(weight, logits)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
+        _checks.check_savable(heads, target)
 
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
@@ -198,9 +201,7 @@ class DynCIMLoss(nn.Module):
         memory = None if index is None else state.memory(index)
         if not _is_cross_entropy(criterion):
             return self._generic(heads, target, present, kernels, memory)
-        read = Criterion(
-            target, criterion.weight, criterion.ignore_index, criterion.label_smoothing
-        )
+        read = Criterion(target, weight, criterion.ignore_index, criterion.label_smoothing)
         plain = self._neutral and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
@@ -250,8 +251,11 @@ class DynCIMLoss(nn.Module):
         index: Tensor | None,
     ) -> None:
         """Take the modalities from the first call, unless that call is to be rejected."""
-        criterion = self.criterion
-        ignore_index = criterion.ignore_index if _is_cross_entropy(criterion) else -100
+        criterion, ignore_index = self.criterion, -100
+        if _is_cross_entropy(criterion):
+            ignore_index = criterion.ignore_index
+        else:
+            self._per_sample(heads[0].detach(), target)
         kernels.statistics(heads, None, Criterion(target, ignore_index=ignore_index))
         if index is not None:
             eager.recall(self.state.memory(index))

@@ -111,21 +111,21 @@ class CurriculumState(nn.Module):
         self.modalities = None if modalities is None else _checks.modality_names(modalities)
 
         heads = 1 + len(self.modalities or ())
-        self.register_buffer("log_quality", torch.zeros(heads))
-        self.register_buffer("quality", torch.zeros(heads))
+        self.register_buffer("log_quality", torch.zeros(heads, dtype=torch.float32))
+        self.register_buffer("quality", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(heads, dtype=torch.int64))
-        self.register_buffer("signal_mean", torch.zeros(len(SIGNALS)))
-        self.register_buffer("volatility", torch.zeros(len(SIGNALS)))
-        self.register_buffer("label_noise", torch.zeros(()))
-        self.register_buffer("effective_share", torch.ones(()))
+        self.register_buffer("signal_mean", torch.zeros(len(SIGNALS), dtype=torch.float32))
+        self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
+        self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("effective_share", torch.ones((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         if num_samples is not None:
-            self.register_buffer("memory_nll", torch.zeros(num_samples, heads))
+            self.register_buffer("memory_nll", torch.zeros(num_samples, heads, dtype=torch.float32))
             self.register_buffer(
                 "memory_visits", torch.zeros(num_samples, heads, dtype=torch.int32)
             )
-            self.register_buffer("memory_weight", torch.ones(num_samples))
+            self.register_buffer("memory_weight", torch.ones(num_samples, dtype=torch.float32))
 
     def settle_modalities(self, modalities: int | Sequence[str]) -> None:
         """Fix number and names of the modalities of a state that was made without.
@@ -276,7 +276,10 @@ class CurriculumState(nn.Module):
         saved = state_dict.get(f"{prefix}log_quality")
         if self.modalities is None and saved is not None and saved.numel() > 1:
             self.settle_modalities(saved.numel() - 1)
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, dtype in dtypes.items():  # with assign=True, it brings its own
+            self._buffers[name] = getattr(self, name).to(dtype)
 
     @override
     def extra_repr(self) -> str:

@@ -44,7 +44,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     """Float32 heads, with what cross-entropy may be told, and a mask."""
     heads = draw(st.integers(1, 9))
-    batch = draw(st.sampled_from([1, 2, 7, 33]))
+    batch = draw(st.sampled_from([0, 1, 2, 7, 33]))
     classes = draw(st.sampled_from([1, 2, 5, 15, 16, 17, 31, 100, 513, 1040]))
     seed = draw(st.integers(0, 10**6))
     scale = draw(st.sampled_from([0.1, 3.0, 60.0]))
@@ -118,7 +118,7 @@ def test_native_curriculum_is_that_of_eager(
     logits = problem["logits"]
     batch, modalities = len(logits[0]), len(logits) - 1
     if corrupt:
-        logits[0][0] = math.nan
+        logits[0][:1] = math.nan
     settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction)
 
     def run(backend: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -148,6 +148,8 @@ def test_native_curriculum_is_that_of_eager(
 
 def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert torch.equal(actual.isnan(), truth.isnan())
+    if not truth.numel():
+        return
     actual, plain, truth = (x.double().nan_to_num() for x in (actual, plain, truth))
     scale = 1.0 + truth.abs()
     allowed = 3.0 * ((plain - truth).abs() / scale).max() + 1e-4
@@ -277,7 +279,7 @@ def test_gradients_made_ahead_are_handed_out_once(native: ModuleType) -> None:
     criterion = Criterion(target)
     joint = native.curriculum(logits, None, criterion, state.averages(), None, settings)
     assert isinstance(joint.normaliser, list)
-    ahead = [x.data_ptr() for x in joint.normaliser]
+    ahead = [x.data_ptr() for x in joint.normaliser[0]]
     args = joint.coefficient, joint.normaliser, logits, criterion, False
     first, second = (native.gradients(torch.tensor(g), *args) for g in (1.0, 2.0))
     assert [x.data_ptr() for x in first] == ahead

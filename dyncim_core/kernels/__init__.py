@@ -32,7 +32,8 @@ def backends() -> dict[str, str]:
         For each backend "available", or the reason why it is not. Of those that are, a
         call on a CPU takes "native" (C), one on a GPU "triton", and "eager" (plain
         PyTorch) takes what these two do not: float64, class probabilities, tensor
-        subclasses, and everything under ``torch.compile``, which fuses it itself.
+        subclasses, function transforms, and everything under ``torch.compile``, which
+        fuses it itself.
 
     Example:
         >>> backends()["eager"]
@@ -100,6 +101,8 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor | None) -> str | None:
     """What keeps these tensors from a backend."""
+    if torch._C._are_functorch_transforms_active():
+        return "tensors under a function transform, which have no address"
     dtypes = _DTYPES[name]
     for head in logits:
         if type(head) not in _PLAIN:

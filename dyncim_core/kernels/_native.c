@@ -276,7 +276,7 @@ static void finish_gradients(const Problem *p, const float *coefficient, int gua
 /* Gradients times the incoming one, in place. */
 static void scale(int64_t heads, int64_t batch, int64_t classes, const float *grad,
                   int64_t head_stride, int64_t sample_stride, int guard, float **out) {
-    if (head_stride == 0 && sample_stride == 0 && *grad == 1.0f) return;
+    if (batch == 0 || (head_stride == 0 && sample_stride == 0 && *grad == 1.0f)) return;
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < batch; i++) {
             const float *g = grad + h * head_stride + i * sample_stride;
@@ -769,7 +769,7 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
         int64_t of_rows[MAX_HEADS * ROWS];
         found = (Statistics){loss, coefficient, entropy, distance, of_rows, lse, ROWS, 0};
         Work w = {0};
-        failed = loss ? work_for(&p, ahead, &w) : -1;
+        failed = weighted && !loss ? -1 : work_for(&p, ahead, &w);
         if (!failed) failed = curriculum(&p, &w, &found, &s, &o, coefficient, value);
         if (!failed && ahead)
             finish_gradients(&p, coefficient, p.present || o.skip_nonfinite, out);

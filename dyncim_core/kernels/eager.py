@@ -96,7 +96,7 @@ def statistics(
         prediction = torch.cat([part[1] for part in found], dim=1)
     if present is not None:
         rows = torch.where(present, rows, 0.0)
-    return Statistics(rows, prediction, kept)
+    return Statistics(rows, prediction, None if kept is None else [(kept,)])
 
 
 @torch.no_grad()
@@ -110,18 +110,21 @@ def gradients(
 ) -> list[Tensor]:
     """``coef * (mass * softmax - truth)`` for each head.
 
-    ``normaliser`` is the softmax, where it was kept. It is taken: the gradient is made in
-    its memory, and a second backward computes it again.
+    ``normaliser`` holds the softmax, where it was kept: the gradient is made in its memory,
+    and a second backward computes it again.
     """
     dtype = accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
-    if isinstance(normaliser, Tensor) and not normaliser.numel():
-        normaliser = statistics(logits, None, criterion).normaliser
-    if isinstance(normaliser, Tensor):
-        probs = normaliser[..., : logits[0].shape[1]].detach()
-        normaliser.set_()  # type: ignore[call-overload]
+    if isinstance(normaliser, list):
+        try:
+            (probs,) = normaliser.pop()
+        except IndexError:
+            again = statistics(logits, None, criterion).normaliser
+            return gradients(grad, coefficient, again, logits, criterion, guard)
+        probs = probs[..., : logits[0].shape[1]]
         parts = _gradient(probs, coefs, _truth(criterion, dtype), guard)
-        return [x.to(head.dtype).contiguous() for x, head in zip(parts, logits, strict=True)]
+        # Of one memory, each with a version of its own, so that one can change alone.
+        return [x.to(head.dtype).contiguous().data for x, head in zip(parts, logits, strict=True)]
     grads = []
     for head, coef in zip(logits, coefs.expand(len(logits), len(logits[0])), strict=True):
         found = torch.empty_like(head, dtype=dtype)
@@ -283,7 +286,7 @@ def take_in(
     some = count.clamp_min(1)
     mass = weights.sum(dim=1)
     has_mass, first = mass > 0, seen == 0
-    rate = torch.where(first, 1.0, 1.0 - decay) * has_mass
+    rate = (has_mass.to(kind) * (1.0 - decay)).masked_fill_(first & has_mass, 1.0)
     start = rate[0]
     steps = start.clamp_max(1.0 - decay)
 

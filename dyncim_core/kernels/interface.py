@@ -22,9 +22,9 @@ __all__ = [
 ]
 
 
-# What kernels save for their gradients, if anything: normalisers of the softmaxes, or gradients
-# made ahead, in a list that is emptied when they are handed out.
-Normaliser = Tensor | list[Tensor] | None
+# What kernels save for their gradients, if anything: normalisers of the softmaxes; or what the
+# gradients are made in, which the first backward takes out of its box for good.
+Normaliser = Tensor | list[tuple[Tensor, ...]] | None
 
 
 class Criterion(NamedTuple):
@@ -39,8 +39,7 @@ class Criterion(NamedTuple):
 class Statistics(NamedTuple):
     """``rows`` are loss, nll, entropy and distance, ``[4, M + 1, B]``; ``prediction`` is int64.
 
-    ``normaliser`` is what the same kernel wants back for the gradient, if anything. That
-    may use it up, and a second gradient of the same step then does without.
+    ``normaliser`` is what the same kernel wants back for the gradient, if anything.
     """
 
     rows: Tensor
@@ -131,7 +130,7 @@ class Gating(NamedTuple):
 
 
 class Kernels(Protocol):
-    """A backend. All of them agree to rounding; none reads a value on the host."""
+    """A backend. All of them agree to rounding; none reads a value of a GPU on the host."""
 
     def statistics(
         self, logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
@@ -158,7 +157,8 @@ class Kernels(Protocol):
         criterion: Criterion,
         guard: bool,
     ) -> list[Tensor]:
-        """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+        """``d/d logits`` of ``sum(grad * coefficient * loss)``; with
+        ``guard``, rows of factor 0 get 0."""
 
     def gate(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
@@ -62,18 +63,19 @@ def curriculum(
     """
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
-    coefficient = torch.empty(heads, batch)
-    value = torch.empty(batch if settings.reduction == "none" else ())
+    coefficient = _empty(heads, batch)
+    value = _empty(*(batch,) if settings.reduction == "none" else ())
     rows_at = prediction_at = normaliser_at = 0
-    ahead: list[Tensor] | None = None
+    ahead: tuple[Tensor, ...] | None = None
     normaliser: Normaliser
     if _parts(problem) > 1:
         rows, prediction, normaliser = _statistics(problem)
         rows_at, prediction_at = rows.data_ptr(), prediction.data_ptr()
     elif heads * batch * problem.classes <= AHEAD and all(map(_requires_grad, logits)):
-        normaliser = ahead = problem.empty()
+        ahead = problem.empty()
+        normaliser = [ahead]
     else:  # all in one call
-        normaliser = torch.empty(heads, batch, dtype=torch.float64)
+        normaliser = _empty(heads, batch, dtype=torch.float64)
         normaliser_at = normaliser.data_ptr()
     remembered = None
     if memory is not None:
@@ -106,18 +108,19 @@ def gradients(
     guard: bool,
 ) -> list[Tensor]:
     """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+    grad = grad.resolve_neg()
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
-    if isinstance(normaliser, list) and normaliser:  # made ahead: hand them out, once
-        grads = normaliser.copy()
-        normaliser.clear()
-        at = [*map(_address, grads)]
-        batch, classes = grads[0].shape
-        _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
-        return grads
+    if isinstance(normaliser, list):
+        with suppress(IndexError):  # taken before: made again below
+            ahead = normaliser.pop()
+            at = [*map(_address, ahead)]
+            batch, classes = ahead[0].shape
+            _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
+            return [*ahead]
     problem = _Problem(logits, None, criterion)
     coefficient = None if coefficient is None else coefficient.contiguous()
-    grads = problem.empty()
+    grads = [*problem.empty()]
     arguments = (
         grad.data_ptr(),
         head_stride,
@@ -128,7 +131,8 @@ def gradients(
         [*map(_address, grads)],
     )
     if isinstance(normaliser, Tensor):
-        _in_parts(_native.gradients, problem, *arguments)
+        held = grad, coefficient, normaliser, grads
+        _in_parts(_native.gradients, problem, held, *arguments)
     else:
         _native.gradients(*problem.whole, *arguments)
     return grads
@@ -144,16 +148,17 @@ def gate(
     """Gates of the modalities from their logits, some of them disturbed."""
     problem = _Problem(logits, available, None)
     shape = len(problem.logits), problem.batch
-    gates, scale = torch.empty(shape), torch.empty(shape)
+    gates, scale = _empty(*shape), _empty(*shape)
     source = chance = rates = None
     if disturbance is not None:
         chance, rates = disturbance
-        available = torch.empty(shape, dtype=torch.bool)
+        available = _empty(*shape, dtype=torch.bool)
         if settings.swap:
-            source = torch.empty(shape, dtype=torch.int64)
+            source = _empty(*shape, dtype=torch.int64)
     _in_parts(
         _native.gate,
         problem,
+        (quality, disturbance, available, source, gates, scale),
         0 if chance is None else chance.data_ptr(),
         0 if rates is None else rates.data_ptr(),
         quality.data_ptr(),
@@ -206,9 +211,9 @@ class _Problem:
             smoothing,
         )
 
-    def empty(self) -> list[Tensor]:
+    def empty(self) -> tuple[Tensor, ...]:
         """Room for the gradients."""
-        return [torch.empty(self.batch, self.classes) for _ in self.logits]
+        return tuple([_empty(self.batch, self.classes) for _ in self.logits])
 
     def part(self, start: int, stop: int) -> tuple[Any, ...]:
         """The same, to work on these samples."""
@@ -217,27 +222,39 @@ class _Problem:
 
 def _statistics(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
     shape = len(problem.logits), problem.batch
-    rows = torch.empty((4, *shape))
-    prediction = torch.empty(shape, dtype=torch.int64)
-    normaliser = torch.empty(shape, dtype=torch.float64)
-    rejected = _in_parts(
-        _native.statistics, problem, rows.data_ptr(), prediction.data_ptr(), normaliser.data_ptr()
-    )
+    rows = _empty(4, *shape)
+    prediction = _empty(*shape, dtype=torch.int64)
+    normaliser = _empty(*shape, dtype=torch.float64)
+    found = rows, prediction, normaliser
+    rejected = _in_parts(_native.statistics, problem, found, *map(_address, found))
     if rejected:
         raise _out_of_range(rejected, problem, None)
     return rows, prediction, normaliser
 
 
-def _in_parts(call: Callable[..., str | None], problem: _Problem, *arguments: Any) -> str | None:
-    """The call, over parts of the batch side by side when there is work enough."""
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to write, whatever defaults of dtype and device are set."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _in_parts(
+    call: Callable[..., str | None], problem: _Problem, held: object, *arguments: Any
+) -> str | None:
+    """The call, over parts of the batch side by side when there is work enough.
+
+    ``held`` are the tensors behind the addresses in ``arguments``: an interrupt leaves this
+    frame, not the threads at work on them.
+    """
     batch, parts = problem.batch, _parts(problem)
     if parts == 1:
         return call(*problem.whole, *arguments)
     ends = [batch * k // parts for k in range(parts + 1)]
-    calls = [
-        _pool(torch.get_num_threads()).submit(call, *problem.part(*span), *arguments)
-        for span in pairwise(ends)
-    ]
+
+    def work(span: tuple[int, int], _held: object = (problem, held)) -> str | None:
+        return call(*problem.part(*span), *arguments)
+
+    pool = _pool(torch.get_num_threads())
+    calls = [pool.submit(work, span) for span in pairwise(ends)]
     return next(filter(None, [part.result() for part in calls]), None)
 
 

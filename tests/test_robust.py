@@ -1,0 +1,175 @@
+"""What a training loop may do to the loss without asking: defaults, threads, transforms."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import Tensor, nn
+
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, head_statistics, kernels
+
+BACKENDS = [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def heads(batch: int = 8, classes: int = 5, count: int = 3) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = [
+        torch.randn(batch, classes, generator=generator).requires_grad_() for _ in range(count)
+    ]
+    return logits, torch.arange(batch) % classes
+
+
+def loss_of(logits: list[Tensor], target: Tensor, **options: Any) -> Tensor:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=len(logits) - 1, **options)
+    loss: Tensor = criterion(logits[0], target, unimodal=logits[1:])
+    return loss
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_empty_batch_passes(backend: str, reduction: str) -> None:
+    logits, target = heads(batch=0)
+    loss = loss_of(logits, target, backend=backend, reduction=reduction)
+    for _ in range(2):
+        grads = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert [tuple(x.shape) for x in grads] == [(0, 5)] * 3
+    head_statistics(logits, target, backend=backend).loss.sum().backward()
+
+
+@each_backend
+def test_class_weights_of_another_length_are_refused(backend: str) -> None:
+    logits, target = heads()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(weight=torch.ones(2)), modalities=2, backend=backend)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[5\], got \[2\]"):
+        criterion(logits[0], target, unimodal=logits[1:])
+    assert criterion.state.step == 0
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_default_dtype_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    logits, target = heads()
+    features = [torch.ones(8, 2)] * 3
+    expected = loss_of(logits, target, backend=backend)
+    gates = GatedFusion([2, 2, 2], backend=backend).eval()(features, unimodal=logits).gates
+    torch.set_default_dtype(dtype)
+    try:
+        actual = loss_of(logits, target, backend=backend)
+        again = GatedFusion([2, 2, 2], backend=backend).eval()(features, unimodal=logits).gates
+        training = GatedFusion([2, 2, 2], backend=backend)(features, unimodal=logits).gates
+        grads = [torch.autograd.grad(x, logits) for x in (actual, expected)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert actual.dtype == training.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    assert torch.equal(again, gates)
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_state_of_another_dtype_is_taken_as_float32() -> None:
+    state = CurriculumState(2, num_samples=4)
+    saved = {
+        name: x.half() if x.is_floating_point() else x for name, x in state.state_dict().items()
+    }
+    dtypes = {name: x.dtype for name, x in state.named_buffers()}
+    state.load_state_dict(saved, assign=True)
+    assert {name: x.dtype for name, x in state.named_buffers()} == dtypes
+
+
+@each_backend
+def test_gradients_of_heads_change_alone(backend: str) -> None:
+    logits, target = heads()
+    first, second, _ = torch.autograd.grad(loss_of(logits, target, backend=backend), logits)
+    weight = torch.ones(8, 5, requires_grad=True)
+    product = (weight * first).sum()
+    second.mul_(2)
+    product.backward()
+    assert torch.equal(weight.grad, first)
+    first.mul_(weight)  # with grad mode on
+
+
+@each_backend
+def test_backward_from_several_threads_is_that_of_one(backend: str) -> None:
+    logits, target = heads(batch=4, classes=300)
+    expected = torch.autograd.grad(loss_of(logits, target, backend=backend), logits)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(40):
+                loss = loss_of(logits, target, backend=backend)
+                calls = [
+                    pool.submit(torch.autograd.grad, loss, logits, retain_graph=True)
+                    for _ in range(4)
+                ]
+                for call in calls:
+                    for actual, wanted in zip(call.result(), expected, strict=True):
+                        assert_allclose(actual, wanted, rtol=1e-4, atol=1e-7)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_backward_lets_go_of_the_target() -> None:
+    logits, _ = heads()
+    target = torch.full((8, 5), 0.2)
+    held = weakref.ref(target)
+    loss = loss_of(logits, target)
+    loss.backward()
+    del target
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("criterion", [lambda x, y: x.sum(), nn.CrossEntropyLoss(torch.ones(2))])
+def test_a_rejected_first_call_settles_nothing(criterion: Any) -> None:
+    logits, target = heads()
+    loss = DynCIMLoss(criterion)
+    with pytest.raises(ValueError, match="expected"):
+        loss(logits[0], target, unimodal=logits[1:])
+    assert loss.state.modalities is None
+    assert loss.state.step == 0
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_inference_tensors_are_refused_before_anything_moves(position: int) -> None:
+    logits, target = heads(count=2)
+    given = [target, *logits]
+    with torch.inference_mode():
+        given[position] = given[position].clone()
+    name = ("target", "logits", "unimodal logits of modality 0")[position]
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1)
+    with pytest.raises(RuntimeError, match=f"^{name}: expected .* inference mode"):
+        criterion(given[1], given[0], unimodal=given[2:])
+    assert criterion.state.step == 0
+
+
+def test_statistics_and_gates_under_a_function_transform() -> None:
+    logits, _ = heads(count=3)
+    rows = [x.detach().expand(2, -1, -1) for x in logits]
+    features = [torch.ones(8, 2)] * 3
+    fusion = GatedFusion([2, 2, 2]).eval()
+    expected = fusion(features, unimodal=[x.detach() for x in logits]).gates
+
+    def gates(*unimodal: Tensor) -> Tensor:
+        return fusion(features, unimodal=unimodal).gates
+
+    for actual in torch.func.vmap(gates)(*rows):
+        assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@each_backend
+def test_a_negated_incoming_gradient_keeps_its_sign(backend: str) -> None:
+    logits, target = heads()
+    loss = loss_of(logits, target, backend=backend)
+    plain = torch.autograd.grad(loss, logits, torch.tensor(-1.0), retain_graph=True)
+    negated = torch.autograd.grad(loss, logits, torch._neg_view(torch.tensor(1.0)))
+    for x, y in zip(plain, negated, strict=True):
+        assert_allclose(x, y, rtol=1e-6, atol=1e-8)
