@@ -157,8 +157,10 @@ class Kernels(Protocol):
         criterion: Criterion,
         guard: bool,
     ) -> list[Tensor]:
-        """``d/d logits`` of ``sum(grad * coefficient * loss)``; with
-        ``guard``, rows of factor 0 get 0."""
+        """``d/d logits`` of ``sum(grad * coefficient * loss)``.
+
+        With ``guard``, rows of factor 0 get exactly 0.
+        """
 
     def gate(
         self,

@@ -107,7 +107,7 @@ def gradients(
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
-    """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+    """``d/d logits`` of ``sum(grad * coefficient * loss)``."""
     grad = grad.resolve_neg()
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]

@@ -129,7 +129,7 @@ def gradients(
     criterion: Criterion,
     guard: bool,
 ) -> list[Tensor]:
-    """``d/d logits`` of ``sum(grad * coefficient * loss)``; rows of factor 0 get 0."""
+    """``d/d logits`` of ``sum(grad * coefficient * loss)``."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
     grads = tuple(x.new_empty((batch, classes)) for x in logits)
