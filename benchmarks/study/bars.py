@@ -128,9 +128,10 @@ def _earned(all_cells: list[Cell]) -> Bar:
             mean = float(np.mean([gap.mean for gap in gaps]))
             below, above = sum(gap.high < 0 for gap in gaps), sum(gap.low > 0 for gap in gaps)
             text = f"{name.partition('/')[2]} {mean:+.2f} over {len(gaps)} conditions"
-            cases.append((mean < 0, f"{text}, interval below 0 in {below}, above in {above}"))
+            verdict = f"{text}, interval below 0 in {below}, above in {above}"
+            cases.append((mean < 0 and below > above, verdict))
     return _bar(
-        "ablation: mean below the whole without the modality level, without the gate",
+        "ablation: below the whole, in the mean and in more intervals than above it",
         cases if len(cases) == len(EARN) else [],
     )
 
