@@ -626,14 +626,17 @@ class TestBars:
         ]
         return bars.bars({}, found)[-1]
 
-    def test_each_part_earns_its_place_by_its_mean(self) -> None:
-        bar = self.ablated([-2.0, 1.0, 90.0], [-0.2, -1.0, 90.0])  # diabetes is no accuracy
+    def test_each_part_earns_its_place_by_its_mean_and_intervals(self) -> None:
+        bar = self.ablated([-2.0, 0.1, 90.0], [-0.2, -1.0, 90.0])  # diabetes is no accuracy
         assert bar.met is True
         assert bar.cases == (
-            "no-modality-level -0.50 over 2 conditions, interval below 0 in 1, above in 1; "
+            "no-modality-level -0.95 over 2 conditions, interval below 0 in 1, above in 0; "
             "no-gate -0.60 over 2 conditions, interval below 0 in 1, above in 0"
         )
-        bar = self.ablated([-2.0, 1.0, 0.0], [0.2, 0.2, -90.0])
+        bar = self.ablated([-2.0, 1.0, 0.0], [-0.2, -1.0, 0.0])  # one up, one down: by chance
+        assert bar.met is False
+        assert bar.cases.startswith("**no-modality-level -0.50")
+        bar = self.ablated([-2.0, 0.1, 0.0], [0.2, 0.2, -90.0])
         assert bar.met is False
         assert bar.cases.startswith("**no-gate +0.20")
         assert bars.bars({}, [])[-1].met is None
