@@ -6,7 +6,13 @@ remembers. The quantities that they compute are pure functions, public here;
 """
 
 from dyncim_core.fusion import FusionOutput, GatedFusion
-from dyncim_core.gates import disagreement, reliability_gates
+from dyncim_core.gates import (
+    disagreement,
+    novelty,
+    novelty_penalty,
+    relative_gates,
+    reliability_gates,
+)
 from dyncim_core.heads import HeadStatistics, head_statistics
 from dyncim_core.kernels import backends
 from dyncim_core.loss import DynCIMLoss
@@ -57,12 +63,15 @@ __all__ = [
     "modality_coefficients",
     "modality_weights",
     "noise_pressure",
+    "novelty",
+    "novelty_penalty",
     "prediction_consistency",
     "prediction_deviation",
     "prediction_stability",
     "quality",
     "redundancy",
     "relative_change",
+    "relative_gates",
     "reliability_gates",
     "sample_weights",
     "surprise",

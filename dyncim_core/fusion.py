@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dyncim_core import _checks
+from dyncim_core.gates import novelty_penalty, relative_gates, reliability_gates
 from dyncim_core.kernels import check_backend, select
 from dyncim_core.kernels.interface import Disturbance, Gate
 from dyncim_core.modality import augmentation_rates, redundancy
+from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
 __all__ = ["FusionOutput", "GatedFusion"]
@@ -39,12 +41,13 @@ class GatedFusion(nn.Module):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
-    are sure, contradict its own prediction, so that it works without labels. Features are
-    scaled by their gate over the largest gate of the sample, so that equal gates give plain
-    concatenation. In training, some modalities of some samples are dropped or swapped with
-    another sample's: at most one modality of a sample, the less often the more quality it
-    has, and the less often the further fusion is ahead of its modalities. The paper (arXiv
-    2503.06456) names a gating-based dynamic fusion; this one is a definition chosen here.
+    are sure, contradict its own prediction, and in inference as soon as its features lie far
+    from those seen in training: it works without labels. Features are scaled by their gate
+    over the largest gate of the sample, so that equal gates give plain concatenation. In
+    training, some modalities of some samples are dropped or swapped with another sample's:
+    at most one modality of a sample, the less often the more quality it has, and the less
+    often the further fusion is ahead of its modalities. The paper (arXiv 2503.06456) names a
+    gating-based dynamic fusion; this one is a definition chosen here.
 
     It has no parameters, and predictions enter the gate detached: the encoders are not
     trained to look reliable.
@@ -58,6 +61,9 @@ class GatedFusion(nn.Module):
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; 0 for plain
             concatenation. Worth 3 where inputs do go wrong and there is data enough: where
             it is scarce, weak modalities outvote a strong one.
+        novelty_slope: How sharply, in inference, a gate falls with the ``novelty`` of its
+            modality's features, >= 0; the training features are not watched when 0. Features
+            of shape ``[B, T, D]`` are averaged over T for it.
         threshold: Share under which a gate is cut as redundant, in [0, 1 / M).
         swap: Share of the samples of a training batch, in [0, 1], that take one modality,
             picked at random, from another sample, at full ``redundancy``; less as far as
@@ -97,6 +103,7 @@ class GatedFusion(nn.Module):
         *,
         state: CurriculumState | None = None,
         disagreement_slope: float = 1.5,
+        novelty_slope: float = 2.0,
         threshold: float = 0.05,
         swap: float = 0.0,
         dropout: float = 0.5,
@@ -111,13 +118,17 @@ class GatedFusion(nn.Module):
             _checks.check_count(f"width of {name}", width)
         self.widths = tuple(widths)
         self.out_features = sum(widths)
-        slope, infinity = disagreement_slope, float("inf")
-        _checks.check_range("disagreement_slope", slope, 0.0, infinity, high_excluded=True)
+        for name, slope in (
+            ("disagreement_slope", disagreement_slope),
+            ("novelty_slope", novelty_slope),
+        ):
+            _checks.check_range(name, slope, 0.0, float("inf"), high_excluded=True)
         _checks.check_range("threshold", threshold, 0.0, 1.0 / len(widths), high_excluded=True)
         _checks.check_range("swap", swap, 0.0, 1.0)
         _checks.check_range("dropout", dropout, 0.0, 1.0)
         _checks.check_range("swap + dropout", swap + dropout, 0.0, 1.0)
         self.disagreement_slope = disagreement_slope
+        self.novelty_slope = novelty_slope
         self.threshold = threshold
         self.swap = swap
         self.dropout = dropout
@@ -127,6 +138,7 @@ class GatedFusion(nn.Module):
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
         self.register_buffer("quality", torch.zeros(len(widths), dtype=torch.float32))
+        self.moments = FeatureMoments(widths) if novelty_slope else None
 
     @override
     def forward(
@@ -164,6 +176,8 @@ class GatedFusion(nn.Module):
         available = None if present is None else present.t()
         disturbance = None
         if self.training:
+            if self.moments is not None:
+                self.moments.observe(streams, available)
             rates = self._recall()
             if self.swap or self.dropout:
                 disturbance = Disturbance(
@@ -180,6 +194,10 @@ class GatedFusion(nn.Module):
             disturbance,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
+        if self.moments is not None and not self.training:
+            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
+            gates = reliability_gates(gates.log() - penalty, gates > 0)
+            scale = relative_gates(gates)
         if present is None:
             available = None  # a scale of 0 removes what was dropped, finite as its features are
         fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
@@ -207,7 +225,8 @@ class GatedFusion(nn.Module):
         )
         return (
             f"{{{sizes}}}, disagreement_slope={self.disagreement_slope}, "
-            f"threshold={self.threshold}, swap={self.swap}, dropout={self.dropout}"
+            f"novelty_slope={self.novelty_slope}, threshold={self.threshold}, "
+            f"swap={self.swap}, dropout={self.dropout}"
         )
 
 

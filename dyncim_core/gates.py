@@ -9,12 +9,15 @@ redundancy. The formulas are definitions chosen here.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-__all__ = ["disagreement", "reliability_gates"]
+__all__ = ["disagreement", "novelty", "novelty_penalty", "relative_gates", "reliability_gates"]
 
 _QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
+_SHRINKAGE = 1e-2  # share of the mean variance that every direction has at least
 
 
 def disagreement(
@@ -89,6 +92,82 @@ def reliability_gates(
     # Nothing to renormalise when every modality is absent: 0 / 1.
     total = gates.sum(dim=0)
     return gates / torch.where(total > 0, total, 1.0)
+
+
+def relative_gates(gates: Tensor) -> Tensor:
+    """Gates as shares of the sample's largest: what scales the features.
+
+    The most reliable modality passes whole, and equal gates change nothing.
+
+    Args:
+        gates: ``[M, B]``, >= 0.
+
+    Returns:
+        ``[M, B]`` in [0, 1]; all 0 for a sample whose gates are.
+
+    Example:
+        >>> relative_gates(torch.tensor([[0.6], [0.3]])).squeeze(1)
+        tensor([1.0000, 0.5000])
+    """
+    largest = gates.amax(dim=0)
+    return gates / torch.where(largest > 0, largest, 1.0)
+
+
+def novelty(features: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """How far features lie from those of the training data: 1 on average for those.
+
+    The squared Mahalanobis distance over its mean on the training data. To every variance
+    1% of the mean one is added, so that a direction in which nothing varied in training
+    counts as that. Lee, Lee, Lee and Shin (NeurIPS 2018) tell inputs of another kind by
+    their Mahalanobis distance; this definition is chosen here.
+
+    Args:
+        features: ``[..., B, K]``.
+        mean: Of the training features, ``[..., K]``.
+        covariance: Of the training features, positive semidefinite ``[..., K, K]``.
+
+    Returns:
+        ``[..., B]``, >= 0; unchanged when all is rotated or scaled alike. NaN where the
+        covariance is 0 or not positive semidefinite.
+
+    Example:
+        >>> seen = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> covariance = seen.T @ seen / 4
+        >>> round(float(novelty(seen, torch.zeros(2), covariance).mean()), 4)
+        1.0
+        >>> novelty(torch.tensor([[0.0, 2.0], [0.0, 3.0]]), torch.zeros(2), covariance)
+        tensor([3.9631, 8.9169])
+    """
+    width = covariance.shape[-1]
+    identity = torch.eye(width, dtype=covariance.dtype, device=covariance.device)
+    added = _SHRINKAGE * covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    # Without a check for success, which would read the device.
+    factor = torch.linalg.cholesky_ex(covariance + added[..., None, None] * identity).L
+    # Solved for and not multiplied by, which autocast would do in half precision.
+    solve = partial(torch.linalg.solve_triangular, factor, upper=False)
+    squared = solve((features - mean.unsqueeze(-2)).mT).square().sum(dim=-2)
+    expected = width - added * solve(identity).square().sum(dim=(-2, -1))
+    found: Tensor = squared / expected.unsqueeze(-1)
+    return found
+
+
+def novelty_penalty(novelty: Tensor, tolerance: float = 3.0) -> Tensor:
+    """What novelty takes off the logit of a gate, ``max(0, log(novelty / tolerance))``.
+
+    Definition chosen here.
+
+    Args:
+        novelty: Any shape, >= 0.
+        tolerance: Novelty up to which nothing is taken off, > 0.
+
+    Returns:
+        Same shape, >= 0.
+
+    Example:
+        >>> novelty_penalty(torch.tensor([1.0, 3.0, 30.0]))
+        tensor([0.0000, 0.0000, 2.3026])
+    """
+    return (novelty / tolerance).log().clamp_min(0.0)
 
 
 def _sum_of_others(values: Tensor) -> Tensor:

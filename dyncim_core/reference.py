@@ -35,12 +35,15 @@ __all__ = [
     "modality_coefficients",
     "modality_weights",
     "noise_pressure",
+    "novelty",
+    "novelty_penalty",
     "prediction_consistency",
     "prediction_deviation",
     "prediction_stability",
     "quality",
     "redundancy",
     "relative_change",
+    "relative_gates",
     "reliability_gates",
     "sample_weights",
     "surprise",
@@ -51,6 +54,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
+_SHRINKAGE = 1e-2  # share of the mean variance that every direction has at least
 
 
 # What each head says about each sample.
@@ -650,6 +654,69 @@ def reliability_gates(
     top = np.where(mask.any(axis=0), z.max(axis=0), 0.0)
     gates = _shares(np.exp(z - top))
     return _shares(np.where(gates >= threshold, gates, 0.0))
+
+
+def relative_gates(gates: ArrayLike) -> Array:
+    """Gates over the largest of the sample, ``g_m / max_k g_k``.
+
+    Args:
+        gates: ``[M, B]``, >= 0.
+
+    Returns:
+        ``[M, B]`` in [0, 1]; all 0 for a sample whose gates are.
+
+    Example:
+        >>> relative_gates([[0.6, 0.0], [0.3, 0.0]]).tolist()
+        [[1.0, 0.0], [0.5, 0.0]]
+    """
+    g = np.asarray(gates, dtype=np.float64)
+    largest = g.max(axis=0)
+    return np.asarray(g / np.where(largest > 0, largest, 1.0))
+
+
+def novelty(features: ArrayLike, mean: ArrayLike, covariance: ArrayLike) -> Array:
+    """How far features lie from those of the training data: 1 on average for those.
+
+    ``(x - mu)^T (S + e I)^-1 (x - mu) / tr(S (S + e I)^-1)`` with ``e`` 1% of the mean
+    variance. Definition chosen here.
+
+    Args:
+        features: ``[B, K]``.
+        mean: ``[K]``.
+        covariance: Positive semidefinite ``[K, K]``, not 0.
+
+    Returns:
+        ``[B]``, >= 0.
+
+    Example:
+        >>> novelty([[0.0, 3.0]], [0.0, 0.0], [[2.0, 0.0], [0.0, 0.5]]).round(4).tolist()
+        [8.9169]
+    """
+    s = np.asarray(covariance, dtype=np.float64)
+    deviation = np.asarray(features, dtype=np.float64) - np.asarray(mean, dtype=np.float64)
+    added = _SHRINKAGE * np.trace(s) / len(s)
+    precision = np.linalg.inv(s + added * np.eye(len(s)))
+    squared = np.einsum("bi,ij,bj->b", deviation, precision, deviation)
+    return np.asarray(squared / np.trace(s @ precision))
+
+
+def novelty_penalty(novelty: ArrayLike, tolerance: float = 3.0) -> Array:
+    """What novelty takes off the logit of a gate, ``max(0, log(novelty / tolerance))``.
+
+    Definition chosen here.
+
+    Args:
+        novelty: Any shape, > 0.
+        tolerance: > 0.
+
+    Returns:
+        Same shape, >= 0.
+
+    Example:
+        >>> novelty_penalty([1.0, 30.0]).round(4).tolist()
+        [0.0, 2.3026]
+    """
+    return np.maximum(0.0, np.log(np.asarray(novelty, dtype=np.float64) / tolerance))
 
 
 # Pieces of the formulas.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self, override
+from torch import Tensor
+from typing_extensions import override
 
 from dyncim_core import _checks
+from dyncim_core._buffers import Float32Buffers
 from dyncim_core.kernels.interface import Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
@@ -39,7 +40,7 @@ class Suspects(NamedTuple):
     scores: Tensor
 
 
-class CurriculumState(nn.Module):
+class CurriculumState(Float32Buffers):
     """Running statistics of a curriculum, as buffers.
 
     ``DynCIMLoss`` owns one and is its only writer; ``GatedFusion`` and loggers read it.
@@ -257,17 +258,6 @@ class CurriculumState(nn.Module):
                 "modality: expected another modality to compare with, got the only one"
             )
         return position
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Averages in half precision would stall: follow the device, keep the dtype.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
-        return self
 
     @override
     def _load_from_state_dict(

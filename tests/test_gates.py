@@ -26,7 +26,13 @@ from strategies import (
 from torch import Tensor
 
 from dyncim_core import reference as ref
-from dyncim_core.gates import disagreement, reliability_gates
+from dyncim_core.gates import (
+    disagreement,
+    novelty,
+    novelty_penalty,
+    relative_gates,
+    reliability_gates,
+)
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -308,3 +314,101 @@ def test_a_cut_gate_goes_to_the_others() -> None:
 def test_a_single_modality_has_everything() -> None:
     assert reliability_gates(torch.tensor([[-1e4, 0.0]]), threshold=0.9).tolist() == [[1.0, 1.0]]
     assert disagreement(torch.tensor([[[0.3, 0.7]]])).tolist() == [[0.0]]
+
+
+@all_dtypes
+@given(gate_inputs())
+def test_relative_gates_leave_the_largest_whole(
+    dtype: torch.dtype, case: tuple[Array, Mask | None]
+) -> None:
+    gates = reliability_gates(to_torch(case[0], dtype), to_torch(case[1]))
+    scale = relative_gates(gates)
+    tolerance = TOLERANCES[dtype]
+    assert_allclose(
+        upcast(scale), ref.relative_gates(upcast(gates)), rtol=tolerance, atol=tolerance
+    )
+    assert torch.equal(scale.amax(dim=0) == 1, gates.amax(dim=0) > 0)
+
+
+# Novelty.
+
+
+class Cloud(NamedTuple):
+    """Training features ``[N, K]``, some of whose directions may not vary, and others."""
+
+    seen: Array
+    others: Array
+
+    def novelty(self, features: Array) -> Array:
+        mean, covariance = moments(self.seen)
+        found: Array = novelty(*map(to_torch, (features, mean, covariance))).numpy()
+        return found
+
+
+def moments(seen: Array) -> tuple[Array, Array]:
+    centred = seen - seen.mean(axis=0)
+    return seen.mean(axis=0), centred.T @ centred / len(seen)
+
+
+@st.composite
+def clouds(draw: st.DrawFn) -> Cloud:
+    width, rank = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mixing = rng.standard_normal((rank, width)) * 10.0 ** rng.integers(-2, 3, (rank, 1))
+    offset = rng.standard_normal(width)
+    seen = rng.standard_normal((draw(st.integers(2, 30)), rank)) @ mixing + offset
+    return Cloud(seen, 3 * rng.standard_normal((4, width)) * seen.std() + offset)
+
+
+@given(clouds())
+def test_novelty_agrees_with_the_reference(cloud: Cloud) -> None:
+    mean, covariance = moments(cloud.seen)
+    expected = ref.novelty(cloud.others, mean, covariance)
+    assert_allclose(cloud.novelty(cloud.others), expected, rtol=1e-7)
+    single = novelty(*(to_torch(x, torch.float32) for x in (cloud.others, mean, covariance)))
+    assert_allclose(single, expected, rtol=1e-2, atol=1e-2)
+
+
+@given(clouds())
+def test_novelty_is_one_on_average_where_it_was_learnt(cloud: Cloud) -> None:
+    assert_allclose(cloud.novelty(cloud.seen).mean(), 1.0, rtol=1e-7)
+
+
+@given(clouds(), reals(0.125, 8), st.integers(0, 2**32 - 1))
+def test_novelty_does_not_depend_on_origin_scale_and_axes(
+    cloud: Cloud, scale: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    width = cloud.seen.shape[1]
+    rotation = np.linalg.qr(rng.standard_normal((width, width)))[0]
+    shift = rng.standard_normal(width)
+    moved = Cloud(*(scale * x @ rotation + shift for x in cloud))
+    assert_allclose(moved.novelty(moved.others), cloud.novelty(cloud.others), rtol=1e-5)
+
+
+@given(clouds(), reals(1, 100))
+def test_novelty_grows_with_the_square_of_the_distance(cloud: Cloud, factor: float) -> None:
+    mean = cloud.seen.mean(axis=0)
+    further = mean + factor * (cloud.others - mean)
+    assert_allclose(cloud.novelty(further), factor**2 * cloud.novelty(cloud.others), rtol=1e-6)
+
+
+@given(clouds(), reals(0.0625, 128))
+def test_a_direction_without_variance_counts_as_one_percent_of_the_mean(
+    cloud: Cloud, step: float
+) -> None:
+    """The tighter the training features, the further out is the same step."""
+    flat = np.concatenate([cloud.seen, np.zeros((len(cloud.seen), 1))], axis=1)
+    mean, covariance = moments(flat)
+    aside = np.append(mean[:-1], step)[None]
+    width, variance = len(mean), np.trace(covariance) / len(mean)
+    expected = step**2 / (0.01 * variance)
+    share = np.trace(covariance @ np.linalg.inv(covariance + 0.01 * variance * np.eye(width)))
+    assert_allclose(novelty(*map(to_torch, (aside, mean, covariance))), expected / share, rtol=1e-6)
+
+
+@given(arrays(5, reals(0.0625, 2**20)), reals(0.5, 10))
+def test_what_is_within_the_tolerance_costs_nothing(values: Array, tolerance: float) -> None:
+    penalty = novelty_penalty(to_torch(values), tolerance).numpy()
+    assert_allclose(penalty, ref.novelty_penalty(values, tolerance), rtol=1e-12, atol=1e-15)
+    assert ((penalty > 0) == (values > tolerance)).all()

@@ -31,11 +31,11 @@ MODULES = sorted(
 # Imports go one way: a module may import from those before it.
 NATIVE = "dyncim_core.kernels._native"  # C
 LAYERS = (
-    ("_units", "_checks", "kernels.interface", "kernels._native", "reference"),
+    ("_units", "_checks", "_buffers", "kernels.interface", "kernels._native", "reference"),
     ("signals", "modality", "gates"),
     ("kernels.eager", "kernels.native", "kernels.triton"),
     ("kernels",),
-    ("heads", "state"),
+    ("heads", "state", "moments"),
     ("fusion", "loss"),
     ("",),
 )
@@ -176,6 +176,14 @@ def test_a_training_step_reads_nothing_on_the_host(options: dict[str, Any]) -> N
     step()
     with NoHostReads():
         step()
+
+
+def test_inference_reads_nothing_on_the_host() -> None:
+    fusion = GatedFusion({"a": 3, "b": 100})
+    features = {"a": torch.randn(8, 3), "b": torch.randn(8, 100)}
+    fusion(features)
+    with NoHostReads():
+        fusion.eval()(features, unimodal={name: torch.randn(8, 5) for name in "ab"})
 
 
 def test_the_detector_detects() -> None:

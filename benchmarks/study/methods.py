@@ -441,6 +441,11 @@ def no_gate(state: CurriculumState) -> Fusion:
     return Concatenation
 
 
+def no_novelty(state: CurriculumState) -> Fusion:
+    """Ablation: the gates of inference do not look at how novel the features are."""
+    return partial(Gated, state=state, novelty_slope=0.0)
+
+
 def constant_gate(state: CurriculumState) -> Fusion:
     """Ablation: the fusion without the state: all modalities alike, half the full dropout."""
     return partial(Gated, dropout=DROPOUT / 2)
@@ -540,6 +545,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/constant-dropout": Entry(partial(DynCIM, gate=constant_dropout)),
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
+    "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

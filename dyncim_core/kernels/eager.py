@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core.gates import disagreement, reliability_gates
+from dyncim_core.gates import disagreement, relative_gates, reliability_gates
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -335,9 +335,7 @@ def gate(
     gates = reliability_gates(
         -settings.disagreement_slope * conflict, available, settings.threshold
     )
-    # The most reliable modality passes whole: equal gates give plain concatenation.
-    largest = gates.amax(dim=0)
-    return Gating(gates, gates / torch.where(largest > 0, largest, 1.0), available, source)
+    return Gating(gates, relative_gates(gates), available, source)
 
 
 def _disturb(
