@@ -177,7 +177,7 @@ class GatedFusion(nn.Module):
         disturbance = None
         if self.training:
             if self.moments is not None:
-                self.moments.observe(streams, available)
+                self.moments.observe(streams, available, self.backend)
             rates = self._recall()
             if self.swap or self.dropout:
                 disturbance = Disturbance(

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Settings
+from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Moments, Settings
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -182,6 +182,36 @@ def test_native_gates_are_those_of_eager(
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
     assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@given(
+    widths=st.lists(st.integers(1, 32), min_size=1, max_size=9),
+    batch=st.sampled_from([1, 2, 7, 65]),
+    masked=st.booleans(),
+    spoilt=st.sampled_from([None, math.nan, math.inf, 1e30]),
+    seed=st.integers(0, 10**6),
+)
+def test_native_moments_are_those_of_eager(
+    widths: list[int], batch: int, masked: bool, spoilt: float | None, seed: int
+) -> None:
+    from dyncim_core.kernels import native
+
+    shape = len(widths), max(widths)
+    zeros = [torch.zeros(shape[:1]), torch.zeros(shape), torch.zeros(*shape, shape[1])]
+    ours, theirs = Moments(*zeros), Moments(*(x.clone() for x in zeros))
+    for step in range(3):
+        features = [
+            randn(batch, 2 * width, seed=seed + step + k)[:, ::2] for k, width in enumerate(widths)
+        ]
+        features[-1] = features[-1].T.contiguous().T - 3.0
+        if spoilt is not None:
+            features[0][:1, -1] = spoilt
+        available = randn(batch, len(widths), seed=seed).t() > -1.0 if masked else None
+        native.observe(features, available, ours, 0.9)
+        eager.observe(features, available, theirs, 0.9)
+    for name, actual, expected in zip(Moments._fields, ours, theirs, strict=True):
+        assert_allclose(actual, expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @needs_native

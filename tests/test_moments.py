@@ -111,7 +111,7 @@ def test_what_is_absent_or_not_finite_does_not_count() -> None:
 @pytest.mark.parametrize("width", [33, 64, 300])
 def test_of_wide_features_some_are_watched(width: int) -> None:
     moments = FeatureMoments([width, 10])
-    assert 16 < moments.width <= 32
+    assert 16 < moments.total.shape[1] <= 32
     basis = torch.randn(4, width)  # features in a space of four directions
 
     def features(size: int) -> list[Tensor]:

@@ -25,7 +25,9 @@
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
+#define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
+#define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
 #define LOWEST (-87.0f) /* exp of less is no normal number */
 
 static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -51,6 +53,7 @@ typedef struct {
     void (*exp_row)(float *x, int64_t count);
     double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
                             const float *share, int64_t classes);
+    void (*products)(const float *x, int64_t rows, int64_t width, float *out);
 } RowKernels;
 
 #define JOIN(name, target) name##_##target
@@ -578,6 +581,45 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const flo
     return 0;
 }
 
+/* Features of one modality, [B, width] with any strides. */
+typedef struct {
+    const float *x;
+    int64_t batch, width, row_stride, column_stride;
+} Features;
+
+/* Take modality m's features into its moments; rows that do not count become 0 in scratch,
+ * [B, WATCHED]. */
+static void observe(const Features *f, const uint8_t *available, double decay, int64_t width,
+                    float *scratch, float *mass, float *total, float *scatter) {
+    double sum[WATCHED] = {0}, rate = 1.0 - decay;
+    int64_t counted = 0;
+    memset(scratch, 0, (size_t)(f->batch * WATCHED) * sizeof *scratch);
+    for (int64_t i = 0; i < f->batch; i++) {
+        double squared = 0.0;
+        for (int64_t k = 0; k < f->width; k++) {
+            double v = f->x[i * f->row_stride + k * f->column_stride];
+            squared += v * v;
+        }
+        if (!(squared < LARGEST_SQUARE) || (available && !available[i])) continue;
+        float *row = scratch + counted++ * WATCHED;
+        for (int64_t k = 0; k < f->width; k++)
+            sum[k] += row[k] = f->x[i * f->row_stride + k * f->column_stride];
+    }
+    *mass = (float)(decay * *mass + rate * counted / f->batch);
+    for (int64_t k = 0; k < f->width; k++) {
+        total[k] = (float)(decay * total[k] + rate * sum[k] / f->batch);
+        float mean = *mass > 0.0f ? total[k] / *mass : 0.0f;
+        for (int64_t i = 0; i < counted; i++) scratch[i * WATCHED + k] -= mean;
+    }
+    float products[WATCHED * WATCHED];
+    rows_of.products(scratch, counted, f->width, products);
+    for (int64_t a = 0; a < f->width; a++)
+        for (int64_t b = 0; b < f->width; b++) {
+            float *s = scatter + a * width + b;
+            *s = (float)(decay * *s + rate * products[a * WATCHED + b] / f->batch);
+        }
+}
+
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
 
 static void *address(PyObject *number) { return (void *)(intptr_t)PyLong_AsLongLong(number); }
@@ -799,6 +841,35 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     return answer(failed, NULL);
 }
 
+static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, 8)) return NULL;
+    int64_t modalities = PyList_Size(args[0]), width = integer(args[4]), batch = 0;
+    Features of[MAX_HEADS];
+    for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++) {
+        PyObject *shape = PyList_GetItem(args[1], m);
+        of[m].x = address(PyList_GetItem(args[0], m));
+        int64_t *to[4] = {&of[m].batch, &of[m].width, &of[m].row_stride, &of[m].column_stride};
+        for (int k = 0; k < 4; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
+        batch = of[m].batch;
+    }
+    const uint8_t *available = address(args[2]);
+    double decay = PyFloat_AsDouble(args[3]);
+    float *mass = address(args[5]), *total = address(args[6]), *scatter = address(args[7]);
+    if (modalities > MAX_HEADS || width > WATCHED)
+        PyErr_SetString(PyExc_ValueError, "too many features");
+    if (PyErr_Occurred()) return NULL;
+    float *scratch = malloc((size_t)(batch * WATCHED + 1) * sizeof *scratch);
+    if (!scratch) return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t m = 0; m < modalities; m++)
+        observe(of + m, available ? available + m * batch : NULL, decay, width, scratch, mass + m,
+                total + m * width, scatter + m * width * width);
+    Py_END_ALLOW_THREADS
+    free(scratch);
+    Py_RETURN_NONE;
+}
+
 #define FAST(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL
 
 static PyMethodDef methods[] = {
@@ -807,6 +878,7 @@ static PyMethodDef methods[] = {
     {"gradients", FAST(py_gradients), NULL},
     {"scale", FAST(py_scale), NULL},
     {"gate", FAST(py_gate), NULL},
+    {"observe", FAST(py_observe), NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -392,10 +392,27 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     if (shape.left) FOR_TARGET(store_tail)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
 }
 
+/* Sum over rows of x_a x_b; rows and those of out are WATCHED long, filled up with zeros. */
+static void FOR_TARGET(products)(const float *restrict x, int64_t rows, int64_t width,
+                                 float *restrict out) {
+    enum { TOGETHER = 4, VECTORS = WATCHED / LANES };
+    for (int64_t a = 0; a < width; a += TOGETHER) {
+        Floats sums[TOGETHER][VECTORS] = {{{0}}};
+        for (int64_t i = 0; i < rows; i++) {
+            const float *row = x + i * WATCHED;
+            for (int v = 0; v < VECTORS; v++) {
+                Floats columns = FOR_TARGET(load)(row + v * LANES);
+                for (int t = 0; t < TOGETHER; t++) sums[t][v] += columns * row[a + t];
+            }
+        }
+        memcpy(out + a * WATCHED, sums, sizeof sums);
+    }
+}
+
 static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
-    FOR_TARGET(contradiction),
+    FOR_TARGET(contradiction), FOR_TARGET(products),
 };
 
 #undef NOWHERE

@@ -18,6 +18,7 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Moments,
     Normaliser,
     Settings,
     Statistics,
@@ -42,6 +43,7 @@ __all__ = [
     "curriculum",
     "gate",
     "gradients",
+    "observe",
     "recall",
     "statistics",
     "take_in",
@@ -58,6 +60,8 @@ _MANY_LOGITS = 2**15
 # Over the last dimension, torch vectorises the largest of 32 or more only.
 _VECTORISED = 32
 _FEW_CLASSES = 16
+# Squares of anything smaller are finite, and so are their averages.
+_LARGEST_NORM = 1e18
 _LOG2_E = math.log2(math.e)
 
 
@@ -582,3 +586,24 @@ def _truth(criterion: Criterion, dtype: torch.dtype) -> _Indices | _Probabilitie
 
 def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
     return -torch.where(truth > 0, truth * log_probs, 0.0).sum(dim=2)
+
+
+@torch.no_grad()
+def observe(
+    features: Sequence[Tensor], available: Tensor | None, moments: Moments, decay: float
+) -> None:
+    """Take features into their running moments.
+
+    Samples that lack the modality, or whose features are not finite, do not count.
+    """
+    width = moments.total.shape[1]
+    x = torch.stack([F.pad(x, (0, width - x.shape[1])) for x in features])
+    counts = torch.linalg.vector_norm(x, dim=-1) < _LARGEST_NORM
+    if available is not None:
+        counts &= available
+    x = torch.where(counts.unsqueeze(-1), x, 0.0)
+    counted, rate = counts.to(x.dtype), 1.0 - decay
+    moments.mass.lerp_(counted.mean(dim=1), rate)
+    moments.total.lerp_(x.mean(dim=1), rate)
+    x = torch.addcmul(x, counted.unsqueeze(-1), moments.mean().unsqueeze(1), value=-1.0)
+    moments.scatter.baddbmm_(x.mT, x, beta=decay, alpha=rate / x.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Gating",
     "Kernels",
     "Memory",
+    "Moments",
     "Normaliser",
     "Settings",
     "Statistics",
@@ -129,6 +131,30 @@ class Gating(NamedTuple):
     source: Tensor | None
 
 
+class Moments(NamedTuple):
+    """Running moments of the features, updated in place.
+
+    Averages that start at 0: ``mass`` ``[M]``, the share of a batch's samples that counted;
+    ``total`` ``[M, K]``, the features; ``scatter`` ``[M, K, K]``, the outer product of their
+    deviation from the mean so far.
+    """
+
+    mass: Tensor
+    total: Tensor
+    scatter: Tensor
+
+    def mean(self) -> Tensor:
+        """Of the features, ``[M, K]``; 0 where none was seen."""
+        return self.total / self._positive_mass()
+
+    def covariance(self) -> Tensor:
+        """Of the features, ``[M, K, K]``; 0 where none was seen."""
+        return self.scatter / self._positive_mass().unsqueeze(2)
+
+    def _positive_mass(self) -> Tensor:
+        return self.mass.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+
+
 class Kernels(Protocol):
     """A backend. All of them agree to rounding; none reads a value of a GPU on the host."""
 
@@ -171,3 +197,12 @@ class Kernels(Protocol):
         settings: Gate,
     ) -> Gating:
         """Gates of the modalities from their logits, some of them disturbed."""
+
+    def observe(
+        self,
+        features: Sequence[Tensor],
+        available: Tensor | None,
+        moments: Moments,
+        decay: float,
+    ) -> None:
+        """Take features, ``[B, k]`` with ``k <= K`` of each modality, into their moments."""

@@ -23,12 +23,13 @@ from dyncim_core.kernels.interface import (
     Gate,
     Gating,
     Memory,
+    Moments,
     Normaliser,
     Settings,
     Statistics,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
 
 
 # Logits that pay for handing them to another thread.
@@ -169,6 +170,22 @@ def gate(
         scale.data_ptr(),
     )
     return Gating(gates, scale, available, source)
+
+
+def observe(
+    features: Sequence[Tensor], available: Tensor | None, moments: Moments, decay: float
+) -> None:
+    """Take features into their running moments."""
+    if available is not None:
+        available = available.contiguous()
+    _native.observe(
+        [*map(_address, features)],
+        [(*x.shape, *x.stride()) for x in features],
+        0 if available is None else available.data_ptr(),
+        decay,
+        moments.total.shape[1],
+        *map(_address, moments),
+    )
 
 
 class _Problem:

@@ -19,6 +19,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import per_log_classes
+from dyncim_core.kernels.eager import observe
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -32,7 +33,7 @@ from dyncim_core.kernels.interface import (
     Statistics,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first to take tuples
     raise ImportError(f"expected triton >= 3.3, got {triton.__version__}")
