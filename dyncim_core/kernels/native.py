@@ -63,8 +63,9 @@ def curriculum(
     """
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
-    coefficient = _empty(heads, batch)
-    value = _empty(*(batch,) if settings.reduction == "none" else ())
+    empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
+    coefficient = empty(heads, batch)
+    value = empty(batch) if settings.reduction == "none" else empty(())
     rows_at = prediction_at = normaliser_at = 0
     ahead: tuple[Tensor, ...] | None = None
     normaliser: Normaliser
@@ -213,7 +214,8 @@ class _Problem:
 
     def empty(self) -> tuple[Tensor, ...]:
         """Room for the gradients."""
-        return tuple([_empty(self.batch, self.classes) for _ in self.logits])
+        batch, classes = self.batch, self.classes
+        return tuple([x.new_empty(batch, classes) for x in self.logits])
 
     def part(self, start: int, stop: int) -> tuple[Any, ...]:
         """The same, to work on these samples."""
