@@ -186,7 +186,7 @@ class DynCIMLoss(nn.Module):
         _checks.check_device("state", averages.step, logits.device)
         if target.is_floating_point():
             self._check_soft_target()
-        weight = criterion.weight if _is_cross_entropy(criterion) else None
+        weight = _class_weight(criterion) if _is_cross_entropy(criterion) else None
         _checks.check_class_weight(weight, logits)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
@@ -325,6 +325,12 @@ class DynCIMLoss(nn.Module):
             f"unimodal_strength={self.unimodal_strength}, "
             f"nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
         )
+
+
+def _class_weight(criterion: nn.CrossEntropyLoss) -> Tensor | None:
+    if "weight" in criterion._buffers:  # where Module.__getattr__, which is slow, would find it
+        return criterion._buffers["weight"]
+    return criterion.weight
 
 
 def _is_cross_entropy(criterion: object) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
@@ -113,8 +112,11 @@ def gradients(
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
     if isinstance(normaliser, list):
-        with suppress(IndexError):  # taken before: made again below
+        try:
             ahead = normaliser.pop()
+        except IndexError:
+            pass  # taken before: made again below
+        else:
             at = [*map(_address, ahead)]
             batch, classes = ahead[0].shape
             _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
