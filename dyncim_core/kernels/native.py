@@ -64,7 +64,8 @@ def curriculum(
     heads, batch = len(logits), problem.batch
     empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
     coefficient = empty(heads, batch)
-    value = empty(batch) if settings.reduction == "none" else empty(())
+    scalar = buffers.label_noise  # what is like it is made sooner than of shape ()
+    value = empty(batch) if settings.reduction == "none" else torch.empty_like(scalar)
     rows_at = prediction_at = normaliser_at = 0
     ahead: tuple[Tensor, ...] | None = None
     normaliser: Normaliser
