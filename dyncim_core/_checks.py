@@ -112,16 +112,13 @@ def check_savable(heads: Sequence[Tensor], target: Tensor) -> None:
     """Tensors that autograd can save for the backward."""
     if torch.compiler.is_compiling():
         return
-    inferred = [tensor.is_inference() for tensor in (target, *heads)]
-    if any(inferred):
-        found = inferred.index(True)
-        name = f"unimodal logits of modality {found - 2}"
-        if found < 2:
-            name = ("target", "logits")[found]
-        raise RuntimeError(
-            f"{name}: expected a tensor that autograd can save, got one made in inference mode; "
-            "pass its clone()"
-        )
+    for k, tensor in enumerate((target, *heads)):
+        if tensor.is_inference():
+            name = ("target", "logits")[k] if k < 2 else f"unimodal logits of modality {k - 2}"
+            raise RuntimeError(
+                f"{name}: expected a tensor that autograd can save, got one made in inference "
+                "mode; pass its clone()"
+            )
 
 
 def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:

@@ -126,7 +126,7 @@ def differentiable(
     """
     apply = _Objective.apply if kernels is eager else _apply_plainly
     result: Tensor = apply(  # type: ignore[no-untyped-call]
-        (value, coefficient, normaliser, kernels, criterion, guard), *logits
+        (value, coefficient, normaliser, kernels, guard, criterion), *logits
     )
     return result
 
@@ -135,17 +135,17 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *logits: Tensor) -> Tensor:
         value: Tensor
-        value, *ctx.known, (target, weight, *ctx.options), ctx.guard = known
+        value, *ctx.known, (target, weight, *ctx.options) = known
         ctx.save_for_backward(target, weight, *logits)  # a change in place is noticed
         # Fresh from a kernel, and hidden from autograd in a tuple: only a trace takes a copy.
         return value.clone() if torch.compiler.is_compiling() else value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficient, normaliser, kernels = ctx.known
+        coefficient, normaliser, kernels, guard = ctx.known
         target, weight, *logits = ctx.saved_tensors
         criterion = Criterion(target, weight, *ctx.options)
-        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, ctx.guard)
+        grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]
         return (None, *grads)

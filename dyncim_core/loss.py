@@ -186,8 +186,11 @@ class DynCIMLoss(nn.Module):
         _checks.check_device("state", averages.step, logits.device)
         if target.is_floating_point():
             self._check_soft_target()
-        weight = criterion.weight if _is_cross_entropy(criterion) else None
-        _checks.check_class_weight(weight, logits)
+        read = None
+        if _is_cross_entropy(criterion):
+            weight = _class_weight(criterion)
+            _checks.check_class_weight(weight, logits)
+            read = Criterion(target, weight, criterion.ignore_index, criterion.label_smoothing)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_savable(heads, target)
@@ -199,9 +202,8 @@ class DynCIMLoss(nn.Module):
             self._settle(unimodal, kernels, heads, target, index)
             averages = state.averages()
         memory = None if index is None else state.memory(index)
-        if not _is_cross_entropy(criterion):
+        if read is None:
             return self._generic(heads, target, present, kernels, memory)
-        read = Criterion(target, weight, criterion.ignore_index, criterion.label_smoothing)
         plain = self._neutral and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
@@ -325,6 +327,12 @@ class DynCIMLoss(nn.Module):
             f"unimodal_strength={self.unimodal_strength}, "
             f"nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
         )
+
+
+def _class_weight(criterion: nn.CrossEntropyLoss) -> Tensor | None:
+    if "weight" in criterion._buffers:  # where Module.__getattr__, which is slow, would find it
+        return criterion._buffers["weight"]
+    return criterion.weight
 
 
 def _is_cross_entropy(criterion: object) -> TypeGuard[nn.CrossEntropyLoss]:

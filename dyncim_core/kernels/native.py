@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
@@ -64,8 +63,10 @@ def curriculum(
     """
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
-    coefficient = _empty(heads, batch)
-    value = _empty(*(batch,) if settings.reduction == "none" else ())
+    empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
+    coefficient = empty(heads, batch)
+    scalar = buffers.label_noise  # what is like it is made sooner than of shape ()
+    value = empty(batch) if settings.reduction == "none" else torch.empty_like(scalar)
     rows_at = prediction_at = normaliser_at = 0
     ahead: tuple[Tensor, ...] | None = None
     normaliser: Normaliser
@@ -113,8 +114,11 @@ def gradients(
     # A scalar, [B] or [M + 1, B]: strides of 0 over what it lacks.
     head_stride, sample_stride = (0, 0, *grad.stride())[-2:]
     if isinstance(normaliser, list):
-        with suppress(IndexError):  # taken before: made again below
+        try:
             ahead = normaliser.pop()
+        except IndexError:
+            pass  # taken before: made again below
+        else:
             at = [*map(_address, ahead)]
             batch, classes = ahead[0].shape
             _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
@@ -230,7 +234,8 @@ class _Problem:
 
     def empty(self) -> tuple[Tensor, ...]:
         """Room for the gradients."""
-        return tuple([_empty(self.batch, self.classes) for _ in self.logits])
+        batch, classes = self.batch, self.classes
+        return tuple([x.new_empty(batch, classes) for x in self.logits])
 
     def part(self, start: int, stop: int) -> tuple[Any, ...]:
         """The same, to work on these samples."""
