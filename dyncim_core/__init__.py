@@ -29,7 +29,9 @@ from dyncim_core.modality import (
 )
 from dyncim_core.signals import (
     contradiction,
+    credible_noise,
     difficulty,
+    held_out,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -54,11 +56,13 @@ __all__ = [
     "backends",
     "balance_factor",
     "contradiction",
+    "credible_noise",
     "difficulty",
     "disagreement",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",
+    "held_out",
     "improvement_ratios",
     "modality_coefficients",
     "modality_weights",

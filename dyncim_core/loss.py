@@ -14,6 +14,7 @@ from dyncim_core import _checks
 from dyncim_core.heads import differentiable
 from dyncim_core.kernels import check_backend, eager, select
 from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
+from dyncim_core.signals import held_out
 from dyncim_core.state import CurriculumState
 
 __all__ = ["DynCIMLoss"]
@@ -51,6 +52,10 @@ class DynCIMLoss(nn.Module):
             run shows it: ``state.label_noise`` averages how often all heads contradict
             a label together. That takes at least one modality's logits; without, the
             surprise weighting stays off unless the share is given.
+        held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
+            labels are judged by heads that cannot know them by heart. It takes what tells the
+            samples apart, ``index=``, class indices and a cross-entropy; otherwise, and with 0,
+            everything is trained on and judged as well.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -91,6 +96,7 @@ class DynCIMLoss(nn.Module):
         state: CurriculumState | None = None,
         surprise_strength: float = 2.0,
         label_noise: float | None = None,
+        held_out: float = 0.05,
         pacing_strength: float = 0.2,
         unimodal_strength: float = 1.0,
         nonfinite: Literal["propagate", "skip"] = "propagate",
@@ -121,6 +127,8 @@ class DynCIMLoss(nn.Module):
         self.state = state
         if label_noise is not None:
             _checks.check_range("label_noise", label_noise, 0.0, 1.0)
+        _checks.check_range("held_out", held_out, 0.0, 0.5)
+        self.held_out = held_out
         self.surprise_strength = surprise_strength
         self.label_noise = label_noise
         self.pacing_strength = pacing_strength
@@ -207,12 +215,52 @@ class DynCIMLoss(nn.Module):
         plain = self._neutral and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
+        held = None
+        if memory is not None and unimodal is not None and self._holds_out(target):
+            held = _held_out(memory.rows, self.held_out, target, read.ignore_index)
+            read = read._replace(target=torch.where(held, read.ignore_index, target))
+            # What the others say of label noise is not asked for: they know it by heart.
+            averages = averages._replace(label_noise=averages.label_noise.clone())
         joint = kernels.curriculum(heads, present, read, averages, memory, self._settings(state))
+        if held is not None and memory is not None:
+            self._listen(held, heads, target, present, memory, kernels)
         if plain:
             return self._plain(logits, target)
         guard = present is not None or self.nonfinite == "skip"
         return differentiable(
             joint.value, joint.coefficient, joint.normaliser, kernels, read, guard, heads
+        )
+
+    def _holds_out(self, target: Tensor) -> bool:
+        asked_for = self.label_noise is None and self.surprise_strength > 0.0
+        return asked_for and self.held_out > 0.0 and not target.is_floating_point()
+
+    @torch.no_grad()
+    def _listen(
+        self,
+        held: Tensor,
+        heads: Sequence[Tensor],
+        target: Tensor,
+        present: Tensor | None,
+        memory: Memory,
+        kernels: Kernels,
+    ) -> None:
+        """Let the samples held out tell of label noise."""
+        # Of a fixed number of rows, so that their own number need not be read.
+        few = 1 + len(target) * 2 // round(1.0 / self.held_out)
+        rows = held.int().topk(min(few, len(target))).indices
+        some = [x.index_select(0, rows) for x in heads]
+        present = None if present is None else present[:, rows]
+        target = target[rows]
+        eager.listen(
+            kernels.statistics(some, present, Criterion(target)),
+            present,
+            target,
+            held[rows],
+            self.state.quality[0],
+            self.state.held_out(),
+            memory._replace(rows=memory.rows[rows]),
+            self._settings(self.state),
         )
 
     def _generic(
@@ -325,7 +373,7 @@ class DynCIMLoss(nn.Module):
             f"surprise_strength={self.surprise_strength}, label_noise={self.label_noise}, "
             f"pacing_strength={self.pacing_strength}, "
             f"unimodal_strength={self.unimodal_strength}, "
-            f"nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
+            f"held_out={self.held_out}, nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
         )
 
 
@@ -333,6 +381,13 @@ def _class_weight(criterion: nn.CrossEntropyLoss) -> Tensor | None:
     if "weight" in criterion._buffers:  # where Module.__getattr__, which is slow, would find it
         return criterion._buffers["weight"]
     return criterion.weight
+
+
+def _held_out(index: Tensor, share: float, target: Tensor, ignore_index: int) -> Tensor:
+    """Samples to hold out, bool ``[B]``; none where nothing would be left of the batch."""
+    counts = target != ignore_index
+    held = held_out(index, share) & counts
+    return held & (counts & ~held).any()
 
 
 def _is_cross_entropy(criterion: object) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -26,11 +26,13 @@ __all__ = [
     "augmentation_rates",
     "balance_factor",
     "contradiction",
+    "credible_noise",
     "difficulty",
     "disagreement",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",
+    "held_out",
     "improvement_ratios",
     "modality_coefficients",
     "modality_weights",
@@ -315,6 +317,46 @@ def contradiction(
         if len(votes) > 1 and len(set(votes)) == 1:
             result[i] = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
     return result
+
+
+def held_out(index: ArrayLike, share: float) -> Mask:
+    """Which samples to keep out of training: where ``frac(index * phi)`` is below ``share``.
+
+    ``phi`` is the golden ratio's fraction, rounded to 32 bits. Definition chosen here.
+
+    Args:
+        index: Whole numbers >= 0.
+        share: In [0, 1].
+
+    Returns:
+        Bool, same shape.
+
+    Example:
+        >>> held_out(np.arange(6), share=0.25).tolist()
+        [True, False, True, False, False, True]
+    """
+    steps = np.asarray(index, dtype=np.uint64) * np.uint64(2654435769)
+    return np.asarray((steps & np.uint64(0xFFFFFFFF)) / 2.0**32 < share)
+
+
+def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
+    """Label noise by heads that were not trained on it, ``contradicted * min(1, 2 competence)``.
+
+    Definition chosen here.
+
+    Args:
+        contradicted: In [0, 1].
+        competence: Quality of the fused head, in [0, 1].
+
+    Returns:
+        In [0, 1].
+
+    Example:
+        >>> credible_noise(0.2, [0.0, 0.25, 0.9]).round(4).tolist()
+        [0.0, 0.1, 0.2]
+    """
+    trust = np.minimum(1.0, 2.0 * np.asarray(competence, dtype=np.float64))
+    return np.asarray(np.asarray(contradicted, dtype=np.float64) * trust)
 
 
 def noise_pressure(label_noise: ArrayLike, full_at: float = 0.15) -> Array:

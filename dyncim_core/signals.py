@@ -18,7 +18,9 @@ from dyncim_core._units import error_of_guessing, per_log_classes
 __all__ = [
     "SIGNALS",
     "contradiction",
+    "credible_noise",
     "difficulty",
+    "held_out",
     "noise_pressure",
     "prediction_consistency",
     "prediction_deviation",
@@ -31,6 +33,7 @@ __all__ = [
 
 SIGNALS = ("deviation", "consistency", "stability")
 
+_GOLDEN_RATIO = 2654435769  # its fraction, times 2**32
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
 
@@ -213,6 +216,47 @@ def contradiction(prediction: Tensor, target: Tensor, present: Tensor | None = N
         return agree & (prediction[0] != target)
     given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
     return torch.where(agree, target.amax(dim=1) - given, 0.0)
+
+
+def held_out(index: Tensor, share: float) -> Tensor:
+    """Which samples to keep out of training, to hear what heads that never saw them say.
+
+    The same ones whatever the order, the epoch and the process, spread evenly over the
+    training set: the fraction of ``index`` times the golden ratio, in 32 bits, lies below
+    ``share``. Definition chosen here.
+
+    Args:
+        index: Position in the training set, int64 of any shape, >= 0.
+        share: Of the training set, in [0, 1].
+
+    Returns:
+        Bool, same shape.
+
+    Example:
+        >>> held_out(torch.arange(8), share=0.25)
+        tensor([ True, False,  True, False, False,  True, False, False])
+    """
+    return (index * _GOLDEN_RATIO) % 2**32 < share * 2**32
+
+
+def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
+    """Label noise by what heads say about samples that they were not trained on.
+
+    Until the fusion has learnt half of what there is to know, it is worth less than it says.
+    Definition chosen here.
+
+    Args:
+        contradicted: Share of those samples whose target all heads contradict, in [0, 1].
+        competence: Quality of the fused head, in [0, 1].
+
+    Returns:
+        Same shape, in [0, 1]: ``contradicted * min(1, 2 * competence)``.
+
+    Example:
+        >>> credible_noise(torch.tensor(0.2), torch.tensor([0.0, 0.25, 0.9]))
+        tensor([0.0000, 0.1000, 0.2000])
+    """
+    return contradicted * (2.0 * competence).clamp_max(1.0)
 
 
 def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import Float32Buffers
-from dyncim_core.kernels.interface import Buffers, Memory
+from dyncim_core.kernels.interface import Buffers, HeldOut, Memory
 from dyncim_core.modality import (
     balance_factor,
     geometric_mean_ratio,
@@ -63,6 +63,9 @@ class CurriculumState(Float32Buffers):
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
         label_noise: Scalar in [0, 1], share of labels that the model doubts.
+        held_out_mass: Scalar in [0, 1], average share of the batch that was held out, of as
+            much as is looked at.
+        held_out_doubt: Scalar in [0, 1], of it, the part that all heads contradict.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
@@ -85,6 +88,8 @@ class CurriculumState(Float32Buffers):
     signal_mean: Tensor
     volatility: Tensor
     label_noise: Tensor
+    held_out_mass: Tensor
+    held_out_doubt: Tensor
     effective_share: Tensor
     step: Tensor
     seen: Tensor
@@ -118,6 +123,8 @@ class CurriculumState(Float32Buffers):
         self.register_buffer("signal_mean", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("held_out_mass", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
         self.register_buffer("effective_share", torch.ones((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
@@ -153,6 +160,10 @@ class CurriculumState(Float32Buffers):
         """The running averages, for the kernels that update them in place."""
         held = self._buffers
         return Buffers(*[held[name] for name in Buffers._fields])  # type: ignore[arg-type]
+
+    def held_out(self) -> HeldOut:
+        """What samples kept out of training have said, for the kernels that update it."""
+        return HeldOut(self.held_out_mass, self.held_out_doubt, self.label_noise)
 
     def memory(self, index: Tensor) -> Memory:
         """The per-sample memory, for the kernels that update its rows ``index`` in place."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out
 from dyncim_core import reference as ref
 
 CLASSES = 5
@@ -342,7 +342,7 @@ def test_label_noise_turns_the_surprise_on() -> None:
     logits = 8.0 * F.one_hot(target, CLASSES).float()
     wrong = torch.arange(40) < 12
     labels = torch.where(wrong, (target + 1) % CLASSES, target)
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=40, modalities=2)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=40, modalities=2, held_out=0.0)
     for _ in range(60):
         criterion(
             logits.requires_grad_(), labels, unimodal=[logits, logits], index=torch.arange(40)
@@ -352,6 +352,88 @@ def test_label_noise_turns_the_surprise_on() -> None:
     assert weights[wrong].max() < 1e-3
     assert_allclose(weights[~wrong], 40 / 28, rtol=1e-2)
     assert set(criterion.state.suspects(12).indices.tolist()) == set(range(12))
+
+
+def contradicted_task(size: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that are right, labels of which a quarter are wrong, and which are."""
+    truth = torch.arange(size) % CLASSES
+    wrong = torch.arange(size) % 4 == 1
+    labels = torch.where(wrong, (truth + 1) % CLASSES, truth)
+    return 8.0 * F.one_hot(truth, CLASSES).float(), labels, wrong
+
+
+def test_what_is_held_out_is_not_trained_on_and_tells_of_label_noise() -> None:
+    logits, labels, wrong = contradicted_task()
+    index = torch.arange(400)
+    held = held_out(index, 0.1)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=400, modalities=2, held_out=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        rows = torch.randperm(400, generator=generator)[:50]
+        heads = [logits[rows].requires_grad_() for _ in range(3)]
+        criterion(heads[0], labels[rows], unimodal=heads[1:], index=index[rows]).backward()
+        for head in heads:
+            assert head.grad is not None
+            assert torch.equal(head.grad.any(dim=1), ~held[rows])
+    state = criterion.state
+    share = wrong[held].float().mean() * state.quality[0]
+    assert_allclose(state.label_noise, share, atol=0.1)
+    assert state.label_noise > 0.05
+    assert (state.memory_visits > 0).all()  # they can be suspects all the same
+    nll = F.cross_entropy(logits, labels, reduction="none").unsqueeze(1).expand(-1, 3)
+    assert_allclose(state.memory_nll, nll, rtol=1e-4)
+    found = state.suspects(int(wrong.sum())).indices
+    assert wrong[found].all()
+
+
+def test_what_is_learnt_by_heart_does_not_hide_label_noise() -> None:
+    """Heads agree with every label that they were trained on."""
+    logits, labels, _ = contradicted_task()
+    index = torch.arange(400)
+    by_heart = 8.0 * F.one_hot(labels, CLASSES).float()
+    logits = torch.where(held_out(index, 0.05).unsqueeze(1), logits, by_heart).requires_grad_()
+    noise = []
+    for share in (0.05, 0.0):
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=400, modalities=1, held_out=share)
+        for _ in range(60):
+            criterion(logits, labels, unimodal=[logits], index=index)
+        noise.append(float(criterion.state.label_noise))
+    assert noise[0] > 0.1
+    assert noise[1] < 2e-2
+
+
+def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
+    fused, others, target = batch()
+    index = torch.arange(12)
+    soft = F.one_hot(target, CLASSES).float()
+    calls: list[tuple[dict[str, Any], dict[str, Any], Tensor]] = [
+        ({}, {"unimodal": others}, target),  # which sample is which is not told
+        ({}, {"index": index}, target),
+        ({}, {"index": index, "unimodal": others}, soft),
+        ({"label_noise": 0.2}, {"index": index, "unimodal": others}, target),
+        ({"surprise_strength": 0.0}, {"index": index, "unimodal": others}, target),
+        ({"held_out": 0.0}, {"index": index, "unimodal": others}, target),
+        ({"held_out": 0.5}, {"index": torch.tensor([0] * 12), "unimodal": others}, target),
+    ]
+    for options, arguments, labels in calls:
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(), modalities=2, num_samples=12, reduction="none", **options
+        )
+        assert (criterion(fused, labels, **arguments) > 0).all(), (options, arguments)
+
+
+def test_a_batch_is_never_held_out_whole() -> None:
+    """As far as the criterion ignores nothing of it anyway."""
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12, held_out=0.05)
+    first = [x[:1] for x in (fused, *others)]
+    loss = criterion(first[0], target[:1], unimodal=first[1:], index=torch.tensor([0]))
+    assert loss.isfinite()
+    ignored = target[:3].clone()
+    ignored[1:] = -100
+    heads = [x[:3] for x in (fused, *others)]
+    loss = criterion(heads[0], ignored, unimodal=heads[1:], index=torch.tensor([0, 1, 3]))
+    assert loss.isfinite()
 
 
 def test_one_head_alone_doubts_no_label_unless_told() -> None:

@@ -27,7 +27,9 @@ from torch import Tensor
 from dyncim_core import reference as ref
 from dyncim_core.signals import (
     contradiction,
+    credible_noise,
     difficulty,
+    held_out,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -437,3 +439,32 @@ def test_noise_pressure_agrees_with_the_reference(noise: Array, full_at: float) 
     pressure = noise_pressure(to_torch(noise), full_at)
     assert_allclose(pressure, ref.noise_pressure(noise, full_at), rtol=1e-12)
     assert ((pressure >= 0) & (pressure <= 1)).all()
+
+
+@given(st.integers(0, 10**9), st.sampled_from([0.01, 0.05, 0.2, 0.5]))
+def test_held_out_is_a_fair_share_of_any_stretch(start: int, share: float) -> None:
+    index = np.arange(start, start + 2000)
+    held = held_out(torch.from_numpy(index), share).numpy()
+    assert (held == ref.held_out(index, share)).all()
+    assert abs(held.mean() - share) < 5e-3
+    for period in (2, 3, 10):  # classes in turn
+        for first in range(period):
+            assert abs(held[first::period].mean() - share) < 0.06
+
+
+def test_held_out_none_and_all() -> None:
+    index = torch.arange(1000)
+    assert not held_out(index, 0.0).any()
+    assert held_out(index, 1.0).all()
+
+
+@given(reals(0, 1), st.lists(reals(0, 1), min_size=1, max_size=5))
+def test_noise_is_believed_as_far_as_the_model_is_competent(
+    share: float, levels: list[float]
+) -> None:
+    competence = np.sort(np.array(levels))
+    noise = credible_noise(torch.tensor(share).double(), torch.from_numpy(competence)).numpy()
+    assert_allclose(noise, ref.credible_noise(share, competence), rtol=1e-12, atol=1e-15)
+    assert (np.diff(noise) >= 0).all()
+    assert (noise <= share).all()
+    assert_allclose(noise[competence >= 0.5], share)

@@ -549,6 +549,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),
+    "dyncim/no-held-out": Entry(partial(DynCIM, held_out=0.0)),
     "dyncim/constant-strength": Entry(partial(DynCIM, label_noise=1.0)),
     "dyncim/deviation-alone": Entry(partial(OneSignal, signal=0)),
     "dyncim/consistency-alone": Entry(partial(OneSignal, signal=1)),

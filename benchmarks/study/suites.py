@@ -68,6 +68,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block((*OTHERS, ALL), ("clean", "symmetric-40"), PEERS, range(5)),
         Block((TRIPLE,), RARER, PEERS, range(5)),
         Block(("diabetes",), ("symmetric-40",), PEERS, range(5)),
+        Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(5)),
     ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (

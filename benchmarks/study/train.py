@@ -22,7 +22,7 @@ from .models import Fusion, Heads, Network
 
 BATCH = 64
 # Training samples of an epoch. A condition with fewer takes as many steps nevertheless.
-EPOCH = {"uci": 1000, "digits": 1000, "starving": 1000, "diabetes": 300}
+EPOCH = {"uci": 1000, "digits": 1000, "starving": 1000, "dominated": 1000, "diabetes": 300}
 
 Measures = dict[str, float | str]
 

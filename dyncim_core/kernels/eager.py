@@ -17,6 +17,7 @@ from dyncim_core.kernels.interface import (
     Disturbance,
     Gate,
     Gating,
+    HeldOut,
     Memory,
     Moments,
     Normaliser,
@@ -26,6 +27,7 @@ from dyncim_core.kernels.interface import (
 from dyncim_core.modality import modality_coefficients, quality
 from dyncim_core.signals import (
     contradiction,
+    credible_noise,
     difficulty,
     noise_pressure,
     prediction_consistency,
@@ -43,6 +45,7 @@ __all__ = [
     "curriculum",
     "gate",
     "gradients",
+    "listen",
     "observe",
     "recall",
     "statistics",
@@ -52,6 +55,9 @@ __all__ = [
 
 # Logits of all heads up to which the softmax is kept for the gradient, as cross-entropy
 # keeps its own; from there on memory counts more than computing it again.
+import os
+
+_F = float(os.environ.get("F", "1"))
 _KEPT = 2**22
 # Logits that are worked on together on a CPU, so that temporaries stay in its cache.
 _BLOCK = 2**19
@@ -226,12 +232,7 @@ def weigh(
     )
     buffers.nonfinite.add_(number).sub_(count)
     if memory is not None:
-        current = nll.t().to(recalled.dtype)
-        averaged = torch.where(
-            visits == 0, current, torch.lerp(current, recalled, settings.memory_decay)
-        )
-        memory.nll.index_copy_(0, memory.rows, torch.where(counted.t(), averaged, recalled))
-        memory.visits.index_copy_(0, memory.rows, visits + counted.t())
+        remember(memory, recalled, visits, nll, counted, settings.memory_decay)
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))
 
     modalities = found.rows.shape[1] - 1
@@ -268,6 +269,49 @@ def recall(memory: Memory) -> tuple[Tensor, Tensor]:
             f"index: expected sample indices in [0, {len(memory.nll)}), got values from "
             f"{int(index.min())} to {int(index.max())}"
         ) from error
+
+
+def remember(
+    memory: Memory, recalled: Tensor, visits: Tensor, nll: Tensor, counted: Tensor, decay: float
+) -> None:
+    """Average the NLL, ``[M + 1, B]``, of what counts into the memory of the batch's samples."""
+    current = nll.t().to(recalled.dtype)
+    averaged = torch.where(visits == 0, current, torch.lerp(current, recalled, decay))
+    memory.nll.index_copy_(0, memory.rows, torch.where(counted.t(), averaged, recalled))
+    memory.visits.index_copy_(0, memory.rows, visits + counted.t())
+
+
+@torch.no_grad()
+def listen(
+    found: Statistics,
+    present: Tensor | None,
+    target: Tensor,
+    counts: Tensor,
+    competence: Tensor,
+    held_out: HeldOut,
+    memory: Memory,
+    settings: Settings,
+) -> None:
+    """Hear what heads say about samples that they were never trained on.
+
+    ``found``, ``present`` and ``target`` are of some rows; those of ``counts`` were held out.
+    """
+    nll = found.rows[1]
+    counts = counts & nll.sum(dim=0).isfinite()
+    contradicted = contradiction(found.prediction, target, present) & counts
+    some = counts.any()
+    rate = some * (1.0 - settings.decay)
+    held_out.mass.lerp_(counts.float().mean(), rate)
+    held_out.doubt.lerp_(contradicted.float().mean(), rate)
+    share = held_out.doubt / held_out.mass.clamp_min(torch.finfo(held_out.mass.dtype).tiny)
+    noise = credible_noise(share, competence)
+    held_out.label_noise.copy_(torch.where(some, noise, held_out.label_noise))
+
+    counted = counts.expand_as(nll) if present is None else counts & present
+    recalled, visits = recall(memory)
+    remember(
+        memory, recalled, visits, torch.where(counted, nll, 0.0), counted, settings.memory_decay
+    )
 
 
 def take_in(

@@ -15,6 +15,7 @@ __all__ = [
     "Disturbance",
     "Gate",
     "Gating",
+    "HeldOut",
     "Kernels",
     "Memory",
     "Moments",
@@ -61,6 +62,18 @@ class Buffers(NamedTuple):
     effective_share: Tensor
     step: Tensor
     nonfinite: Tensor
+
+
+class HeldOut(NamedTuple):
+    """What samples kept out of training have said, updated in place.
+
+    Averages that start at 0: ``mass``, how many there were, and ``doubt``, how many of them
+    all heads contradicted, as shares of the rows looked at. ``label_noise`` follows from them.
+    """
+
+    mass: Tensor
+    doubt: Tensor
+    label_noise: Tensor
 
 
 class Memory(NamedTuple):
