@@ -580,7 +580,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const flo
 
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
 
-static void *address(PyObject *number) { return (void *)(intptr_t)PyLong_AsLongLong(number); }
+static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
 
 static int64_t integer(PyObject *number) { return PyLong_AsLongLong(number); }
 
