@@ -110,9 +110,10 @@ def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
 
 def check_savable(heads: Sequence[Tensor], target: Tensor) -> None:
     """Tensors that autograd can save for the backward."""
-    if torch.compiler.is_compiling():
+    tensors = target, *heads
+    if torch.compiler.is_compiling() or True not in map(Tensor.is_inference, tensors):
         return
-    for k, tensor in enumerate((target, *heads)):
+    for k, tensor in enumerate(tensors):
         if tensor.is_inference():
             name = ("target", "logits")[k] if k < 2 else f"unimodal logits of modality {k - 2}"
             raise RuntimeError(

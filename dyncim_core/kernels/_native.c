@@ -622,7 +622,7 @@ static void observe(const Features *f, const uint8_t *available, double decay, i
 
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
 
-static void *address(PyObject *number) { return (void *)(intptr_t)PyLong_AsLongLong(number); }
+static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
 
 static int64_t integer(PyObject *number) { return PyLong_AsLongLong(number); }
 

@@ -2,8 +2,9 @@
  *
  * They work on whole vectors. What is left at the end of a row is the tail: the last vector of
  * the row, where it has one, whose first lanes whole vectors cover as well, else a part of one.
- * Either is filled up with classes of probability 0. Sums run over blocks, so that no float32
- * sum is long. */
+ * It is a part of one wherever the processor has masks, but for what is written in place: such
+ * a part is slow to read soon after. Either is filled up with classes of probability 0. Sums run
+ * over blocks, so that no float32 sum is long. */
 
 #define Floats FOR_TARGET(Floats)
 #define Ints FOR_TARGET(Ints)
@@ -126,9 +127,9 @@ static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) {
 #endif
 
 typedef struct {
-    int64_t whole, last; /* where whole vectors end; where the tail starts */
-    int32_t left;        /* classes in the tail alone */
-    Ints covered;        /* lanes of the tail that whole vectors cover */
+    int64_t whole, last; /* where whole vectors end; where the last vector starts */
+    int32_t left;        /* classes after whole vectors */
+    Ints covered;        /* lanes of the last vector that whole vectors cover */
 } FOR_TARGET(Shape);
 
 ALWAYS_INLINE FOR_TARGET(Shape) FOR_TARGET(shape)(int64_t classes) {
@@ -138,22 +139,44 @@ ALWAYS_INLINE FOR_TARGET(Shape) FOR_TARGET(shape)(int64_t classes) {
                                FOR_TARGET(lanes)() < (whole ? LANES - left : 0)};
 }
 
-/* With what whole vectors cover, to be written back. */
+ALWAYS_INLINE void FOR_TARGET(store)(float *x, Floats v) { memcpy(x, &v, sizeof v); }
+
+/* In place: with what whole vectors cover, to be written back. */
 ALWAYS_INLINE Floats FOR_TARGET(load_last)(const float *x, FOR_TARGET(Shape) s) {
     return s.whole ? FOR_TARGET(load)(x + s.last) : FOR_TARGET(load_end)(x, s.left, 0.0f);
 }
+
+ALWAYS_INLINE void FOR_TARGET(store_last)(float *x, Floats v, FOR_TARGET(Shape) s) {
+    if (s.whole) FOR_TARGET(store)(x + s.last, v);
+    else FOR_TARGET(store_end)(x, v, s.left);
+}
+
+#ifdef MASKED
+
+#define TAIL(shape) (shape).whole /* where it starts */
+
+ALWAYS_INLINE Floats FOR_TARGET(load_tail)(const float *x, FOR_TARGET(Shape) s, float fill) {
+    return FOR_TARGET(load_end)(x + s.whole, s.left, fill);
+}
+
+ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) s) {
+    FOR_TARGET(store_end)(x + s.whole, v, s.left);
+}
+
+#else
+
+#define TAIL(shape) (shape).last
 
 ALWAYS_INLINE Floats FOR_TARGET(load_tail)(const float *x, FOR_TARGET(Shape) s, float fill) {
     if (!s.whole) return FOR_TARGET(load_end)(x, s.left, fill);
     return FOR_TARGET(choose)(s.covered, (Floats){0} + fill, FOR_TARGET(load)(x + s.last));
 }
 
-ALWAYS_INLINE void FOR_TARGET(store)(float *x, Floats v) { memcpy(x, &v, sizeof v); }
-
 ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) s) {
-    if (s.whole) FOR_TARGET(store)(x + s.last, v);
-    else FOR_TARGET(store_end)(x, v, s.left);
+    FOR_TARGET(store_last)(x, v, s);
 }
+
+#endif
 
 /* exp(x) for x in [LOWEST, 0] to float32 rounding; 0 at LOWEST; NaN stays. */
 static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
@@ -176,7 +199,7 @@ static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
 static inline Doubles FOR_TARGET(log)(Doubles x) {
     Longs bits = (Longs)x, power = (bits - (int64_t)0x3fe6a09e667f3bcd) >> 52; /* of x * sqrt 2 */
     Doubles m = (Doubles)(bits - (power << 52)), f = (m - 1.0) / (m + 1.0), s = f * f;
-    Doubles p = s / 19.0 + 1.0 / 17.0; /* of atanh */
+    Doubles p = s * (1.0 / 19.0) + 1.0 / 17.0; /* of atanh */
     p = p * s + 1.0 / 15.0;
     p = p * s + 1.0 / 13.0;
     p = p * s + 1.0 / 11.0;
@@ -215,9 +238,9 @@ ALWAYS_INLINE FOR_TARGET(Sums) FOR_TARGET(exponentials)(const float *restrict x,
                                                         FOR_TARGET(Shape) shape,
                                                         float *restrict e) {
     FOR_TARGET(Sums) s = {{0}, {0}, NOWHERE};
-    if (shape.left) { /* before the whole vectors, which cover a part of it */
+    if (shape.left) { /* before the whole vectors, which may cover a part of it */
         Floats d = FOR_TARGET(load_tail)(x, shape, -INFINITY) - top;
-        FOR_TARGET(store_tail)(e, FOR_TARGET(take)(&s, shape.last, d), shape);
+        FOR_TARGET(store_tail)(e, FOR_TARGET(take)(&s, TAIL(shape), d), shape);
     }
     Floats sum = s.sum, weighted = s.weighted;
     for (int64_t start = 0; start < shape.whole; start += BLOCK) {
@@ -289,7 +312,7 @@ static void FOR_TARGET(scale_rows)(float *restrict e, int64_t rows, int64_t clas
             Floats v = FOR_TARGET(load)(e + c) * factor[r];
             FOR_TARGET(store)(e + c, v - (weight ? less * FOR_TARGET(load)(weight + c) : less));
         }
-        if (shape.left) FOR_TARGET(store_tail)(e, tails[r], shape);
+        if (shape.left) FOR_TARGET(store_last)(e, tails[r], shape);
     }
 }
 
@@ -319,7 +342,7 @@ static void FOR_TARGET(distance_rows)(float *restrict e, const float *restrict p
             }
             sum += s;
         }
-        if (shape.left) FOR_TARGET(store_tail)(e, tails[r], shape);
+        if (shape.left) FOR_TARGET(store_last)(e, tails[r], shape);
         sums[r] = sum;
     }
     for (int64_t r = 0; r < rows; r++) squared[r] = FOR_TARGET(sum)(sums[r]);
@@ -370,7 +393,7 @@ static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float 
     FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
     float high = (float)lse, low = (float)(lse - high);
     Floats even = (Floats){0} + smooth, g;
-    if (shape.left) { /* before the whole vectors, which cover a part of it */
+    if (shape.left) { /* before the whole vectors, which may cover a part of it */
         if (weight) even = FOR_TARGET(load_tail)(weight, shape, 0.0f) * smooth;
         g = FOR_TARGET(load_tail)(x, shape, high);
         FOR_TARGET(store_tail)(out, FOR_TARGET(gradient)(g, high, low, factor, even), shape);
@@ -389,7 +412,7 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     if (shape.left) tail = FOR_TARGET(load_last)(x, shape);
     for (int64_t c = 0; c < shape.whole; c += LANES)
         FOR_TARGET(store)(x + c, FOR_TARGET(exp_nonpositive)(FOR_TARGET(load)(x + c)));
-    if (shape.left) FOR_TARGET(store_tail)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
+    if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
 }
 
 /* Sum over rows of x_a x_b; rows and those of out are WATCHED long, filled up with zeros. */
@@ -416,6 +439,7 @@ static const RowKernels FOR_TARGET(kernels) = {
 };
 
 #undef NOWHERE
+#undef TAIL
 #undef Floats
 #undef Ints
 #undef Half
