@@ -26,6 +26,8 @@ from dyncim_core.modality import (
     modality_weights,
     quality,
     redundancy,
+    skill,
+    votes,
 )
 from dyncim_core.signals import (
     contradiction,
@@ -78,6 +80,8 @@ __all__ = [
     "relative_gates",
     "reliability_gates",
     "sample_weights",
+    "skill",
     "surprise",
     "volatility_weights",
+    "votes",
 ]

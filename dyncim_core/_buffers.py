@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-__all__ = ["Float32Buffers"]
+__all__ = ["KeepsDtype"]
 
 
-class Float32Buffers(nn.Module):
-    """A module whose buffers follow the model's device, but not its dtype."""
+class KeepsDtype(nn.Module):
+    """A module whose buffers follow the model's device, but not its dtype.
+
+    Averages in half precision would stall, and kernels take their addresses.
+    """
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Averages in half precision would stall: follow the device, keep the dtype.
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -23,3 +26,12 @@ class Float32Buffers(nn.Module):
             if buffer is not None and after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, dtype in dtypes.items():  # with assign=True, it brings its own
+            self._buffers[name] = self.get_buffer(name).to(dtype).contiguous()

@@ -14,7 +14,7 @@ from dyncim_core import _checks
 from dyncim_core.gates import novelty_penalty, relative_gates, reliability_gates
 from dyncim_core.kernels import check_backend, select
 from dyncim_core.kernels.interface import Disturbance, Gate
-from dyncim_core.modality import augmentation_rates, redundancy
+from dyncim_core.modality import augmentation_rates, redundancy, votes
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -55,11 +55,12 @@ class GatedFusion(nn.Module):
     Args:
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose qualities weigh the modalities in their
-            consensus and, with its HMIR, set the rates of swap and dropout; the last
-            qualities seen in training are kept in ``quality`` for inference. All
-            modalities count alike, and disturbances in full, when ``None``.
-        disagreement_slope: How sharply a gate falls with disagreement, >= 0; 0 for plain
-            concatenation. Worth 3 where inputs do go wrong and there is data enough: where
+            consensus and, with its HMIR, set the rates of swap and dropout, and whose skills,
+            as far as samples are held out, weigh the gates by ``votes``. What was last seen in
+            training is kept in ``quality`` and ``votes`` for inference. All modalities count
+            alike, and disturbances in full, when ``None``.
+        disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
+            nobody is outvoted. Worth 3 where inputs do go wrong and there is data enough: where
             it is scarce, weak modalities outvote a strong one.
         novelty_slope: How sharply, in inference, a gate falls with the ``novelty`` of its
             modality's features, >= 0; the training features are not watched when 0. Features
@@ -77,6 +78,7 @@ class GatedFusion(nn.Module):
         out_features: Width of ``fused``.
         modalities: Names of the modalities.
         quality: Buffer ``[M]`` in [0, 1].
+        votes: Buffer ``[M]`` in [0.02, 1].
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -96,6 +98,7 @@ class GatedFusion(nn.Module):
     """
 
     quality: Tensor
+    votes: Tensor
 
     def __init__(
         self,
@@ -138,6 +141,7 @@ class GatedFusion(nn.Module):
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
         self.register_buffer("quality", torch.zeros(len(widths), dtype=torch.float32))
+        self.register_buffer("votes", torch.ones(len(widths), dtype=torch.float32))
         self.moments = FeatureMoments(widths) if novelty_slope else None
 
     @override
@@ -152,8 +156,8 @@ class GatedFusion(nn.Module):
 
         Args:
             features: Of each modality, ``[B, D_m]``, or ``[B, T, D_m]`` with T alike.
-            unimodal: Each modality's own logits, ``[B, C]``. Without them the gates do
-                not depend on the sample, but for ``present``.
+            unimodal: Each modality's own logits, ``[B, C]``. Without them nobody contradicts
+                anybody.
             present: Bool ``[B, M]``; all when ``None``. Absent features may hold
                 anything.
 
@@ -173,11 +177,10 @@ class GatedFusion(nn.Module):
             logits = _checks.as_list("unimodal", unimodal, self.modalities)
             _checks.check_unimodal(logits, self.modalities, batch, device)
         _checks.check_present(present, (batch, len(streams)), device)
+        _checks.check_device("fusion", self.quality, device)
         available = None if present is None else present.t()
         disturbance = None
         if self.training:
-            if self.moments is not None:
-                self.moments.observe(streams, available, self.backend)
             rates = self._recall()
             if self.swap or self.dropout:
                 disturbance = Disturbance(
@@ -194,10 +197,10 @@ class GatedFusion(nn.Module):
             disturbance,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        if self.moments is not None and not self.training:
-            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
-            gates = reliability_gates(gates.log() - penalty, gates > 0)
-            scale = relative_gates(gates)
+        gates, scale = self._weighed(gates, scale, streams)
+        if self.training and self.moments is not None:
+            there = None if present is None else present.t()
+            self.moments.observe(streams, there, self.backend)
         if present is None:
             available = None  # a scale of 0 removes what was dropped, finite as its features are
         fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
@@ -208,6 +211,22 @@ class GatedFusion(nn.Module):
         return FusionOutput(fused, gates.t(), consensus)
 
     @torch.no_grad()
+    def _weighed(
+        self, gates: Tensor, scale: Tensor, streams: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Gates by what their modalities' word counts and, in inference, by what is novel."""
+        (state,) = self._state
+        watches = self.moments is not None and not self.training
+        if state is None and not watches:
+            return gates, scale
+        logits = gates.log() + self.votes.float().log().unsqueeze(1)
+        if self.moments is not None and watches:
+            penalty = novelty_penalty(self.moments.novelty(streams))
+            logits = logits - self.novelty_slope * penalty
+        gates = reliability_gates(logits, gates > 0)
+        return gates, relative_gates(gates)
+
+    @torch.no_grad()
     def _recall(self) -> Tensor:
         """Take up the qualities that the state has by now; how often to disturb each modality."""
         (state,) = self._state
@@ -215,6 +234,7 @@ class GatedFusion(nn.Module):
             return augmentation_rates(self.quality.float())
         _checks.check_device("state", state.quality, self.quality.device)
         self.quality.copy_(state.quality[1:])
+        self.votes.copy_(votes(state.skill[1:]))
         share = redundancy(state.log_quality, state.quality[0])
         return share * augmentation_rates(state.quality[1:])
 

@@ -9,8 +9,6 @@ redundancy. The formulas are definitions chosen here.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -143,12 +141,12 @@ def novelty(features: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     added = _SHRINKAGE * covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     # Without a check for success, which would read the device.
     factor = torch.linalg.cholesky_ex(covariance + added[..., None, None] * identity).L
+    columns = torch.cat([identity.expand_as(covariance), (features - mean.unsqueeze(-2)).mT], -1)
     # Solved for and not multiplied by, which autocast would do in half precision.
-    solve = partial(torch.linalg.solve_triangular, factor, upper=False)
-    squared = solve((features - mean.unsqueeze(-2)).mT).square().sum(dim=-2)
-    expected = width - added * solve(identity).square().sum(dim=(-2, -1))
-    found: Tensor = squared / expected.unsqueeze(-1)
-    return found
+    whitened = torch.linalg.solve_triangular(factor, columns, upper=False)
+    squared: Tensor = whitened.square().sum(dim=-2)
+    expected = width - added * squared[..., :width].sum(dim=-1)
+    return squared[..., width:] / expected.unsqueeze(-1)
 
 
 def novelty_penalty(novelty: Tensor, tolerance: float = 3.0) -> Tensor:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from dyncim_core import _checks
 from dyncim_core.heads import differentiable
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
+from dyncim_core.kernels.interface import Criterion, Heard, Kernels, Memory, Settings
 from dyncim_core.signals import held_out
 from dyncim_core.state import CurriculumState
 
@@ -54,8 +54,9 @@ class DynCIMLoss(nn.Module):
             surprise weighting stays off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. It takes what tells the
-            samples apart, ``index=``, class indices and a cross-entropy; otherwise, and with 0,
-            everything is trained on and judged as well.
+            samples apart, ``index=``, class indices, a cross-entropy, unimodal logits and more
+            than one sample a batch; otherwise, and with 0, everything is trained on and judged
+            as well. Their loss is 0 under reduction "none".
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -215,15 +216,20 @@ class DynCIMLoss(nn.Module):
         plain = self._neutral and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
-        held = None
+        held = heard = None
         if memory is not None and unimodal is not None and self._holds_out(target):
-            held = _held_out(memory.rows, self.held_out, target, read.ignore_index)
+            held = self._held_out(memory.rows, heads, read)
+            heard = self._hear(held, heads, present, kernels, read)
             read = read._replace(target=torch.where(held, read.ignore_index, target))
             # What the others say of label noise is not asked for: they know it by heart.
             averages = averages._replace(label_noise=averages.label_noise.clone())
+            if present is None:  # what is masked has no gradient, whatever it holds
+                present = torch.ones(
+                    (len(heads), len(target)), dtype=torch.bool, device=target.device
+                )
         joint = kernels.curriculum(heads, present, read, averages, memory, self._settings(state))
-        if held is not None and memory is not None:
-            self._listen(held, heads, target, present, memory, kernels)
+        if heard is not None and memory is not None:
+            eager.listen(heard, logits.shape[1], state.heard(), memory, self._settings(state))
         if plain:
             return self._plain(logits, target)
         guard = present is not None or self.nonfinite == "skip"
@@ -233,35 +239,39 @@ class DynCIMLoss(nn.Module):
 
     def _holds_out(self, target: Tensor) -> bool:
         asked_for = self.label_noise is None and self.surprise_strength > 0.0
-        return asked_for and self.held_out > 0.0 and not target.is_floating_point()
+        classes = not target.is_floating_point()
+        return asked_for and self.held_out > 0.0 and classes and len(target) > 0
 
     @torch.no_grad()
-    def _listen(
+    def _held_out(self, index: Tensor, heads: Sequence[Tensor], read: Criterion) -> Tensor:
+        """Samples to hold out, bool ``[B]``; none where nothing would be left of the batch."""
+        counts = read.target != read.ignore_index
+        held = held_out(index, self.held_out) & counts
+        left = counts & ~held
+        if self.nonfinite == "skip":
+            left &= (
+                torch.stack([x.sum(dim=1, dtype=torch.float32) for x in heads]).sum(0).isfinite()
+            )
+        return held & left.any()
+
+    @torch.no_grad()
+    def _hear(
         self,
         held: Tensor,
         heads: Sequence[Tensor],
-        target: Tensor,
         present: Tensor | None,
-        memory: Memory,
         kernels: Kernels,
-    ) -> None:
-        """Let the samples held out tell of label noise."""
-        # Of a fixed number of rows, so that their own number need not be read.
-        few = 1 + len(target) * 2 // round(1.0 / self.held_out)
-        rows = held.int().topk(min(few, len(target))).indices
-        some = [x.index_select(0, rows) for x in heads]
+        read: Criterion,
+    ) -> Heard:
+        """What heads say of the samples held out, for ``listen``."""
+        # A fixed number of rows, twice as many as to be expected, so that none has to be read.
+        few = 4 + len(held) * 2 // int(min(1.0 / self.held_out, 1e9))
+        rows = held.int().topk(min(few, len(held))).indices
         present = None if present is None else present[:, rows]
-        target = target[rows]
-        eager.listen(
-            kernels.statistics(some, present, Criterion(target)),
-            present,
-            target,
-            held[rows],
-            self.state.quality[0],
-            self.state.held_out(),
-            memory._replace(rows=memory.rows[rows]),
-            self._settings(self.state),
-        )
+        target = read.target[rows]
+        some = [x.index_select(0, rows) for x in heads]
+        said = kernels.statistics(some, present, Criterion(target, ignore_index=read.ignore_index))
+        return Heard(rows, said, present, target, held[rows])
 
     def _generic(
         self,
@@ -381,13 +391,6 @@ def _class_weight(criterion: nn.CrossEntropyLoss) -> Tensor | None:
     if "weight" in criterion._buffers:  # where Module.__getattr__, which is slow, would find it
         return criterion._buffers["weight"]
     return criterion.weight
-
-
-def _held_out(index: Tensor, share: float, target: Tensor, ignore_index: int) -> Tensor:
-    """Samples to hold out, bool ``[B]``; none where nothing would be left of the batch."""
-    counts = target != ignore_index
-    held = held_out(index, share) & counts
-    return held & (counts & ~held).any()
 
 
 def _is_cross_entropy(criterion: object) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core._units import per_log_classes
+from dyncim_core._units import error_of_guessing, per_log_classes
 
 __all__ = [
     "augmentation_rates",
@@ -28,7 +28,11 @@ __all__ = [
     "modality_weights",
     "quality",
     "redundancy",
+    "skill",
+    "votes",
 ]
+
+_LEAST_VOTE = 0.02  # or what is silenced could never learn to be heard
 
 
 def improvement_ratios(log_quality: Tensor) -> Tensor:
@@ -223,6 +227,56 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor) -> Tensor:
         tensor(0.4500)
     """
     return fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality))
+
+
+def skill(hit_rate: Tensor, num_classes: int) -> Tensor:
+    """What is left of the hits after those of guessing: 0 is chance, 1 always right.
+
+    Of samples that were not trained on, it tells what generalises, which the quality of a
+    head that knows its training set by heart does not. Definition chosen here.
+
+    Args:
+        hit_rate: Share of held-out samples whose target a head predicts, any shape in [0, 1].
+        num_classes: Number of classes C.
+
+    Returns:
+        Same shape, in [0, 1]; 0 when C = 1.
+
+    Example:
+        >>> skill(torch.tensor([0.25, 0.5, 1.0]), num_classes=4)
+        tensor([0.0000, 0.3333, 1.0000])
+    """
+    guessing = error_of_guessing(num_classes)
+    if guessing == 0.0:
+        return torch.zeros_like(hit_rate)
+    return (1.0 - (1.0 - hit_rate) / guessing).clamp(0.0, 1.0)
+
+
+def votes(skill: Tensor) -> Tensor:
+    """What each modality's word counts in a fusion: less the nearer it is to guessing.
+
+    In full from half of the best one's skill on, so that what is reliable in training need
+    not be so elsewhere; a modality with next to nothing to say is next to silenced.
+    Definition chosen here.
+
+    Args:
+        skill: Of the modalities (not the fused head), ``[M]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> votes(torch.tensor([0.8, 0.5, 0.2, 0.0]))
+        tensor([1.0000, 1.0000, 0.2500, 0.0200])
+    """
+    _check_modalities(skill.shape[-1])
+    best = skill.amax(dim=-1, keepdim=True)
+    share = skill / torch.where(best > 0.0, best, 1.0)
+    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST_VOTE)
+    return torch.where(best > 0.0, counts, 1.0)
 
 
 def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core._buffers import Float32Buffers
+from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty
 from dyncim_core.kernels import select
 from dyncim_core.kernels.interface import Moments
@@ -18,16 +17,21 @@ __all__ = ["FeatureMoments"]
 
 # Of wider features every so many are watched: noise shows in a few dozen as in all.
 _WIDTH = 32
+# A covariance of K features takes so many samples for each of them.
+_SAMPLES_PER_FEATURE = 8
+# Variance over mean square that float32 can tell from none.
+_SMALLEST_VARIANCE = 1e-10
+_MOST_NOVEL = 1e30
 
 
-class FeatureMoments(Float32Buffers):
+class FeatureMoments(KeepsDtype):
     """Running mean and covariance of each modality's features.
 
     Samples without a modality, or with features that are not finite, do not count for it.
 
     Args:
         widths: Of the features of each modality.
-        decay: Of the running averages over steps.
+        window: Samples that the running averages are over.
 
     Attributes:
         mass: Buffer ``[M]``, see ``Moments``.
@@ -39,12 +43,12 @@ class FeatureMoments(Float32Buffers):
     total: Tensor
     scatter: Tensor
 
-    def __init__(self, widths: Sequence[int], decay: float = 0.99) -> None:
+    def __init__(self, widths: Sequence[int], window: float = 6400.0) -> None:
         super().__init__()
-        self.decay = decay
+        self.window = window
         self.strides = tuple(-(-width // _WIDTH) for width in widths)
-        watched = [-(-w // s) for w, s in zip(widths, self.strides, strict=True)]
-        shape = (len(widths), max(watched))
+        self.watched = tuple(-(-w // s) for w, s in zip(widths, self.strides, strict=True))
+        shape = (len(widths), max(self.watched))
         self.register_buffer("mass", torch.zeros(shape[0], dtype=torch.float32))
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("scatter", torch.zeros((*shape, shape[1]), dtype=torch.float32))
@@ -62,7 +66,7 @@ class FeatureMoments(Float32Buffers):
         """
         if len(features[0]):
             watched = self._watched(features)
-            select(backend, watched).observe(watched, available, self._moments(), self.decay)
+            select(backend, watched).observe(watched, available, self._moments(), self.window)
 
     @torch.no_grad()
     def novelty(self, features: Sequence[Tensor]) -> Tensor:
@@ -72,13 +76,19 @@ class FeatureMoments(Float32Buffers):
             features: Of each modality, ``[B, D]`` or ``[B, T, D]``.
 
         Returns:
-            ``[M, B]``, >= 0; 1 for a modality that was never seen.
+            ``[M, B]``, >= 0, finite; 1 for a modality of which too little was seen, or that
+            never varied.
         """
-        moments = self._moments()
-        width = moments.total.shape[1]
-        x = torch.stack([F.pad(x, (0, width - x.shape[1])) for x in self._watched(features)])
-        found = novelty(x, moments.mean(), moments.covariance())
-        return torch.where(self.mass.unsqueeze(1) > 0, found, 1.0)
+        means, covariances = self._moments().mean(), self._moments().covariance()
+        rows = []
+        for m, (x, k) in enumerate(zip(self._watched(features), self.watched, strict=True)):
+            mean, covariance = means[m, :k], covariances[m, :k, :k]
+            variance, square = covariance.diagonal().mean(), mean.square().mean()
+            enough = self.mass[m] * self.window > _SAMPLES_PER_FEATURE * k
+            varies = variance > _SMALLEST_VARIANCE * square + torch.finfo(torch.float32).tiny
+            found = novelty(x, mean, covariance).nan_to_num(_MOST_NOVEL).clamp_max(_MOST_NOVEL)
+            rows.append(torch.where(enough & varies, found, 1.0))
+        return torch.stack(rows)
 
     def _moments(self) -> Moments:
         return Moments(self.mass, self.total, self.scatter)
@@ -87,10 +97,10 @@ class FeatureMoments(Float32Buffers):
         """Of each modality ``[B, k]``, at most K wide."""
         watched = []
         for x, stride in zip(features, self.strides, strict=True):
-            over_time = x.mean(dim=1) if x.dim() == 3 else x
-            watched.append(over_time[:, ::stride].float())
+            x = x[..., ::stride].float()
+            watched.append(x.mean(dim=1) if x.dim() == 3 else x)
         return watched
 
     @override
     def extra_repr(self) -> str:
-        return f"width={self.total.shape[1]}, decay={self.decay}"
+        return f"width={self.total.shape[1]}, window={self.window:g}"

@@ -48,8 +48,10 @@ __all__ = [
     "relative_gates",
     "reliability_gates",
     "sample_weights",
+    "skill",
     "surprise",
     "volatility_weights",
+    "votes",
 ]
 
 Array = NDArray[np.float64]
@@ -320,9 +322,9 @@ def contradiction(
 
 
 def held_out(index: ArrayLike, share: float) -> Mask:
-    """Which samples to keep out of training: where ``frac(index * phi)`` is below ``share``.
+    """Which samples to keep out of training: whose hash is below ``share`` of 32 bits.
 
-    ``phi`` is the golden ratio's fraction, rounded to 32 bits. Definition chosen here.
+    The hash is lowbias32, by Wellons. Definition chosen here.
 
     Args:
         index: Whole numbers >= 0.
@@ -333,10 +335,12 @@ def held_out(index: ArrayLike, share: float) -> Mask:
 
     Example:
         >>> held_out(np.arange(6), share=0.25).tolist()
-        [True, False, True, False, False, True]
+        [True, False, True, True, False, False]
     """
-    steps = np.asarray(index, dtype=np.uint64) * np.uint64(2654435769)
-    return np.asarray((steps & np.uint64(0xFFFFFFFF)) / 2.0**32 < share)
+    bits = (np.asarray(index, dtype=np.uint64) + np.uint64(0x9E3779B9)).astype(np.uint32)
+    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return np.asarray((bits ^ (bits >> np.uint32(16))) < round(share * 2**32))
 
 
 def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
@@ -346,7 +350,7 @@ def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
 
     Args:
         contradicted: In [0, 1].
-        competence: Quality of the fused head, in [0, 1].
+        competence: Skill of the fused head, in [0, 1].
 
     Returns:
         In [0, 1].
@@ -603,6 +607,49 @@ def redundancy(log_quality: ArrayLike, fused_quality: ArrayLike) -> Array:
         0.45
     """
     return np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality))
+
+
+def skill(hit_rate: ArrayLike, num_classes: int) -> Array:
+    """What is left of the hits after those of guessing, ``(h - 1/C) / (1 - 1/C)``.
+
+    Definition chosen here.
+
+    Args:
+        hit_rate: Share of held-out samples whose target a head predicts, in [0, 1].
+        num_classes: C.
+
+    Returns:
+        In [0, 1]; 0 when C = 1.
+
+    Example:
+        >>> skill([0.25, 0.5, 1.0], num_classes=4).round(4).tolist()
+        [0.0, 0.3333, 1.0]
+    """
+    h = np.asarray(hit_rate, dtype=np.float64)
+    if num_classes == 1:
+        return np.zeros_like(h)
+    return np.asarray(np.clip((num_classes * h - 1.0) / (num_classes - 1.0), 0.0, 1.0))
+
+
+def votes(skill: ArrayLike) -> Array:
+    """What each modality's word counts, ``max(0.02, min(1, 2 s_m / max_k s_k)^2)``.
+
+    Definition chosen here.
+
+    Args:
+        skill: Of the modalities, ``[M]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
+
+    Example:
+        >>> votes([0.8, 0.5, 0.2, 0.0]).tolist()
+        [1.0, 1.0, 0.25, 0.02]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    if not s.max() > 0:
+        return np.ones_like(s)
+    return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
 
 
 def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:

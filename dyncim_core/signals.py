@@ -33,7 +33,7 @@ __all__ = [
 
 SIGNALS = ("deviation", "consistency", "stability")
 
-_GOLDEN_RATIO = 2654435769  # its fraction, times 2**32
+_32_BITS = 2**32 - 1
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
 
@@ -221,9 +221,9 @@ def contradiction(prediction: Tensor, target: Tensor, present: Tensor | None = N
 def held_out(index: Tensor, share: float) -> Tensor:
     """Which samples to keep out of training, to hear what heads that never saw them say.
 
-    The same ones whatever the order, the epoch and the process, spread evenly over the
-    training set: the fraction of ``index`` times the golden ratio, in 32 bits, lies below
-    ``share``. Definition chosen here.
+    The same ones whatever the order, the epoch and the process: those whose index, its bits
+    mixed (the hash lowbias32 by Wellons), lies below ``share`` of 32 bits.
+    Definition chosen here.
 
     Args:
         index: Position in the training set, int64 of any shape, >= 0.
@@ -234,20 +234,23 @@ def held_out(index: Tensor, share: float) -> Tensor:
 
     Example:
         >>> held_out(torch.arange(8), share=0.25)
-        tensor([ True, False,  True, False, False,  True, False, False])
+        tensor([ True, False,  True,  True, False, False, False,  True])
     """
-    return (index * _GOLDEN_RATIO) % 2**32 < share * 2**32
+    bits = (index + 0x9E3779B9) & _32_BITS
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = ((bits ^ (bits >> shift)) * factor) & _32_BITS
+    return (bits ^ (bits >> 16)) < round(share * 2**32)
 
 
 def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
     """Label noise by what heads say about samples that they were not trained on.
 
-    Until the fusion has learnt half of what there is to know, it is worth less than it says.
-    Definition chosen here.
+    As long as the fusion predicts little of them, it is worth less than it says. Definition
+    chosen here.
 
     Args:
         contradicted: Share of those samples whose target all heads contradict, in [0, 1].
-        competence: Quality of the fused head, in [0, 1].
+        competence: Skill of the fused head, in [0, 1].
 
     Returns:
         Same shape, in [0, 1]: ``contradicted * min(1, 2 * competence)``.

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dyncim_core import _checks
-from dyncim_core._buffers import Float32Buffers
+from dyncim_core._buffers import KeepsDtype
 from dyncim_core.kernels.interface import Buffers, HeldOut, Memory
 from dyncim_core.modality import (
     balance_factor,
@@ -24,7 +24,7 @@ from dyncim_core.signals import SIGNALS, volatility_weights
 __all__ = ["CurriculumState", "Suspects"]
 
 # Buffers with one entry per head; with a memory, one row of them per sample.
-_PER_HEAD = ("log_quality", "quality", "seen")
+_PER_HEAD = ("log_quality", "quality", "seen", "skill", "held_out_mass", "held_out_hits")
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
 
@@ -40,7 +40,7 @@ class Suspects(NamedTuple):
     scores: Tensor
 
 
-class CurriculumState(Float32Buffers):
+class CurriculumState(KeepsDtype):
     """Running statistics of a curriculum, as buffers.
 
     ``DynCIMLoss`` owns one and is its only writer; ``GatedFusion`` and loggers read it.
@@ -63,9 +63,9 @@ class CurriculumState(Float32Buffers):
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
         label_noise: Scalar in [0, 1], share of labels that the model doubts.
-        held_out_mass: Scalar in [0, 1], average share of the batch that was held out, of as
-            much as is looked at.
-        held_out_doubt: Scalar in [0, 1], of it, the part that all heads contradict.
+        skill: ``[M + 1]`` in [0, 1], what each head predicts beyond guessing of the samples
+            held out of training; 0 as long as there were none.
+        held_out_mass, held_out_hits, held_out_doubt: What it and ``label_noise`` come from.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
@@ -88,7 +88,9 @@ class CurriculumState(Float32Buffers):
     signal_mean: Tensor
     volatility: Tensor
     label_noise: Tensor
+    skill: Tensor
     held_out_mass: Tensor
+    held_out_hits: Tensor
     held_out_doubt: Tensor
     effective_share: Tensor
     step: Tensor
@@ -123,7 +125,9 @@ class CurriculumState(Float32Buffers):
         self.register_buffer("signal_mean", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("held_out_mass", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
+        self.register_buffer("held_out_mass", torch.zeros(heads, dtype=torch.float32))
+        self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
         self.register_buffer("effective_share", torch.ones((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -161,9 +165,10 @@ class CurriculumState(Float32Buffers):
         held = self._buffers
         return Buffers(*[held[name] for name in Buffers._fields])  # type: ignore[arg-type]
 
-    def held_out(self) -> HeldOut:
-        """What samples kept out of training have said, for the kernels that update it."""
-        return HeldOut(self.held_out_mass, self.held_out_doubt, self.label_noise)
+    def heard(self) -> HeldOut:
+        """What samples held out of training have said, for the kernels that update it."""
+        held = self.held_out_mass, self.held_out_hits, self.held_out_doubt
+        return HeldOut(*held, self.skill, self.label_noise, self.nonfinite)
 
     def memory(self, index: Tensor) -> Memory:
         """The per-sample memory, for the kernels that update its rows ``index`` in place."""
@@ -277,10 +282,7 @@ class CurriculumState(Float32Buffers):
         saved = state_dict.get(f"{prefix}log_quality")
         if self.modalities is None and saved is not None and saved.numel() > 1:
             self.settle_modalities(saved.numel() - 1)
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name, dtype in dtypes.items():  # with assign=True, it brings its own
-            self._buffers[name] = getattr(self, name).to(dtype)
 
     @override
     def extra_repr(self) -> str:

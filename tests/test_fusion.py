@@ -217,7 +217,11 @@ def test_qualities_are_read_in_training_and_kept_for_inference() -> None:
     assert_allclose(fusion.quality, [0.5, 0.6, 0.7])
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert {name.partition(".")[0] for name in fusion.state_dict()} == {"moments", "quality"}
+    assert {name.partition(".")[0] for name in fusion.state_dict()} == {
+        "moments",
+        "quality",
+        "votes",
+    }
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
     criterion.state.quality.zero_()

@@ -25,6 +25,8 @@ from dyncim_core.modality import (
     modality_weights,
     quality,
     redundancy,
+    skill,
+    votes,
 )
 
 SCALARS = [geometric_mean_ratio, harmonic_mean_improvement_rate, balance_factor]
@@ -424,3 +426,30 @@ def test_no_modality_to_augment_is_an_error() -> None:
 
 def test_quality_needs_no_modality() -> None:
     assert quality(torch.tensor([-math.log(2.0)]), 4).tolist() == [0.5]
+
+
+@given(arrays(4, reals(0, 1)), st.integers(1, 50))
+def test_skill_is_what_guessing_does_not_explain(hits: Array, classes: int) -> None:
+    found = skill(to_torch(hits), classes).numpy()
+    assert_allclose(found, ref.skill(hits, classes), rtol=1e-9, atol=1e-12)
+    assert ((found >= 0) & (found <= 1)).all()
+    if classes > 1:
+        assert (found[hits <= 1 / classes] < 1e-12).all()
+        assert_allclose(skill(torch.ones(1), classes), 1.0)
+
+
+@given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))
+def test_votes_silence_only_who_has_next_to_nothing_to_say(skills: Array) -> None:
+    found = votes(to_torch(skills)).numpy()
+    assert_allclose(found, ref.votes(skills), rtol=1e-12)
+    assert found.max() == 1
+    assert found.min() >= 0.02
+    assert (found[skills >= 0.5 * skills.max()] == 1).all()
+    assert (np.diff(found[np.argsort(skills)]) >= 0).all()  # never less for more skill
+    if skills.max() > 1e-3:
+        assert_allclose(votes(to_torch(0.5 * skills)), found, rtol=1e-9)
+
+
+def test_votes_need_a_modality() -> None:
+    with pytest.raises(ValueError, match="at least 1 modality"):
+        votes(torch.ones(0))

@@ -109,6 +109,8 @@ def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor | None) -> str
             return f"a {type(head).__name__}"
         if head.dtype not in dtypes:
             return f"logits of {head.dtype}"
+        if head.is_neg():
+            return "a negated view, whose memory holds other values"
     if name != _fastest(logits[0]):
         return f"device {logits[0].device}"
     if target is not None and target.dtype != torch.int64:

@@ -587,11 +587,11 @@ typedef struct {
     int64_t batch, width, row_stride, column_stride;
 } Features;
 
-/* Take modality m's features into its moments; rows that do not count become 0 in scratch,
+/* Take one modality's features into its moments; those that count end up in scratch,
  * [B, WATCHED]. */
-static void observe(const Features *f, const uint8_t *available, double decay, int64_t width,
+static void observe(const Features *f, const uint8_t *available, double window, int64_t width,
                     float *scratch, float *mass, float *total, float *scatter) {
-    double sum[WATCHED] = {0}, rate = 1.0 - decay;
+    double sum[WATCHED] = {0}, products[WATCHED * WATCHED] = {0};
     int64_t counted = 0;
     memset(scratch, 0, (size_t)(f->batch * WATCHED) * sizeof *scratch);
     for (int64_t i = 0; i < f->batch; i++) {
@@ -605,18 +605,24 @@ static void observe(const Features *f, const uint8_t *available, double decay, i
         for (int64_t k = 0; k < f->width; k++)
             sum[k] += row[k] = f->x[i * f->row_stride + k * f->column_stride];
     }
-    *mass = (float)(decay * *mass + rate * counted / f->batch);
+    if (!counted) return;
+    double rate = counted / (counted + window);
+    *mass += (float)((1.0 - *mass) * rate);
     for (int64_t k = 0; k < f->width; k++) {
-        total[k] = (float)(decay * total[k] + rate * sum[k] / f->batch);
-        float mean = *mass > 0.0f ? total[k] / *mass : 0.0f;
+        total[k] += (float)(rate * (sum[k] / counted - total[k]));
+        float mean = total[k] / *mass;
         for (int64_t i = 0; i < counted; i++) scratch[i * WATCHED + k] -= mean;
     }
-    float products[WATCHED * WATCHED];
-    rows_of.products(scratch, counted, f->width, products);
+    for (int64_t i = 0; i < counted; i += BLOCK) {
+        float part[WATCHED * WATCHED];
+        int64_t rows = counted - i < BLOCK ? counted - i : BLOCK;
+        rows_of.products(scratch + i * WATCHED, rows, f->width, part);
+        for (int64_t k = 0; k < f->width * WATCHED; k++) products[k] += part[k];
+    }
     for (int64_t a = 0; a < f->width; a++)
         for (int64_t b = 0; b < f->width; b++) {
             float *s = scatter + a * width + b;
-            *s = (float)(decay * *s + rate * products[a * WATCHED + b] / f->batch);
+            *s += (float)(rate * (products[a * WATCHED + b] / counted - *s));
         }
 }
 
@@ -854,7 +860,7 @@ static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t co
         batch = of[m].batch;
     }
     const uint8_t *available = address(args[2]);
-    double decay = PyFloat_AsDouble(args[3]);
+    double window = PyFloat_AsDouble(args[3]);
     float *mass = address(args[5]), *total = address(args[6]), *scatter = address(args[7]);
     if (modalities > MAX_HEADS || width > WATCHED)
         PyErr_SetString(PyExc_ValueError, "too many features");
@@ -863,7 +869,7 @@ static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t co
     if (!scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     for (int64_t m = 0; m < modalities; m++)
-        observe(of + m, available ? available + m * batch : NULL, decay, width, scratch, mass + m,
+        observe(of + m, available ? available + m * batch : NULL, window, width, scratch, mass + m,
                 total + m * width, scatter + m * width * width);
     Py_END_ALLOW_THREADS
     free(scratch);

@@ -17,6 +17,7 @@ from dyncim_core.kernels.interface import (
     Disturbance,
     Gate,
     Gating,
+    Heard,
     HeldOut,
     Memory,
     Moments,
@@ -24,7 +25,7 @@ from dyncim_core.kernels.interface import (
     Settings,
     Statistics,
 )
-from dyncim_core.modality import modality_coefficients, quality
+from dyncim_core.modality import modality_coefficients, quality, skill
 from dyncim_core.signals import (
     contradiction,
     credible_noise,
@@ -55,9 +56,6 @@ __all__ = [
 
 # Logits of all heads up to which the softmax is kept for the gradient, as cross-entropy
 # keeps its own; from there on memory counts more than computing it again.
-import os
-
-_F = float(os.environ.get("F", "1"))
 _KEPT = 2**22
 # Logits that are worked on together on a CPU, so that temporaries stay in its cache.
 _BLOCK = 2**19
@@ -283,31 +281,33 @@ def remember(
 
 @torch.no_grad()
 def listen(
-    found: Statistics,
-    present: Tensor | None,
-    target: Tensor,
-    counts: Tensor,
-    competence: Tensor,
+    heard: Heard,
+    num_classes: int,
     held_out: HeldOut,
     memory: Memory,
     settings: Settings,
 ) -> None:
-    """Hear what heads say about samples that they were never trained on.
-
-    ``found``, ``present`` and ``target`` are of some rows; those of ``counts`` were held out.
-    """
-    nll = found.rows[1]
-    counts = counts & nll.sum(dim=0).isfinite()
-    contradicted = contradiction(found.prediction, target, present) & counts
+    """Take in what heads say about samples that they were never trained on."""
+    _, (found, prediction, _), present, target, held = heard
+    nll = found[1]
+    finite = nll.sum(dim=0).isfinite()
+    counts = held & finite
+    counted = counts.expand_as(nll) if present is None else counts & present
+    contradicted = contradiction(prediction, target, present) & counts
     some = counts.any()
     rate = some * (1.0 - settings.decay)
-    held_out.mass.lerp_(counts.float().mean(), rate)
+    held_out.mass.lerp_(counted.float().mean(dim=1), rate)
+    held_out.hits.lerp_((counted & (prediction == target)).float().mean(dim=1), rate)
     held_out.doubt.lerp_(contradicted.float().mean(), rate)
-    share = held_out.doubt / held_out.mass.clamp_min(torch.finfo(held_out.mass.dtype).tiny)
-    noise = credible_noise(share, competence)
+    mass = held_out.mass.clamp_min(torch.finfo(held_out.mass.dtype).tiny)
+    known = skill(held_out.hits / mass, num_classes)
+    # A modality never heard counts as equal to the fusion, which favours neither side.
+    held_out.skill.copy_(torch.where(held_out.mass > 0.0, known, known[0]))
+    noise = credible_noise(held_out.doubt / mass[0], known[0])
     held_out.label_noise.copy_(torch.where(some, noise, held_out.label_noise))
+    held_out.nonfinite.add_((held & ~finite).sum())
 
-    counted = counts.expand_as(nll) if present is None else counts & present
+    memory = memory._replace(rows=memory.rows[heard.rows])
     recalled, visits = recall(memory)
     remember(
         memory, recalled, visits, torch.where(counted, nll, 0.0), counted, settings.memory_decay
@@ -634,7 +634,7 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, decay: float
+    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
 ) -> None:
     """Take features into their running moments.
 
@@ -646,8 +646,13 @@ def observe(
     if available is not None:
         counts &= available
     x = torch.where(counts.unsqueeze(-1), x, 0.0)
-    counted, rate = counts.to(x.dtype), 1.0 - decay
-    moments.mass.lerp_(counted.mean(dim=1), rate)
-    moments.total.lerp_(x.mean(dim=1), rate)
+    counted = counts.to(x.dtype)
+    number = counted.sum(dim=1)
+    rate, some = number / (number + window), number.clamp_min(1.0).unsqueeze(1)
+    moments.mass.add_((1.0 - moments.mass) * rate)
+    rate = rate.unsqueeze(1)
+    moments.total.lerp_(x.sum(dim=1) / some, rate)
     x = torch.addcmul(x, counted.unsqueeze(-1), moments.mean().unsqueeze(1), value=-1.0)
-    moments.scatter.baddbmm_(x.mT, x, beta=decay, alpha=rate / x.shape[1])
+    x = x * (rate / some).sqrt().unsqueeze(2)
+    # In place, which autocast leaves in float32.
+    moments.scatter.mul_(1.0 - rate.unsqueeze(2)).baddbmm_(x.mT, x)

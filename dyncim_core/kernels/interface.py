@@ -15,6 +15,7 @@ __all__ = [
     "Disturbance",
     "Gate",
     "Gating",
+    "Heard",
     "HeldOut",
     "Kernels",
     "Memory",
@@ -67,13 +68,27 @@ class Buffers(NamedTuple):
 class HeldOut(NamedTuple):
     """What samples kept out of training have said, updated in place.
 
-    Averages that start at 0: ``mass``, how many there were, and ``doubt``, how many of them
-    all heads contradicted, as shares of the rows looked at. ``label_noise`` follows from them.
+    Averages that start at 0, of shares of the rows looked at: ``mass`` ``[M + 1]``, held out
+    and seen by a head, of them ``hits`` ``[M + 1]``, predicted by it, and ``doubt``,
+    contradicted by all heads. ``skill`` ``[M + 1]`` and ``label_noise`` follow from them.
     """
 
     mass: Tensor
+    hits: Tensor
     doubt: Tensor
+    skill: Tensor
     label_noise: Tensor
+    nonfinite: Tensor
+
+
+class Heard(NamedTuple):
+    """What heads say of some rows of a batch; ``held`` tells which of these are held out."""
+
+    rows: Tensor
+    said: Statistics
+    present: Tensor | None
+    target: Tensor
+    held: Tensor
 
 
 class Memory(NamedTuple):
@@ -147,9 +162,9 @@ class Gating(NamedTuple):
 class Moments(NamedTuple):
     """Running moments of the features, updated in place.
 
-    Averages that start at 0: ``mass`` ``[M]``, the share of a batch's samples that counted;
-    ``total`` ``[M, K]``, the features; ``scatter`` ``[M, K, K]``, the outer product of their
-    deviation from the mean so far.
+    Averages that start at 0, over as many samples as a window holds: ``mass`` ``[M]``, of 1;
+    ``total`` ``[M, K]``, of the features; ``scatter`` ``[M, K, K]``, of the outer product of
+    their deviation from the mean so far.
     """
 
     mass: Tensor
@@ -216,6 +231,6 @@ class Kernels(Protocol):
         features: Sequence[Tensor],
         available: Tensor | None,
         moments: Moments,
-        decay: float,
+        window: float,
     ) -> None:
         """Take features, ``[B, k]`` with ``k <= K`` of each modality, into their moments."""

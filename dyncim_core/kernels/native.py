@@ -177,7 +177,7 @@ def gate(
 
 
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, decay: float
+    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
 ) -> None:
     """Take features into their running moments."""
     if available is not None:
@@ -186,7 +186,7 @@ def observe(
         [*map(_address, features)],
         [(*x.shape, *x.stride()) for x in features],
         0 if available is None else available.data_ptr(),
-        decay,
+        window,
         moments.total.shape[1],
         *map(_address, moments),
     )
