@@ -344,7 +344,7 @@ def held_out(index: ArrayLike, share: float) -> Mask:
 
 
 def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
-    """Label noise by heads that were not trained on it, ``contradicted * min(1, 2 competence)``.
+    """Label noise by heads that were not trained on it, ``contradicted * min(1, 4 competence)``.
 
     Definition chosen here.
 
@@ -356,10 +356,10 @@ def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
         In [0, 1].
 
     Example:
-        >>> credible_noise(0.2, [0.0, 0.25, 0.9]).round(4).tolist()
+        >>> credible_noise(0.2, [0.0, 0.125, 0.9]).round(4).tolist()
         [0.0, 0.1, 0.2]
     """
-    trust = np.minimum(1.0, 2.0 * np.asarray(competence, dtype=np.float64))
+    trust = np.minimum(1.0, 4.0 * np.asarray(competence, dtype=np.float64))
     return np.asarray(np.asarray(contradicted, dtype=np.float64) * trust)
 
 

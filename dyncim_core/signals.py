@@ -253,13 +253,13 @@ def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
         competence: Skill of the fused head, in [0, 1].
 
     Returns:
-        Same shape, in [0, 1]: ``contradicted * min(1, 2 * competence)``.
+        Same shape, in [0, 1]: ``contradicted * min(1, 4 * competence)``.
 
     Example:
-        >>> credible_noise(torch.tensor(0.2), torch.tensor([0.0, 0.25, 0.9]))
+        >>> credible_noise(torch.tensor(0.2), torch.tensor([0.0, 0.125, 0.9]))
         tensor([0.0000, 0.1000, 0.2000])
     """
-    return contradicted * (2.0 * competence).clamp_max(1.0)
+    return contradicted * (4.0 * competence).clamp_max(1.0)
 
 
 def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:

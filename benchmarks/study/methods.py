@@ -28,6 +28,7 @@ from .models import (
     MeanOfLogits,
     Network,
     OneModality,
+    Unskilled,
 )
 
 
@@ -441,6 +442,11 @@ def no_gate(state: CurriculumState) -> Fusion:
     return Concatenation
 
 
+def no_votes(state: CurriculumState) -> Fusion:
+    """Ablation: every modality's word counts alike, whatever its skill."""
+    return partial(Unskilled, state=state)
+
+
 def no_novelty(state: CurriculumState) -> Fusion:
     """Ablation: the gates of inference do not look at how novel the features are."""
     return partial(Gated, state=state, novelty_slope=0.0)
@@ -549,6 +555,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),
+    "dyncim/no-votes": Entry(partial(DynCIM, gate=no_votes)),
     "dyncim/no-held-out": Entry(partial(DynCIM, held_out=0.0)),
     "dyncim/constant-strength": Entry(partial(DynCIM, label_noise=1.0)),
     "dyncim/deviation-alone": Entry(partial(OneSignal, signal=0)),

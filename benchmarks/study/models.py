@@ -126,6 +126,19 @@ class Gated(nn.Module):
         return logits
 
 
+class Unskilled(Gated):
+    """``Gated`` that does not hear of skills."""
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        (state,) = self.gates._state
+        state.skill.zero_()  # nobody has any, so that all count alike
+        return super().forward(features, unimodal, present)
+
+
 class GatedUnderShare(Gated):
     """``Gated`` whose dropout is done in front of the gates: at a ``share`` of the samples.
 

@@ -74,7 +74,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
         Block((TRIPLE,), ("asymmetric-30",), ABLATIONS, range(5)),
-        Block(("diabetes",), ("clean",), ABLATIONS, range(5)),
+        Block(("diabetes", "dominated"), ("clean",), ABLATIONS, range(5)),
     ),
 }
 
