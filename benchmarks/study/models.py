@@ -129,12 +129,18 @@ class Gated(nn.Module):
 class Unskilled(Gated):
     """``Gated`` that does not hear of skills."""
 
+    def __init__(
+        self, modalities: tuple[str, ...], num_classes: int, *, state: CurriculumState
+    ) -> None:
+        super().__init__(modalities, num_classes, state=state)
+        self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
+
     @override
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
     ) -> Tensor:
         """Fused logits."""
-        (state,) = self.gates._state
+        (state,) = self._state
         state.skill.zero_()  # nobody has any, so that all count alike
         return super().forward(features, unimodal, present)
 
