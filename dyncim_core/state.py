@@ -229,10 +229,10 @@ class CurriculumState(KeepsDtype):
 
         Returns:
             Floats by name: ``step``, ``nonfinite``, ``label_noise``, ``effective_share``,
-            ``quality/fused``, and for each signal ``signal/NAME`` and
+            ``quality/fused``, ``skill/fused``, and for each signal ``signal/NAME`` and
             ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
-            ``balance_factor``, ``redundancy``, and for each ``quality/NAME`` and
-            ``modality_weight/NAME``.
+            ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
+            ``skill/NAME`` and ``modality_weight/NAME``.
 
         Example:
             >>> CurriculumState().summary()["signal_weight/stability"]  # doctest: +ELLIPSIS
@@ -250,6 +250,7 @@ class CurriculumState(KeepsDtype):
             values[f"signal_weight/{name}"] = signal_weights[k]
         for head, name in enumerate(("fused", *(self.modalities or ()))):
             values[f"quality/{name}"] = self.quality[head]
+            values[f"skill/{name}"] = self.skill[head]
         if self.modalities is not None:
             values["gmr"] = geometric_mean_ratio(self.log_quality)
             values["hmir"] = harmonic_mean_improvement_rate(self.log_quality)

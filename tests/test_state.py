@@ -191,8 +191,10 @@ def test_samples_never_seen_come_last() -> None:
 def test_summary_names_every_quantity() -> None:
     summary = trained(3).state.summary()
     expected = {"step", "nonfinite", "label_noise", "effective_share"}
-    expected |= {"gmr", "hmir", "balance_factor", "redundancy", "quality/fused"}
-    expected |= {f"{kind}/{name}" for kind in ("quality", "modality_weight") for name in "ab"}
+    expected |= {"gmr", "hmir", "balance_factor", "redundancy", "quality/fused", "skill/fused"}
+    expected |= {
+        f"{kind}/{name}" for kind in ("quality", "skill", "modality_weight") for name in "ab"
+    }
     signals = ("deviation", "consistency", "stability")
     expected |= {f"{kind}/{name}" for kind in ("signal", "signal_weight") for name in signals}
     assert set(summary) == expected

@@ -387,8 +387,6 @@ class DynCIM(_Decayed):
     ``DynCIMLoss``.
     """
 
-    criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss()
-
     def __init__(
         self,
         problem: Problem,
@@ -400,7 +398,7 @@ class DynCIM(_Decayed):
         self.state = CurriculumState(problem.modalities, num_samples=problem.num_samples)
         self.fusion = gate(self.state)
         super().__init__(problem, decay)
-        self.objective = DynCIMLoss(self.criterion, state=self.state, **options)
+        self.objective = DynCIMLoss(nn.CrossEntropyLoss(), state=self.state, **options)
 
     @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
@@ -410,28 +408,25 @@ class DynCIM(_Decayed):
 
 
 class EqualModalities(DynCIM):
-    """Ablation, of the losses alone: that of a sample counts alike for each of its modalities.
-
-    The factors of the joint objective are its derivatives by the losses of the heads.
-    """
-
-    def __init__(self, problem: Problem, decay: float, **options: Any) -> None:
-        self.losses: list[Tensor] = []
-        self.criterion = self._recorded
-        super().__init__(problem, decay, **options)
-
-    def _recorded(self, logits: Tensor, target: Tensor) -> Tensor:
-        self.losses.append(F.cross_entropy(logits, target, reduction="none"))
-        return self.losses[-1]
+    """Ablation, of the losses alone: that of a sample counts alike for each of its modalities."""
 
     @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """The joint objective, each sample's factors of its modalities averaged."""
-        self.losses.clear()
-        objective = super().loss(heads, target, index)
-        factors = torch.stack(torch.autograd.grad(objective, self.losses, retain_graph=True))
-        factors[1:] = factors[1:].mean(dim=0)
-        return (factors * torch.stack(self.losses)).sum()
+        logits = [x.detach().requires_grad_() for x in heads.all()]
+        unimodal = dict(zip(heads.unimodal, logits[1:], strict=True))
+        objective = super().loss(heads._replace(fused=logits[0], unimodal=unimodal), target, index)
+        truth = target
+        if not target.is_floating_point():
+            truth = F.one_hot(target, logits[0].shape[1]).float()
+        factors = []
+        for x, gradient in zip(logits, torch.autograd.grad(objective, logits), strict=True):
+            own = x.detach().softmax(dim=1) - truth  # the gradient of its loss, times a factor
+            factors.append((gradient * own).sum(dim=1) / own.square().sum(dim=1).clamp_min(1e-12))
+        weights = torch.stack(factors)
+        weights[1:] = weights[1:].mean(dim=0)
+        losses = [F.cross_entropy(x, target, reduction="none") for x in heads.all()]
+        return (weights * torch.stack(losses)).sum()
 
 
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
