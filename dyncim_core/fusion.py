@@ -41,13 +41,14 @@ class GatedFusion(nn.Module):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
-    are sure, contradict its own prediction, and in inference as soon as its features lie far
-    from those seen in training: it works without labels. Features are scaled by their gate
-    over the largest gate of the sample, so that equal gates give plain concatenation. In
-    training, some modalities of some samples are dropped or swapped with another sample's:
-    at most one modality of a sample, the less often the more quality it has, and the less
-    often the further fusion is ahead of its modalities. The paper (arXiv 2503.06456) names a
-    gating-based dynamic fusion; this one is a definition chosen here.
+    are sure, contradict its own prediction, with how little it has learnt that generalises,
+    and in inference as soon as its features lie far from those seen in training: it works
+    without labels. Features are scaled by their gate over the largest gate of the sample, so
+    that equal gates give plain concatenation. In training, some modalities of some samples
+    are dropped or swapped with another sample's: at most one modality of a sample, the less
+    often the more quality it has, and the less often the further fusion is ahead of its
+    modalities. The paper (arXiv 2503.06456) names a gating-based dynamic fusion; this one is a
+    definition chosen here.
 
     It has no parameters, and predictions enter the gate detached: the encoders are not
     trained to look reliable.

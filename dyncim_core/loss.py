@@ -167,7 +167,7 @@ class DynCIMLoss(nn.Module):
             present: Modalities that each sample has, bool ``[B, M]``; all when
                 ``None``. Logits of absent ones may hold anything and get no gradient.
             index: Position of each sample in the training set, int64 ``[B]`` without
-                repeats, to feed the per-sample memory.
+                repeats, to feed the per-sample memory and to hold some of them out.
 
         Returns:
             A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
