@@ -179,7 +179,11 @@ class GatedFusion(nn.Module):
             _checks.check_unimodal(logits, self.modalities, batch, device)
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.quality, device)
-        available = None if present is None else present.t()
+        evidence = logits
+        if evidence is None:  # all agree
+            evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
+        kernels = select(self.backend, evidence)
+        there = None if present is None else present.t()
         disturbance = None
         if self.training:
             rates = self._recall()
@@ -188,19 +192,15 @@ class GatedFusion(nn.Module):
                     torch.rand((3, batch), dtype=torch.float32, device=device), rates
                 )
 
-        evidence = logits
-        if evidence is None:  # all agree
-            evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
-        gates, scale, available, source = select(self.backend, evidence).gate(
+        gates, scale, available, source = kernels.gate(
             evidence,
             self.quality.float(),
-            available,
+            there,
             disturbance,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
         gates, scale = self._weighed(gates, scale, streams)
         if self.training and self.moments is not None:
-            there = None if present is None else present.t()
             self.moments.observe(streams, there, self.backend)
         if present is None:
             available = None  # a scale of 0 removes what was dropped, finite as its features are

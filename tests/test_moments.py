@@ -9,7 +9,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from dyncim_core import GatedFusion
+from dyncim_core import CurriculumState, GatedFusion, backends
 from dyncim_core import reference as ref
 from dyncim_core.moments import FeatureMoments
 
@@ -293,11 +293,16 @@ def test_a_checkpoint_cannot_change_the_dtype() -> None:
     restored(batch(8, 0))
 
 
-def test_a_rejected_call_observes_nothing() -> None:
-    fusion = learnt_fusion()
+@pytest.mark.skipif(backends()["native"] != "available", reason=backends()["native"])
+def test_a_rejected_call_changes_nothing() -> None:
+    state = CurriculumState(2)
+    fusion = GatedFusion(WIDTHS, state=state)
+    fusion(batch(8, 0))
+    state.quality.fill_(0.5)
+    state.skill.copy_(torch.tensor([0.9, 0.9, 0.1]))
     before = copy.deepcopy(fusion.state_dict())
     fusion.backend = "native"
-    with pytest.raises(RuntimeError, match="bfloat16"):
+    with pytest.raises(RuntimeError, match="backend: 'native' does not take"):
         fusion(batch(8, 0), unimodal=[torch.zeros(8, 4, dtype=torch.bfloat16)] * 2)
     for name, value in fusion.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -116,8 +116,8 @@ def gradients(
     if isinstance(normaliser, list):
         try:
             ahead = normaliser.pop()
-        except IndexError:
-            pass  # taken before: made again below
+        except IndexError:  # taken before: made again below
+            pass
         else:
             at = [*map(_address, ahead)]
             batch, classes = ahead[0].shape
