@@ -13,8 +13,7 @@ from typing_extensions import override
 from dyncim_core import _checks
 from dyncim_core.heads import differentiable
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Criterion, Heard, Kernels, Memory, Settings
-from dyncim_core.signals import held_out
+from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
 from dyncim_core.state import CurriculumState
 
 __all__ = ["DynCIMLoss"]
@@ -216,62 +215,21 @@ class DynCIMLoss(nn.Module):
         plain = self._neutral and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
-        held = heard = None
+        settings = self._settings(state)
         if memory is not None and unimodal is not None and self._holds_out(target):
-            held = self._held_out(memory.rows, heads, read)
-            heard = self._hear(held, heads, present, kernels, read)
-            read = read._replace(target=torch.where(held, read.ignore_index, target))
-            # What the others say of label noise is not asked for: they know it by heart.
-            averages = averages._replace(label_noise=averages.label_noise.clone())
-            if present is None:  # what is masked has no gradient, whatever it holds
-                present = torch.ones(
-                    (len(heads), len(target)), dtype=torch.bool, device=target.device
-                )
-        joint = kernels.curriculum(heads, present, read, averages, memory, self._settings(state))
-        if heard is not None and memory is not None:
-            eager.listen(heard, logits.shape[1], state.heard(), memory, self._settings(state))
+            settings = settings._replace(held_out=self.held_out)
+        joint = kernels.curriculum(heads, present, read, averages, memory, settings)
         if plain:
             return self._plain(logits, target)
-        guard = present is not None or self.nonfinite == "skip"
+        # What is masked, skipped or held out has no gradient, whatever it holds.
+        guard = present is not None or settings.skip_nonfinite or settings.held_out > 0.0
         return differentiable(
             joint.value, joint.coefficient, joint.normaliser, kernels, read, guard, heads
         )
 
     def _holds_out(self, target: Tensor) -> bool:
         asked_for = self.label_noise is None and self.surprise_strength > 0.0
-        classes = not target.is_floating_point()
-        return asked_for and self.held_out > 0.0 and classes and len(target) > 0
-
-    @torch.no_grad()
-    def _held_out(self, index: Tensor, heads: Sequence[Tensor], read: Criterion) -> Tensor:
-        """Samples to hold out, bool ``[B]``; none where nothing would be left of the batch."""
-        counts = read.target != read.ignore_index
-        held = held_out(index, self.held_out) & counts
-        left = counts & ~held
-        if self.nonfinite == "skip":
-            left &= (
-                torch.stack([x.sum(dim=1, dtype=torch.float32) for x in heads]).sum(0).isfinite()
-            )
-        return held & left.any()
-
-    @torch.no_grad()
-    def _hear(
-        self,
-        held: Tensor,
-        heads: Sequence[Tensor],
-        present: Tensor | None,
-        kernels: Kernels,
-        read: Criterion,
-    ) -> Heard:
-        """What heads say of the samples held out, for ``listen``."""
-        # A fixed number of rows, twice as many as to be expected, so that none has to be read.
-        few = 4 + len(held) * 2 // int(min(1.0 / self.held_out, 1e9))
-        rows = held.int().topk(min(few, len(held))).indices
-        present = None if present is None else present[:, rows]
-        target = read.target[rows]
-        some = [x.index_select(0, rows) for x in heads]
-        said = kernels.statistics(some, present, Criterion(target, ignore_index=read.ignore_index))
-        return Heard(rows, said, present, target, held[rows])
+        return asked_for and not target.is_floating_point()
 
     def _generic(
         self,

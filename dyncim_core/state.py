@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
-from dyncim_core.kernels.interface import Buffers, HeldOut, Memory
+from dyncim_core.kernels.interface import Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
     geometric_mean_ratio,
@@ -164,11 +164,6 @@ class CurriculumState(KeepsDtype):
         """The running averages, for the kernels that update them in place."""
         held = self._buffers
         return Buffers(*[held[name] for name in Buffers._fields])  # type: ignore[arg-type]
-
-    def heard(self) -> HeldOut:
-        """What samples held out of training have said, for the kernels that update it."""
-        held = self.held_out_mass, self.held_out_hits, self.held_out_doubt
-        return HeldOut(*held, self.skill, self.label_noise, self.nonfinite)
 
     def memory(self, index: Tensor) -> Memory:
         """The per-sample memory, for the kernels that update its rows ``index`` in place."""

@@ -444,7 +444,7 @@ for criterion, mask, memory, known, chance in (
      torch.rand(3, 4)),
 ):
     settings = Settings(4.0, known, 0.2, 0.5, mask is not None, 0.9, 0.8,
-                        "mean" if mask is None else "none")
+                        "mean" if mask is None else "none", 0.0 if memory is None else 0.05)
     joint = kernel.curriculum(logits, mask, criterion, state.averages(), memory, settings)
     args = torch.ones(()), joint.coefficient, joint.normaliser, logits, criterion
     kernel.gradients(*args, mask is not None)

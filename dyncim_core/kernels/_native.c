@@ -296,6 +296,7 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
+    float *held_out_mass, *held_out_hits, *held_out_doubt, *skill;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -311,6 +312,7 @@ typedef struct {
     int skip_nonfinite;
     double decay, memory_decay;
     Reduction reduction;
+    double held_out; /* share of the memory's samples */
 } Settings;
 
 static double clamp(double x, double low, double high) {
@@ -339,6 +341,36 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
         out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
 }
 
+/* Whether a sample is to be kept out of training: lowbias32 of its index is below that. */
+static int is_held_out(int64_t index, uint64_t below) {
+    uint32_t bits = (uint32_t)((uint64_t)index + 0x9E3779B9u);
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
+    bits = (bits ^ (bits >> 15)) * 0x846CA68Bu;
+    return (bits ^ (bits >> 16)) < below;
+}
+
+/* What valid samples say, summed up. */
+typedef struct {
+    int64_t count, contradicted, seen[MAX_HEADS], hits[MAX_HEADS];
+    double signal[SIGNALS], difficulty;
+} Tally;
+
+/* Take in what heads say about samples that they were never trained on. */
+static void listen(const Problem *p, const Tally *heard, State *s, double decay) {
+    double guessing = 1.0 - 1.0 / (double)p->classes, batch = (double)p->batch;
+    for (int64_t h = 0; h < p->heads; h++) {
+        average(s->held_out_mass + h, heard->seen[h] / batch, 0, decay);
+        average(s->held_out_hits + h, heard->hits[h] / batch, 0, decay);
+        double missed = 1.0 - s->held_out_hits[h] / (double)s->held_out_mass[h];
+        double skill = guessing > 0.0 ? clamp(1.0 - missed / guessing, 0.0, 1.0) : 0.0;
+        /* A modality never heard counts as equal to the fusion, which favours neither side. */
+        s->skill[h] = s->held_out_mass[h] > 0.0f ? (float)skill : s->skill[0];
+    }
+    average(s->held_out_doubt, heard->contradicted / batch, 0, decay);
+    double contradicted = *s->held_out_doubt / (double)s->held_out_mass[0];
+    *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
+}
+
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
  * or come from `work` as they are needed; coefficient may be where their nll or loss is. */
 static int curriculum(const Problem *p, const Work *work, Statistics *found, State *s,
@@ -346,10 +378,11 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     int64_t B = p->batch, H = p->heads;
     const float *loss = found->loss, *nll = found->nll;
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
-    float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 2));
+    float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 4));
     if (!scratch) return -1;
     float *exponent = scratch, *difficulty = scratch + B;
-    uint8_t *kept = (uint8_t *)(scratch + 2 * B), *valid = kept + B;
+    uint8_t *kept = (uint8_t *)(scratch + 2 * B), *valid = kept + B, *held = valid + B;
+    uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
     for (int k = 0; k < SIGNALS; k++) volatility += s->volatility[k];
@@ -360,9 +393,11 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                  clamp(noise / 0.15, 0.0, 1.0);
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
-    /* Signals of each sample. */
-    int64_t count = 0, nonfinite = 0, contradicted = 0, next = 0;
-    double signal[SIGNALS] = {0.0}, mean_difficulty = 0.0;
+    /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
+    Tally tally[2] = {{0}};
+    int64_t nonfinite = 0, left = 0, next = 0;
+    int holds_out = o->held_out > 0.0;
+    uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     for (int64_t i = 0; i < B; i++) {
         if (work && i == next) {
             found->start = i;
@@ -385,28 +420,46 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         }
         kept[i] = y != p->ignore_index;
         valid[i] = kept[i] && finite;
+        held[i] = kept[i] && holds_out && is_held_out(s->index[i], below);
+        heard[i] = 0;
         nonfinite += kept[i] && !finite;
+        left += !held[i] && (o->skip_nonfinite ? valid[i] : kept[i]);
         if (!valid[i]) continue;
         double says[SIGNALS] = {
             1.0 - expf((float)(-surprisal / (double)present)),
             present > 1 ? apart / (double)(present - 1) : 0.0,
             clamp(found->entropy[here] * per_log, 0.0, 1.0),
         };
+        Tally *t = tally + held[i];
         double hard = 0.0;
         for (int k = 0; k < SIGNALS; k++) {
-            signal[k] += says[k];
+            t->signal[k] += says[k];
             hard += share[k] * says[k];
         }
-        count++;
-        contradicted += present > 1 && agreeing == present && found->prediction[here] != y;
+        t->count++;
+        t->contradicted += present > 1 && agreeing == present && found->prediction[here] != y;
         exponent[i] = (float)(-rho * excess / (double)present);
         difficulty[i] = (float)hard;
-        mean_difficulty += hard;
+        t->difficulty += hard;
+        for (int64_t h = 0; held[i] && h < H; h++)
+            if (!p->present || p->present[h * B + i]) {
+                t->seen[h]++;
+                t->hits[h] += found->prediction[h * found->near + here] == y;
+            }
+    }
+    /* Where nothing would be left to train on, all is trained on. */
+    const Tally *trained = left ? tally : tally + 1;
+    for (int64_t i = 0; holds_out && i < B; i++) {
+        held[i] = held[i] && left;
+        if (!held[i]) continue;
+        heard[i] = valid[i];
+        kept[i] = valid[i] = 0;
     }
 
     /* Their weights, mean 1 over the valid ones: a softmax. */
+    int64_t count = trained->count;
     double some = count ? (double)count : 1.0, spread = 0.0, top = -INFINITY, total = 0.0;
-    mean_difficulty /= some;
+    double mean_difficulty = trained->difficulty / some;
     for (int64_t i = 0; i < B; i++)
         if (valid[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
     spread = sqrt(spread / some);
@@ -443,13 +496,16 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         double effective = squares * some > 1e-12 ? squares * some : 1e-12;
         average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
         for (int k = 0; k < SIGNALS; k++) {
-            double now = signal[k] / some, before = s->signal_mean[k];
+            double now = trained->signal[k] / some, before = s->signal_mean[k];
             double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
             average(s->volatility + k, change, second, o->decay);
             average(s->signal_mean + k, now, first, o->decay);
         }
-        average(s->label_noise, contradicted / some, 0, o->decay);
+        /* Once any was held out, those trained on, known by heart, are not asked for it. */
+        if (!holds_out && s->held_out_mass[0] == 0.0f)
+            average(s->label_noise, trained->contradicted / some, 0, o->decay);
     }
+    if (left && tally[1].count) listen(p, tally + 1, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && mass[h] > 0.0) {
             average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);
@@ -465,7 +521,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
-            if (valid[i] && (!p->present || p->present[h * B + i])) {
+            if ((valid[i] || heard[i]) && (!p->present || p->present[h * B + i])) {
                 float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
                 int32_t *visits = s->memory_visits + row * s->heads + h;
                 average(mean, now, *visits == 0, o->memory_decay);
@@ -476,6 +532,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
 
     /* Factor of every loss in the joint objective, and the objective. */
     double factor[MAX_HEADS] = {1.0}, scale = 1.0, sum = 0.0;
+    int may_skip = holds_out || o->skip_nonfinite;
     if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
     for (int64_t h = 1; h < H; h++) factor[h] *= o->unimodal_strength;
     if (o->reduction == REDUCE_MEAN) {
@@ -489,9 +546,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t h = 0; h < H; h++)
         for (int64_t i = 0; i < B; i++) {
             int64_t at = h * B + i;
-            int skipped = o->skip_nonfinite && !valid[i], absent = p->present && !p->present[at];
+            int skipped = held[i] || (o->skip_nonfinite && !valid[i]);
+            int absent = p->present && !p->present[at];
             double c = absent ? 0.0 : (skipped ? 0.0 : factor[h] * weight[i]) * scale;
-            double term = o->skip_nonfinite && c == 0.0 ? 0.0 : c * loss[at];
+            double term = may_skip && c == 0.0 ? 0.0 : c * loss[at];
             coefficient[at] = (float)c;
             if (o->reduction == REDUCE_NONE) value[i] += (float)term;
             else sum += term;
@@ -744,8 +802,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[9];
-    for (int k = 0; k < 9; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[13];
+    for (int k = 0; k < 13; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -756,6 +814,10 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.effective_share = address(of[6]);
     s.step = address(of[7]);
     s.nonfinite = address(of[8]);
+    s.held_out_mass = address(of[9]);
+    s.held_out_hits = address(of[10]);
+    s.held_out_doubt = address(of[11]);
+    s.skill = address(of[12]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));
@@ -767,8 +829,8 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
 }
 
 static Settings settings_from(PyObject *settings) {
-    PyObject *of[8];
-    for (int k = 0; k < 8; k++) of[k] = PyTuple_GetItem(settings, k);
+    PyObject *of[9];
+    for (int k = 0; k < 9; k++) of[k] = PyTuple_GetItem(settings, k);
     Settings o;
     o.surprise_strength = PyFloat_AsDouble(of[0]);
     o.label_noise = of[1] == Py_None ? -1.0 : PyFloat_AsDouble(of[1]);
@@ -780,6 +842,7 @@ static Settings settings_from(PyObject *settings) {
     o.reduction = PyUnicode_CompareWithASCIIString(of[7], "mean") == 0   ? REDUCE_MEAN
                   : PyUnicode_CompareWithASCIIString(of[7], "none") == 0 ? REDUCE_NONE
                                                                          : REDUCE_SUM;
+    o.held_out = PyFloat_AsDouble(of[8]);
     return o;
 }
 
@@ -812,6 +875,7 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
     } else {
         /* Where coefficients will be, nll is until then, and the loss where it is the same. */
         int weighted = p.weight || p.smoothing > 0.0;
+        int guard = p.present || o.skip_nonfinite || o.held_out > 0.0;
         float *loss = weighted ? malloc((size_t)(plane + 1) * sizeof *loss) : coefficient;
         float entropy[MAX_HEADS * ROWS], distance[MAX_HEADS * ROWS];
         int64_t of_rows[MAX_HEADS * ROWS];
@@ -820,7 +884,7 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
         failed = weighted && !loss ? -1 : work_for(&p, ahead, &w);
         if (!failed) failed = curriculum(&p, &w, &found, &s, &o, coefficient, value);
         if (!failed && ahead)
-            finish_gradients(&p, coefficient, p.present || o.skip_nonfinite, out);
+            finish_gradients(&p, coefficient, guard, out);
         if (weighted) free(loss);
         free(w.scratch);
     }

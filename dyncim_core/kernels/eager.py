@@ -17,8 +17,6 @@ from dyncim_core.kernels.interface import (
     Disturbance,
     Gate,
     Gating,
-    Heard,
-    HeldOut,
     Memory,
     Moments,
     Normaliser,
@@ -30,6 +28,7 @@ from dyncim_core.signals import (
     contradiction,
     credible_noise,
     difficulty,
+    held_out,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -46,7 +45,6 @@ __all__ = [
     "curriculum",
     "gate",
     "gradients",
-    "listen",
     "observe",
     "recall",
     "statistics",
@@ -166,7 +164,7 @@ def curriculum(
 
 def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:
     """The joint objective: losses ``[M + 1, B]`` by their factors, summed as ``reduction`` says."""
-    if settings.skip_nonfinite:
+    if settings.skip_nonfinite or settings.held_out > 0.0:
         loss = torch.where(coefficient == 0, 0.0, loss)
     joint = coefficient * loss
     return joint.sum(dim=0) if settings.reduction == "none" else joint.sum()
@@ -185,14 +183,20 @@ def weigh(
     """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers."""
     target = criterion.target
     if target.is_floating_point():
-        kept = torch.ones_like(target[:, 0], dtype=torch.bool)
+        counts = torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
-        kept = target != criterion.ignore_index
+        counts = target != criterion.ignore_index
     total = found.rows[1:3].sum(dim=(0, 1))
-    valid = kept & (total - total == 0)  # finite, in fewer operators than isfinite
+    finite = counts & (total - total == 0)  # in fewer operators than isfinite
+    kept, valid, held = counts, finite, None
+    if memory is not None and settings.held_out > 0.0:
+        asked = counts & held_out(memory.rows, settings.held_out)
+        left = (finite if settings.skip_nonfinite else counts) > asked
+        held = asked & left.any()
+        kept, valid = counts ^ held, finite > held
     number, count = kept.sum(), valid.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
-    nll, entropy, distance = torch.where(valid, found.rows[1:], 0.0)
+    nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
     if memory is not None:
         recalled, visits = recall(memory)
 
@@ -214,29 +218,39 @@ def weigh(
         valid=valid,
     )
 
-    counted = valid.expand_as(nll) if present is None else valid & present
+    doubted = contradiction(found.prediction, target, present)
+    remembered = finite.expand_as(nll) if present is None else finite & present
+    counted = remembered
+    if held is not None:
+        signals, counted = torch.where(valid, signals, 0.0), remembered > held
+        heard = remembered & held
+        right = found.prediction == target
+        listen(heard, right, doubted, num_classes, buffers, settings.decay)
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
+        remembered = counted
     take_in(
         nll,
         signals,
-        contradiction(found.prediction, target, present) * valid,
+        None if held is not None else doubted * valid,
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
         buffers,
         settings.decay,
     )
-    buffers.nonfinite.add_(number).sub_(count)
+    buffers.nonfinite.add_((counts ^ finite).sum())
     if memory is not None:
-        remember(memory, recalled, visits, nll, counted, settings.memory_decay)
+        remember(memory, recalled, visits, nll, remembered, settings.memory_decay)
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))
 
     modalities = found.rows.shape[1] - 1
     if settings.skip_nonfinite:
         kept, number = valid, count
         weights = torch.where(kept, weights, 0.0)
+    elif held is not None:
+        weights = torch.where(held, 0.0, weights)
     if settings.reduction == "mean":
         mass = number
         if criterion.weight is not None and not target.is_floating_point():
@@ -279,45 +293,38 @@ def remember(
     memory.visits.index_copy_(0, memory.rows, visits + counted.t())
 
 
-@torch.no_grad()
 def listen(
-    heard: Heard,
+    heard: Tensor,
+    right: Tensor,
+    contradicted: Tensor,
     num_classes: int,
-    held_out: HeldOut,
-    memory: Memory,
-    settings: Settings,
+    buffers: Buffers,
+    decay: float,
 ) -> None:
-    """Take in what heads say about samples that they were never trained on."""
-    _, (found, prediction, _), present, target, held = heard
-    nll = found[1]
-    finite = nll.sum(dim=0).isfinite()
-    counts = held & finite
-    counted = counts.expand_as(nll) if present is None else counts & present
-    contradicted = contradiction(prediction, target, present) & counts
-    some = counts.any()
-    rate = some * (1.0 - settings.decay)
-    held_out.mass.lerp_(counted.float().mean(dim=1), rate)
-    held_out.hits.lerp_((counted & (prediction == target)).float().mean(dim=1), rate)
-    held_out.doubt.lerp_(contradicted.float().mean(), rate)
-    mass = held_out.mass.clamp_min(torch.finfo(held_out.mass.dtype).tiny)
-    known = skill(held_out.hits / mass, num_classes)
-    # A modality never heard counts as equal to the fusion, which favours neither side.
-    held_out.skill.copy_(torch.where(held_out.mass > 0.0, known, known[0]))
-    noise = credible_noise(held_out.doubt / mass[0], known[0])
-    held_out.label_noise.copy_(torch.where(some, noise, held_out.label_noise))
-    held_out.nonfinite.add_((held & ~finite).sum())
+    """Take in what heads say about samples that they were never trained on.
 
-    memory = memory._replace(rows=memory.rows[heard.rows])
-    recalled, visits = recall(memory)
-    remember(
-        memory, recalled, visits, torch.where(counted, nll, 0.0), counted, settings.memory_decay
-    )
+    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts.
+    """
+    kind, heads = buffers.skill.dtype, len(heard)
+    said = torch.cat([heard, heard & right, (heard[0] & contradicted).unsqueeze(0)])
+    shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
+    some = shares[0] > 0.0
+    rate = some.to(kind) * (1.0 - decay)
+    mass = buffers.held_out_mass.lerp_(shares[:heads], rate)
+    hits = buffers.held_out_hits.lerp_(shares[heads:-1], rate)
+    doubt = buffers.held_out_doubt.lerp_(shares[-1], rate)
+    mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
+    known = skill(hits / mass_or_tiny, num_classes)
+    # A modality never heard counts as equal to the fusion, which favours neither side.
+    buffers.skill.copy_(torch.where(mass > 0.0, known, known[0]))
+    noise = credible_noise(doubt / mass_or_tiny[0], known[0])
+    buffers.label_noise.copy_(torch.where(some, noise, buffers.label_noise))
 
 
 def take_in(
     nll: Tensor,
     signals: Tensor,
-    contradicted: Tensor,
+    contradicted: Tensor | None,
     weights: Tensor,
     count: Tensor,
     num_classes: int,
@@ -326,9 +333,9 @@ def take_in(
 ) -> None:
     """Take a batch into the running averages; what does not count is 0 in all of it.
 
-    An average starts at its first value, and stays where a batch has nothing to say.
-    Qualities are averaged with the sample weights, so that labels in doubt do not make a
-    good modality look bad.
+    An average starts at its first value, and stays where a batch has nothing to say, as label
+    noise does without ``contradicted``. Qualities are averaged with the sample weights, so that
+    labels in doubt do not make a good modality look bad.
     """
     kind, seen = buffers.log_quality.dtype, buffers.seen
     some = count.clamp_min(1)
@@ -346,9 +353,11 @@ def take_in(
     fused = weights[0]
     share = mass[0] / fused.dot(fused).clamp_min(1e-12)  # of a mean of 1
     buffers.effective_share.lerp_(share.to(kind), start)
-    # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
-    doubt = contradicted.sum() / some
-    buffers.label_noise.lerp_(doubt.to(kind), steps)
+    if contradicted is not None:
+        # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
+        # Once any sample was held out, those trained on, known by heart, are not asked for it.
+        doubt, heard = contradicted.sum() / some, buffers.held_out_mass[0] > 0.0
+        buffers.label_noise.lerp_(doubt.to(kind), torch.where(heard, 0.0, steps))
 
     mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), rate)

@@ -15,8 +15,6 @@ __all__ = [
     "Disturbance",
     "Gate",
     "Gating",
-    "Heard",
-    "HeldOut",
     "Kernels",
     "Memory",
     "Moments",
@@ -52,7 +50,13 @@ class Statistics(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The running averages of a ``CurriculumState``, updated in place."""
+    """The running averages of a ``CurriculumState``, updated in place.
+
+    Of samples held out, averages that start at 0, of shares of a batch: ``held_out_mass``
+    ``[M + 1]``, held out and seen by a head, of them ``held_out_hits`` ``[M + 1]``, predicted by
+    it, and ``held_out_doubt``, contradicted by all heads. ``skill`` ``[M + 1]`` follows from
+    them, and so does ``label_noise`` from the first sample held out on.
+    """
 
     log_quality: Tensor
     quality: Tensor
@@ -63,32 +67,10 @@ class Buffers(NamedTuple):
     effective_share: Tensor
     step: Tensor
     nonfinite: Tensor
-
-
-class HeldOut(NamedTuple):
-    """What samples kept out of training have said, updated in place.
-
-    Averages that start at 0, of shares of the rows looked at: ``mass`` ``[M + 1]``, held out
-    and seen by a head, of them ``hits`` ``[M + 1]``, predicted by it, and ``doubt``,
-    contradicted by all heads. ``skill`` ``[M + 1]`` and ``label_noise`` follow from them.
-    """
-
-    mass: Tensor
-    hits: Tensor
-    doubt: Tensor
+    held_out_mass: Tensor
+    held_out_hits: Tensor
+    held_out_doubt: Tensor
     skill: Tensor
-    label_noise: Tensor
-    nonfinite: Tensor
-
-
-class Heard(NamedTuple):
-    """What heads say of some rows of a batch; ``held`` tells which of these are held out."""
-
-    rows: Tensor
-    said: Statistics
-    present: Tensor | None
-    target: Tensor
-    held: Tensor
 
 
 class Memory(NamedTuple):
@@ -101,7 +83,11 @@ class Memory(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Constants of a ``DynCIMLoss`` and its state."""
+    """Constants of a ``DynCIMLoss`` and its state.
+
+    ``held_out`` is the share of the samples to keep out of training, told apart by the rows of
+    the memory: the call then has a memory, all heads and class indices.
+    """
 
     surprise_strength: float
     label_noise: float | None
@@ -111,6 +97,7 @@ class Settings(NamedTuple):
     decay: float
     memory_decay: float
     reduction: Literal["mean", "sum", "none"]
+    held_out: float = 0.0
 
 
 class Curriculum(NamedTuple):
@@ -200,7 +187,11 @@ class Kernels(Protocol):
         memory: Memory | None,
         settings: Settings,
     ) -> Curriculum:
-        """Weigh the samples by what the state knows; then take the batch into the state."""
+        """Weigh the samples by what the state knows; then take the batch into the state.
+
+        Samples held out have value and coefficient 0, and tell of skill and label noise. None
+        is where nothing would be left to train on.
+        """
 
     def gradients(
         self,

@@ -110,6 +110,7 @@ def curriculum(
             (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
             settings.label_noise,
             (settings.decay, settings.memory_decay),
+            round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
             count=len(logits),
@@ -447,6 +448,7 @@ def _curriculum(
     strengths: tl.tuple,
     known_noise: tl.tensor,
     decays: tl.tuple,
+    below: tl.tensor,
     skip: tl.constexpr,
     reduction: tl.constexpr,
     count: tl.constexpr,
@@ -454,12 +456,18 @@ def _curriculum(
     heads: tl.constexpr,
     samples: tl.constexpr,
 ) -> None:
-    """Three passes over the batch: its moments, the softmax of its weights, what comes of it."""
+    """Three passes over the batch: its moments, the softmax of its weights, what comes of it.
+
+    One more before, where samples are held out: whether any other is left.
+    """
     # The whole state is read here, before any barrier, and written after one.
     head = tl.arange(0, heads)
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
     log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
     log_quality = log_quality.to(tl.float32)
+    held_mass = tl.load(buffers.held_out_mass + head, mask=head < known, other=0.0)
+    held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
+    held_doubt = tl.load(buffers.held_out_doubt)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -472,12 +480,27 @@ def _curriculum(
         moved += shares[k]
 
     zero = tl.zeros([samples], tl.float32)
+    held_out: tl.tuple = (None, None)
+    if below is not None:
+        held_out = (memory.rows, below)
+        left = tl.zeros([samples], tl.int32)
+        for start in range(0, batch, samples):
+            i = start + tl.arange(0, samples)
+            _, _, kept, valid, _, _, _, _, _ = _signals(
+                found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+            )
+            if skip:
+                kept = valid
+            left += kept.to(tl.int32)
+        held_out = (memory.rows, tl.where(tl.sum(left, 0) > 0, below, 0))
+    plane = tl.zeros([heads, samples], tl.float32)
+    listened, hits = plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, kept, valid, signal, difficulty, _ = _signals(
-            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        nll, here, kept, valid, held, heard, signal, difficulty, _ = _signals(
+            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         summed: tl.tuple = ()
         for k in tl.static_range(3):
@@ -487,16 +510,21 @@ def _curriculum(
         off = tl.where(valid, difficulty - mean, 0.0)
         mean += off / tl.maximum(number, 1.0)
         spread += off * tl.where(valid, difficulty - mean, 0.0)
-        nonfinite += (kept & (valid == 0)).to(tl.float32)
+        nonfinite += ((kept & (valid == 0)) | (held & (heard == 0))).to(tl.float32)
 
-        y = tl.load(criterion.target + i, mask=kept, other=0)
+        y = tl.load(criterion.target + i, mask=i < batch, other=0)
         others = here & (head > 0)[:, None]
         at = head[:, None] * batch + i[None, :]
-        prediction = tl.load(found.prediction + at, mask=others, other=0)
-        fused = tl.load(found.prediction + i, mask=valid, other=0)
+        prediction = tl.load(found.prediction + at, mask=here, other=0)
+        fused = tl.load(found.prediction + i, mask=i < batch, other=0)
         differ = others & (prediction != fused[None, :])
         agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
-        contradicted += (valid & agree & (fused != y)).to(tl.float32)
+        asked = valid
+        if below is not None:
+            asked = heard
+            listened += (here & heard[None, :]).to(tl.float32)
+            hits += (here & heard[None, :] & (prediction == y[None, :])).to(tl.float32)
+        contradicted += (asked & agree & (fused != y)).to(tl.float32)
         heavy = zero + 1.0
         if criterion.weight is not None:
             real = kept & (y >= 0) & (y < classes)
@@ -515,8 +543,8 @@ def _curriculum(
     weighted = weights
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, kept, valid, _, difficulty, surprise = _signals(
-            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        nll, here, _, valid, _, _, _, difficulty, surprise = _signals(
+            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
         peak = tl.where(valid, tl.maximum(top, exponent), top)
@@ -548,7 +576,21 @@ def _curriculum(
         change = tl.where(steps == 0, 0.0, change)
         _average(buffers.volatility + k, change, tl.where(steps == 1, moves, rate))
         _average(buffers.signal_mean + k, now, first_rate)
-    _average(buffers.label_noise, tl.sum(contradicted, 0) / some, rate)
+    if below is None:
+        # Once any was held out, those trained on, known by heart, are not asked for it.
+        doubt_rate = tl.where(tl.sum(tl.where(head == 0, held_mass, 0.0), 0) > 0, 0.0, rate)
+        _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
+    else:
+        _listen(
+            buffers,
+            (held_mass, held_hits, held_doubt),
+            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(contradicted, 0)),
+            tl.maximum(batch, 1),
+            1.0 - decays[0],
+            head,
+            known,
+            classes,
+        )
     fused = tl.sum(tl.where(head == 0, weights, 0.0), 0)
     share = fused * fused / tl.maximum(squares * counted, 1e-12)
     _average(buffers.effective_share, share, first_rate)
@@ -577,8 +619,8 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         inside = i < batch
-        nll, here, kept, valid, _, difficulty, surprise = _signals(
-            found, present, criterion, shares, moved, i, head, count, batch, per_log
+        nll, here, _, valid, held, heard, _, difficulty, surprise = _signals(
+            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
         weight = tl.where(valid, norm * tl.exp(exponent - peak), 1.0)
@@ -586,7 +628,7 @@ def _curriculum(
             row = tl.load(memory.rows + i, mask=inside, other=-1)
             exists = (row >= 0) & (row < memory_size)
             cell = row[None, :] * known + head[:, None]
-            mask = here & (valid & exists)[None, :]
+            mask = here & ((valid | heard) & exists)[None, :]
             visits = tl.load(memory.visits + cell, mask=mask, other=0)
             old = tl.load(memory.nll + cell, mask=mask, other=0.0).to(tl.float32)
             averaged = tl.where(visits == 0, nll, nll + decays[1] * (old - nll))
@@ -595,11 +637,12 @@ def _curriculum(
             tl.store(memory.weight + row, weight, mask=exists)
         if skip:
             weight = tl.where(valid, weight, 0.0)
+        weight = tl.where(held, 0.0, weight)
         at = head[:, None] * batch + i[None, :]
         c = tl.where(here, factor[:, None] * weight[None, :], 0.0)
         tl.store(joint.coefficient + at, c, mask=(head < count)[:, None] & inside[None, :])
         term = c * tl.load(found.rows + at, mask=here, other=0.0)
-        if skip:
+        if skip or below is not None:
             term = tl.where(c == 0, 0.0, term)
         if reduction == "none":
             tl.store(joint.value + i, tl.sum(term, 0), mask=inside)
@@ -616,12 +659,54 @@ def _average(at: tl.tensor, value: tl.tensor, rate: tl.tensor) -> None:
 
 
 @_jit
+def _listen(
+    buffers: tl.tuple,
+    before: tl.tuple,
+    found: tl.tuple,
+    batch: tl.tensor,
+    rate: tl.tensor,
+    head: tl.tensor,
+    known: tl.constexpr,
+    classes: tl.tensor,
+) -> None:
+    """Take in what heads say about samples that they were never trained on."""
+    some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
+    rate = tl.where(some, rate, 0.0)
+    mass = before[0] + rate * (found[0] / batch - before[0])
+    hits = before[1] + rate * (found[1] / batch - before[1])
+    doubt = before[2] + rate * (found[2] / batch - before[2])
+    positive = tl.maximum(mass, 1e-30)
+    skill = 1.0 - (1.0 - hits / positive) / (1.0 - 1.0 / tl.maximum(classes, 2))
+    skill = tl.where(classes > 1, tl.minimum(tl.maximum(skill, 0.0), 1.0), 0.0)
+    fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
+    noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
+    noise = tl.where(some, noise, tl.load(buffers.label_noise))
+    tl.store(buffers.label_noise, noise)
+    tl.store(buffers.held_out_mass + head, mass, mask=head < known)
+    tl.store(buffers.held_out_hits + head, hits, mask=head < known)
+    tl.store(buffers.held_out_doubt, doubt)
+    # A modality never heard counts as equal to the fusion, which favours neither side.
+    skill = tl.where(mass > 0, skill, fused)
+    tl.store(buffers.skill + head, skill, mask=head < known)
+
+
+@_jit
+def _is_held_out(index: tl.tensor, below: tl.tensor) -> tl.tensor:
+    """As ``dyncim_core.signals.held_out`` defines it: lowbias32 of an index."""
+    bits = (index + 0x9E3779B9).to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return (bits ^ (bits >> 16)).to(tl.int64) < below
+
+
+@_jit
 def _signals(
     found: tl.tuple,
     present: tl.tensor,
     criterion: tl.tuple,
     shares: tl.tuple,
     moved: tl.tensor,
+    held_out: tl.tuple,
     i: tl.tensor,
     head: tl.tensor,
     count: tl.constexpr,
@@ -638,6 +723,14 @@ def _signals(
     y = tl.load(criterion.target + i, mask=i < batch, other=criterion.ignore_index)
     kept = y != criterion.ignore_index
     valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
+    held = kept & (kept == 0)
+    heard = held
+    rows, below = held_out
+    if rows is not None:
+        held = kept & _is_held_out(tl.load(rows + i, mask=i < batch, other=0), below)
+        heard = held & valid
+        kept = kept & (held == 0)
+        valid = valid & (held == 0)
 
     number = tl.maximum(tl.sum(here.to(tl.float32), 0), 1.0)
     others = tl.maximum(tl.sum((here & (head > 0)[:, None]).to(tl.float32), 0), 1.0)
@@ -651,7 +744,7 @@ def _signals(
     for k in tl.static_range(3):
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
     surprise = tl.sum(tl.maximum(nll - entropy, 0.0), 0) / number
-    return nll, here, kept, valid, signals, difficulty, surprise
+    return nll, here, kept, valid, held, heard, signals, difficulty, surprise
 
 
 @_jit
