@@ -134,8 +134,9 @@ def head_statistics(
         probs = np.exp(-surprisal)
         if h == 0:
             fused_probs = probs
-        statistics.loss[h] = _expectation(class_weight * smoothed, surprisal) * counted
-        statistics.nll[h] = _expectation(truth, surprisal) * counted
+        weighted = _expectation(class_weight * smoothed, surprisal)
+        statistics.loss[h] = np.where(counted, weighted, 0.0)
+        statistics.nll[h] = np.where(counted, _expectation(truth, surprisal), 0.0)
         statistics.entropy[h] = _expectation(probs, surprisal)
         statistics.distance[h] = np.linalg.norm(probs - fused_probs, axis=1) / np.sqrt(2.0)
         statistics.prediction[h] = surprisal.argmin(axis=1)

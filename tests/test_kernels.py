@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from specification import CASES, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -470,3 +471,13 @@ def test_threads_are_made_anew_after_a_fork() -> None:
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_a_run_is_that_of_the_specification(
+    backend: str, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    module = eager if backend == "eager" else request.getfixturevalue("native")
+    for name, actual, expected in run(module, torch.device("cpu"), **options):
+        assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=name)

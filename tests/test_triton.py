@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from specification import CASES as RUNS
+from specification import run as run_of_the_specification
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -304,6 +306,13 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     scale = 1.0 + truth.abs()
     allowed = 3.0 * ((plain - truth).abs() / scale).max() + 1e-4
     assert ((actual - truth).abs() / scale).max() <= allowed
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+@pytest.mark.usefixtures("passes")
+def test_a_run_is_that_of_the_specification(options: dict[str, Any]) -> None:
+    for name, actual, expected in run_of_the_specification(kernel, DEVICE, **options):
+        assert_allclose(actual.cpu(), expected, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
 def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:

@@ -308,8 +308,8 @@ def listen(
     kind, heads = buffers.skill.dtype, len(heard)
     said = torch.cat([heard, heard & right, (heard[0] & contradicted).unsqueeze(0)])
     shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
-    some = shares[0] > 0.0
-    rate = some.to(kind) * (1.0 - decay)
+    some = shares[0].sign()  # 0 where nothing is heard
+    rate = some * (1.0 - decay)
     mass = buffers.held_out_mass.lerp_(shares[:heads], rate)
     hits = buffers.held_out_hits.lerp_(shares[heads:-1], rate)
     doubt = buffers.held_out_doubt.lerp_(shares[-1], rate)
@@ -318,7 +318,7 @@ def listen(
     # A modality never heard counts as equal to the fusion, which favours neither side.
     buffers.skill.copy_(torch.where(mass > 0.0, known, known[0]))
     noise = credible_noise(doubt / mass_or_tiny[0], known[0])
-    buffers.label_noise.copy_(torch.where(some, noise, buffers.label_noise))
+    buffers.label_noise.lerp_(noise, some)
 
 
 def take_in(

@@ -1,0 +1,269 @@
+"""A step of the curriculum in NumPy, composed of ``dyncim_core.reference``, and runs to try it on.
+
+``run`` has a backend take the same steps as ``Specification``.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dyncim_core import CurriculumState
+from dyncim_core import reference as ref
+from dyncim_core.kernels.interface import Criterion, Settings
+
+SAMPLES, CLASSES, MODALITIES = 60, 5, 2
+Array = NDArray[Any]
+
+
+class Specification(SimpleNamespace):
+    """What a ``CurriculumState`` holds, by the names of its buffers."""
+
+    def __init__(self, decay: float, memory_decay: float) -> None:
+        heads = 1 + MODALITIES
+        super().__init__(
+            log_quality=np.zeros(heads),
+            quality=np.zeros(heads),
+            seen=np.zeros(heads),
+            signal_mean=np.zeros(3),
+            volatility=np.zeros(3),
+            label_noise=0.0,
+            skill=np.zeros(heads),
+            held_out_mass=np.zeros(heads),
+            held_out_hits=np.zeros(heads),
+            held_out_doubt=0.0,
+            effective_share=1.0,
+            step=0,
+            nonfinite=0,
+            memory_nll=np.zeros((SAMPLES, heads)),
+            memory_visits=np.zeros((SAMPLES, heads)),
+            memory_weight=np.ones(SAMPLES),
+        )
+        self._rate, self._memory_rate = 1.0 - decay, 1.0 - memory_decay
+
+    def __call__(
+        self,
+        logits: list[Array],
+        present: Array | None,
+        target: Array,
+        weight: Array | None,
+        options: dict[str, Any],
+        index: Array | None,
+        settings: Settings,
+    ) -> tuple[Array, Array]:
+        """Value and coefficient of a batch."""
+        with np.errstate(invalid="ignore"):
+            found = ref.head_statistics(logits, target, present=present, weight=weight, **options)
+        mask = np.ones(found.nll.shape, dtype=bool) if present is None else present
+        counts = target != options["ignore_index"]
+        finite = np.isfinite(found.nll + found.entropy).all(axis=0)
+        held = np.zeros_like(counts)
+        if index is not None and settings.held_out > 0.0:
+            held = counts & ref.held_out(index, settings.held_out)
+            if not (counts & ~held & (finite | (not settings.skip_nonfinite))).any():
+                held[:] = False
+        valid, heard = counts & finite & ~held, finite & held
+        weights, signals = self._weigh(found, mask, valid, settings)
+        doubted = ref.contradiction(found.prediction, np.where(counts, target, 0), mask)
+        self._take_in(found.nll, mask & valid, weights, signals)
+        if heard.any():
+            self._listen(mask & heard, found.prediction == target, doubted)
+        elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
+            self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
+        self.step += 1
+        self.nonfinite += (counts & ~finite).sum()
+        if index is not None:
+            self._remember(index, found.nll, mask & (valid | heard), weights)
+
+        kept = counts & ~held & (valid | (not settings.skip_nonfinite))
+        factor = np.append(1.0, ref.modality_coefficients(self.log_quality))
+        factor[1:] *= settings.unimodal_strength
+        trained = ~held & (valid | (not settings.skip_nonfinite))
+        coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask
+        if settings.reduction == "mean":
+            masses = np.ones(len(target)) if weight is None else weight[np.where(kept, target, 0)]
+            coefficient /= masses[kept].sum()
+        left_out = (coefficient == 0.0) & (settings.skip_nonfinite or settings.held_out > 0.0)
+        with np.errstate(invalid="ignore"):
+            terms = np.where(left_out, 0.0, coefficient * found.loss).sum(axis=0)
+        return terms if settings.reduction == "none" else terms.sum(), coefficient
+
+    def _weigh(
+        self, found: ref.HeadStatistics, mask: Array, valid: Array, settings: Settings
+    ) -> tuple[Array, Array]:
+        nll, entropy, distance = (x[:, valid] for x in (found.nll, found.entropy, found.distance))
+        present = mask[:, valid]
+        signals = np.stack(
+            [
+                ref.prediction_deviation(nll, present),
+                ref.prediction_consistency(distance, present),
+                ref.prediction_stability(entropy, CLASSES),
+            ]
+        )
+        noise = self.label_noise if settings.label_noise is None else settings.label_noise
+        weights = np.ones(len(valid))
+        weights[valid] = ref.sample_weights(
+            ref.surprise(nll, entropy, CLASSES, present),
+            ref.difficulty(signals, ref.volatility_weights(self.volatility)),
+            surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
+            pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
+        )
+        return weights, signals
+
+    def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
+        first, second = self.seen[0] == 0, self.seen[0] == 1
+        if counted[0].any():
+            now = signals.mean(axis=1)
+            change = 0.0 if first else ref.relative_change(now, self.signal_mean)
+            self.volatility += (1.0 if second else self._rate) * (change - self.volatility)
+            self.signal_mean += (1.0 if first else self._rate) * (now - self.signal_mean)
+            w = weights[counted[0]]
+            share = w.sum() ** 2 / (w @ w) / len(w)
+            self.effective_share += (1.0 if first else self._rate) * (share - self.effective_share)
+        for h, rows in enumerate(counted):
+            if rows.any():
+                mean = -np.average(nll[h, rows], weights=weights[rows])
+                rate = self._rate if self.seen[h] else 1.0
+                self.log_quality[h] += rate * (mean - self.log_quality[h])
+                self.seen[h] += 1
+        self.log_quality[self.seen == 0] = self.log_quality[0]
+        self.quality = ref.quality(self.log_quality, CLASSES)
+
+    def _listen(self, heard: Array, right: Array, doubted: Array) -> None:
+        for name, now in (
+            ("held_out_mass", heard.mean(axis=1)),
+            ("held_out_hits", (heard & right).mean(axis=1)),
+            ("held_out_doubt", (heard[0] * doubted).mean()),
+        ):
+            average = getattr(self, name)
+            setattr(self, name, average + self._rate * (now - average))
+        mass = self.held_out_mass
+        skill = ref.skill(self.held_out_hits / np.where(mass > 0, mass, 1.0), CLASSES)
+        self.skill = np.where(mass > 0, skill, skill[0])
+        self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
+
+    def _remember(self, index: Array, nll: Array, counted: Array, weights: Array) -> None:
+        for i, row in enumerate(index):
+            for h in np.flatnonzero(counted[:, i]):
+                rate = self._memory_rate if self.memory_visits[row, h] else 1.0
+                self.memory_nll[row, h] += rate * (nll[h, i] - self.memory_nll[row, h])
+                self.memory_visits[row, h] += 1
+            self.memory_weight[row] = weights[i]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none", "ignored": True},
+    "masked": {"masked": True, "ignored": True},
+    "weighted": {"weighted": True, "smoothing": 0.1, "ignored": True},
+    "all of it": {"masked": True, "weighted": True, "smoothing": 0.1, "ignored": True},
+    "skip": {"skip": True, "spoilt": "both", "masked": True},
+    "skip, none": {"skip": True, "spoilt": "both", "reduction": "none", "weighted": True},
+    "skip, nothing finite is left": {"skip": True, "spoilt": "trained"},
+    "propagate": {"spoilt": "held"},
+    "propagate, none": {"spoilt": "both", "reduction": "none", "ignored": True},
+    "mixed": {"mixed": True},
+    "mixed, from the other side": {"mixed": True, "late": True},
+    "held whole": {"share": 0.5, "whole": True},
+    "none held": {"share": 1e-12},
+    "known noise": {"noise": 0.1, "share": 0.0},
+}
+
+
+def run(
+    backend: Any,
+    device: torch.device,
+    *,
+    reduction: Any = "mean",
+    ignored: bool = False,
+    masked: bool = False,
+    weighted: bool = False,
+    smoothing: float = 0.0,
+    skip: bool = False,
+    spoilt: str | None = None,
+    mixed: bool = False,
+    late: bool = False,
+    whole: bool = False,
+    share: float = 0.3,
+    noise: float | None = None,
+) -> list[tuple[str, Tensor, Array]]:
+    """Six steps of a backend and of the specification: names, what was got and expected.
+
+    ``spoilt``: which samples have logits that are not finite: some "held" out, all "trained" on,
+    or some of "both". ``mixed``: every other step holds nothing out, ``late`` the first one.
+    ``whole``: batches of which all would be held out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
+    state = state.to(device)
+    truth = Specification(state.decay, state.memory_decay)
+    options = {"ignore_index": -1, "label_smoothing": smoothing}
+    weight = torch.rand(CLASSES, generator=generator) + 0.1 if weighted else None
+    found: list[tuple[str, Tensor, Array]] = []
+    for step in range(6):
+        index = torch.randperm(SAMPLES, generator=generator)
+        hashed = torch.from_numpy(ref.held_out(index.numpy(), share))
+        index = index[hashed][:21] if whole else index[:21]
+        hashed = torch.from_numpy(ref.held_out(index.numpy(), share))
+        target = torch.randint(CLASSES, index.shape, generator=generator)
+        logits = 2.0 * torch.randn(1 + MODALITIES, len(index), CLASSES, generator=generator)
+        logits += 2.0 * torch.nn.functional.one_hot((target + (index % 3 == 0)) % CLASSES, CLASSES)
+        if ignored:
+            target[1::4] = -1
+        present = None
+        if masked:
+            present = torch.rand(1 + MODALITIES, len(index), generator=generator) < 0.7
+            present[0] = True
+            logits[~present] = torch.nan
+        if spoilt == "trained":
+            logits[0, ~hashed] = torch.nan
+        elif spoilt is not None:
+            logits[1, (hashed if spoilt == "held" else torch.ones_like(hashed)).nonzero()[:2]] = (
+                torch.inf
+            )
+        holds = not (mixed and step % 2 == late)
+        settings = Settings(
+            4.0,
+            noise,
+            0.2,
+            0.5,
+            skip,
+            state.decay,
+            state.memory_decay,
+            reduction,
+            share if holds else 0.0,
+        )
+        joint = backend.curriculum(
+            list(logits.to(device).unbind()),
+            None if present is None else present.to(device),
+            Criterion(
+                target.to(device), None if weight is None else weight.to(device), -1, smoothing
+            ),
+            state.averages(),
+            state.memory(index.to(device)) if holds or step != 3 else None,
+            settings,
+        )
+        value, coefficient = truth(
+            [x.double().numpy() for x in logits],
+            None if present is None else present.numpy(),
+            target.numpy(),
+            None if weight is None else weight.double().numpy(),
+            options,
+            index.numpy() if holds or step != 3 else None,
+            settings,
+        )
+        found += [
+            (f"value {step}", joint.value, value),
+            (f"coefficient {step}", joint.coefficient, coefficient),
+            *(
+                (f"{name} {step}", x.clone(), np.copy(getattr(truth, name)))
+                for name, x in state.named_buffers()
+            ),
+        ]
+    return found
