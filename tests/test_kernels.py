@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose
 from specification import CASES, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
@@ -379,6 +380,39 @@ def test_a_rejected_call_leaves_the_state_alone(native: ModuleType) -> None:
     assert all(torch.equal(before[name], x) for name, x in state.named_buffers())
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("backend", "more"), [("eager", 50), ("native", 0)])
+def test_holding_out_takes_few_operators(
+    backend: str, more: int, request: pytest.FixtureRequest
+) -> None:
+    if backend == "native":
+        request.getfixturevalue("native")
+    found = []
+    for share in (0.0, 0.3):
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(), modalities=2, num_samples=9, held_out=share, backend=backend
+        )
+        heads = [randn(9, 4, seed=s).requires_grad_() for s in range(3)]
+        with Operators() as seen:
+            loss = criterion(
+                heads[0], torch.arange(9) % 4, unimodal=heads[1:], index=torch.arange(9)
+            )
+            loss.backward()
+        found.append(seen.count)
+    assert found[0] <= found[1] <= found[0] + more
+
+
 def test_backends_are_told_apart_with_their_reasons() -> None:
     status = dyncim_core.backends()
     assert list(status) == ["eager", "native", "triton"]
@@ -473,11 +507,17 @@ def test_threads_are_made_anew_after_a_fork() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("backend", ["eager", "native", "native, shared"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_a_run_is_that_of_the_specification(
-    backend: str, options: dict[str, Any], request: pytest.FixtureRequest
+    backend: str,
+    options: dict[str, Any],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = eager if backend == "eager" else request.getfixturevalue("native")
+    if backend == "native, shared":
+        monkeypatch.setattr(module, "_WORTH_A_THREAD", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for name, actual, expected in run(module, torch.device("cpu"), **options):
         assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=name)

@@ -475,6 +475,113 @@ def test_what_is_held_out_cannot_hurt(skip: bool) -> None:
         assert criterion.state.nonfinite == len(spoiled[bad])
 
 
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_rest_is_trained_on_as_without_what_is_held_out(
+    options: dict[str, Any], nonfinite: Any, masked: bool
+) -> None:
+    """Whose logits may hold anything."""
+    fused, others, target = batch(size=40)
+    index = torch.arange(40)
+    held = held_out(index, 0.3) & (target != options.get("ignore_index", -100))
+    present = randn(40, 2) > -0.5 if masked else None
+    whole, part = (
+        DynCIMLoss(
+            nn.CrossEntropyLoss(**options),
+            modalities=2,
+            num_samples=40,
+            nonfinite=nonfinite,
+            held_out=share,
+        )
+        for share in (0.3, 0.0)
+    )
+    heads = [fused, *others]
+    kept = [x.detach()[~held].requires_grad_() for x in heads]
+    for head, value in zip(heads, (math.nan, math.inf, 1e30), strict=True):
+        head.data[held.nonzero()[:2]] = value
+    loss = whole(fused, target, unimodal=others, index=index, present=present)
+    expected = part(
+        kept[0],
+        target[~held],
+        unimodal=kept[1:],
+        index=index[~held],
+        present=None if present is None else present[~held],
+    )
+    grads, expected_grads = (
+        torch.autograd.grad(x.sum(), leaves) for x, leaves in ((loss, heads), (expected, kept))
+    )
+    if loss.dim():
+        assert not loss[held].any()
+        loss = loss[~held]
+    assert_allclose(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    for grad, rest in zip(grads, expected_grads, strict=True):
+        assert not grad[held].any()
+        assert_allclose(grad[~held], rest, rtol=1e-4, atol=1e-6)
+    assert (whole.state.memory_weight[held] == 1.0).all()
+    assert whole.state.held_out_mass[0] > 0.0
+    assert whole.state.nonfinite > 0
+    after = dict(part.state.named_buffers())
+    for name, value in whole.state.named_buffers():
+        if name.startswith("memory"):
+            assert_allclose(value[~held], after[name][~held], rtol=1e-5, atol=1e-6)
+        elif not name.startswith(("held_out", "skill", "label_noise", "nonfinite")):
+            assert_allclose(value, after[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None:
+    logits, labels, wrong = contradicted_task(100)
+    index, state = torch.arange(100), CurriculumState(2, num_samples=100)
+    others = [logits, logits]
+    logits.requires_grad_()
+    criterion, generic = (
+        DynCIMLoss(nn.CrossEntropyLoss(), state=state),
+        DynCIMLoss(lambda x, y: F.cross_entropy(x, y, reduction="none"), state=state),
+    )
+    calls: list[Callable[[], Tensor]] = [
+        lambda: criterion(logits, labels, unimodal=others),
+        lambda: criterion(logits, labels, index=index),
+        lambda: generic(logits, labels, unimodal=others, index=index),
+    ]
+    noise = []
+    for call in calls:  # nothing is held out yet; a head alone contradicts nothing
+        noise.append(float(state.label_noise))
+        call()
+    noise.append(float(state.label_noise))
+    assert noise[0] < noise[1] > noise[2] < noise[3]
+    before = state.label_noise.clone()
+    held = held_out(index, 0.05)
+    rest = [x[~held] for x in (logits, labels, index)]
+    # Held out are some of each batch, of this one none: who knows by heart is not asked.
+    criterion(rest[0], rest[1], unimodal=[rest[0]] * 2, index=rest[2])
+    assert torch.equal(state.label_noise, before)
+    calls[0]()
+    assert state.label_noise > before
+    criterion(logits, labels, unimodal=others, index=index)
+    assert state.held_out_mass[0] > 0.0
+    assert_allclose(
+        state.label_noise, wrong[held].float().mean() * min(1.0, 4.0 * float(state.skill[0]))
+    )
+    before = state.label_noise.clone()
+    for call in calls:
+        call()
+        assert torch.equal(state.label_noise, before)
+
+
+@pytest.mark.parametrize("spoil", ["target", "index"])
+def test_a_rejected_call_changes_nothing_of_what_was_heard(spoil: str) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=100, held_out=0.3)
+    train(criterion, index=torch.arange(12))
+    before = buffers(criterion)
+    fused, others, target = batch(seed=9)
+    given = {"target": target, "index": torch.arange(12)}
+    held = held_out(given["index"], 0.3)
+    given[spoil][held.nonzero()[-1]] = 10**6
+    with pytest.raises(IndexError, match=f"{spoil}: expected .* to 1000000"):
+        criterion(fused, given["target"], unimodal=others, index=given["index"])
+    assert unchanged(criterion, before)
+
+
 def test_sharp_heads_can_doubt() -> None:
     """Their quality is 0, as wrong labels cost them more than guessing would."""
     logits, labels, wrong = contradicted_task()
@@ -556,7 +663,9 @@ def test_autocast_keeps_the_curriculum_in_float32() -> None:
     assert unchanged(cast, buffers(plain))
 
 
-@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, PLAIN], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"held_out": 0.4}, {"held_out": 0.4, "nonfinite": "skip"}, PLAIN], ids=str
+)
 def test_compiles_without_a_break(options: dict[str, Any]) -> None:
     eager, traced = (
         DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12, **options) for _ in range(2)

@@ -473,12 +473,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Any) -> None:
 @on_gpu
 def test_a_step_is_captured_in_a_graph_and_reads_nothing_on_the_host() -> None:
     torch.manual_seed(0)
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend="triton").cuda()
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=2, num_samples=64, backend="triton"
+    ).cuda()
+    index = torch.arange(64, device="cuda")
     heads = [torch.randn(64, 101, device="cuda", requires_grad=True) for _ in range(3)]
     target = torch.randint(101, (64,), device="cuda")
 
     def step() -> tuple[Tensor, ...]:
-        loss = criterion(heads[0], target, unimodal=heads[1:])
+        loss = criterion(heads[0], target, unimodal=heads[1:], index=index)
         return (loss, *torch.autograd.grad(loss, heads))
 
     side = torch.cuda.Stream()
