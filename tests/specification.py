@@ -166,8 +166,10 @@ CASES: dict[str, dict[str, Any]] = {
     "skip": {"skip": True, "spoilt": "both", "masked": True},
     "skip, none": {"skip": True, "spoilt": "both", "reduction": "none", "weighted": True},
     "skip, nothing finite is left": {"skip": True, "spoilt": "trained"},
+    "propagate, nothing finite is left": {"spoilt": "trained", "reduction": "none"},
     "propagate": {"spoilt": "held"},
     "propagate, none": {"spoilt": "both", "reduction": "none", "ignored": True},
+    "a modality that is never there": {"masked": True, "lacking": True},
     "mixed": {"mixed": True},
     "mixed, from the other side": {"mixed": True, "late": True},
     "held whole": {"share": 0.5, "whole": True},
@@ -183,6 +185,7 @@ def run(
     reduction: Any = "mean",
     ignored: bool = False,
     masked: bool = False,
+    lacking: bool = False,
     weighted: bool = False,
     smoothing: float = 0.0,
     skip: bool = False,
@@ -220,6 +223,7 @@ def run(
         if masked:
             present = torch.rand(1 + MODALITIES, len(index), generator=generator) < 0.7
             present[0] = True
+            present[-1] &= not lacking
             logits[~present] = torch.nan
         if spoilt == "trained":
             logits[0, ~hashed] = torch.nan
