@@ -49,13 +49,14 @@ class DynCIMLoss(nn.Module):
             >= 0.
         label_noise: Share of wrong labels in [0, 1], where it is known. When ``None``, the
             run shows it: ``state.label_noise`` averages how often all heads contradict
-            a label together. That takes at least one modality's logits; without, the
-            surprise weighting stays off unless the share is given.
+            a label together, from the first sample held out on of such ones alone. That
+            takes at least one modality's logits; without, the surprise weighting stays
+            off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. It takes what tells the
             samples apart, ``index=``, class indices, a cross-entropy, unimodal logits and more
-            than one sample a batch; otherwise, and with 0, everything is trained on and judged
-            as well. Their loss is 0 under reduction "none".
+            than one sample a batch; otherwise, and with 0, everything is trained on, and is
+            judged as well until something is held out. Their loss is 0 under reduction "none".
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
