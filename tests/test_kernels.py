@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncim_core
-from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
+from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, held_out, kernels
 from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Moments, Settings
 
@@ -378,6 +378,19 @@ def test_a_rejected_call_leaves_the_state_alone(native: ModuleType) -> None:
                 logits, None, Criterion(target), state.averages(), state.memory(index), settings
             )
     assert all(torch.equal(before[name], x) for name, x in state.named_buffers())
+
+
+@needs_native
+def test_native_holds_out_what_the_hash_says(native: ModuleType) -> None:
+    state, index = CurriculumState(1, num_samples=2**18), torch.arange(2**18)
+    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "sum", 0.05)
+    logits, criterion = [torch.zeros(2**18, 2)] * 2, Criterion(torch.zeros_like(index))
+    for _ in range(2):
+        joint = native.curriculum(
+            logits, None, criterion, state.averages(), state.memory(index), settings
+        )
+        assert torch.equal(joint.coefficient == 0.0, held_out(index, 0.05).expand(2, -1))
+        index = index.flip(0)
 
 
 class Operators(TorchDispatchMode):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Settings
@@ -315,6 +315,23 @@ def test_a_run_is_that_of_the_specification(options: dict[str, Any]) -> None:
         assert_allclose(actual.cpu(), expected, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+def test_the_hash_tells_what_is_held_out() -> None:
+    """Indices out of range are passed over, so that any will do."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.cat(
+        [torch.arange(200)]
+        + [torch.randint(2**bits, (200,), generator=generator) for bits in (31, 32, 33, 62)]
+    ).to(DEVICE)
+    state = CurriculumState(1, num_samples=200).to(DEVICE)
+    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "sum", 0.3)
+    logits = [torch.zeros(len(index), 2, device=DEVICE)] * 2
+    criterion = Criterion(torch.zeros_like(index))
+    joint = kernel.curriculum(
+        logits, None, criterion, state.averages(), state.memory(index), settings
+    )
+    assert torch.equal(joint.coefficient == 0.0, held_out(index, 0.3).expand(2, -1))
+
+
 def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:
     """Ratios far outside of what exp can hold, and modalities ahead of the fusion."""
     criterion = Criterion(torch.zeros(4, dtype=torch.int64, device=DEVICE))
@@ -459,7 +476,11 @@ for criterion, mask, memory, known, chance in (
     kernel.gradients(*args, mask is not None)
     luck = None if chance is None else Disturbance(chance, torch.ones(3))
     kernel.gate(logits, torch.ones(3), mask, luck, Gate(1.5, 0.05, 0.1, 0.1))
-assert len(compiled) == 8 and all("cubin" in kernel.asm for kernel in compiled)
+settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
+kernel.curriculum(
+    logits, None, Criterion(target), state.averages(), state.memory(target), settings
+)
+assert len(compiled) == 10 and all("cubin" in kernel.asm for kernel in compiled)
 """
 
 
