@@ -7,14 +7,14 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from dyncim_core import _checks
-from dyncim_core.gates import novelty_penalty, relative_gates, reliability_gates
+from dyncim_core._buffers import KeepsDtype
+from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Disturbance, Gate
-from dyncim_core.modality import augmentation_rates, redundancy, votes
+from dyncim_core.kernels.interface import Gate, Learnt, Trust
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -37,7 +37,7 @@ class FusionOutput(NamedTuple):
     logits: Tensor | None
 
 
-class GatedFusion(nn.Module):
+class GatedFusion(KeepsDtype):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
@@ -184,22 +184,23 @@ class GatedFusion(nn.Module):
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         kernels = select(self.backend, evidence)
         there = None if present is None else present.t()
-        disturbance = None
+        learnt = chance = penalty = None
         if self.training:
-            rates = self._recall()
+            learnt = self._learnt()
             if self.swap or self.dropout:
-                disturbance = Disturbance(
-                    torch.rand((3, batch), dtype=torch.float32, device=device), rates
-                )
+                chance = torch.rand((3, batch), dtype=torch.float32, device=device)
+        elif self.moments is not None:
+            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
 
         gates, scale, available, source = kernels.gate(
             evidence,
-            self.quality.float(),
+            Trust(self.quality, self.votes),
+            learnt,
             there,
-            disturbance,
+            chance,
+            penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        gates, scale = self._weighed(gates, scale, streams)
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, self.backend)
         if present is None:
@@ -211,33 +212,12 @@ class GatedFusion(nn.Module):
             consensus = reduce(torch.add, parts)
         return FusionOutput(fused, gates.t(), consensus)
 
-    @torch.no_grad()
-    def _weighed(
-        self, gates: Tensor, scale: Tensor, streams: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Gates by what their modalities' word counts and, in inference, by what is novel."""
-        (state,) = self._state
-        watches = self.moments is not None and not self.training
-        if state is None and not watches:
-            return gates, scale
-        logits = gates.log() + self.votes.float().log().unsqueeze(1)
-        if self.moments is not None and watches:
-            penalty = novelty_penalty(self.moments.novelty(streams))
-            logits = logits - self.novelty_slope * penalty
-        gates = reliability_gates(logits, gates > 0)
-        return gates, relative_gates(gates)
-
-    @torch.no_grad()
-    def _recall(self) -> Tensor:
-        """Take up the qualities that the state has by now; how often to disturb each modality."""
+    def _learnt(self) -> Learnt | None:
         (state,) = self._state
         if state is None:
-            return augmentation_rates(self.quality.float())
+            return None
         _checks.check_device("state", state.quality, self.quality.device)
-        self.quality.copy_(state.quality[1:])
-        self.votes.copy_(votes(state.skill[1:]))
-        share = redundancy(state.log_quality, state.quality[0])
-        return share * augmentation_rates(state.quality[1:])
+        return Learnt(state.log_quality, state.quality, state.skill)
 
     @override
     def extra_repr(self) -> str:

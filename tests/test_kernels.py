@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Moments, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Moments, Settings, Trust
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -163,21 +163,38 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     dropout=st.sampled_from([0.0, 0.4]),
     slope=st.sampled_from([0.0, 1.5]),
     disturbed=st.booleans(),
+    novel=st.booleans(),
+    skill=st.sampled_from([None, 0.0, 0.6]),
 )
 def test_native_gates_are_those_of_eager(
-    problem: dict[str, Any], swap: float, dropout: float, slope: float, disturbed: bool
+    problem: dict[str, Any],
+    swap: float,
+    dropout: float,
+    slope: float,
+    disturbed: bool,
+    novel: bool,
+    skill: float | None,
 ) -> None:
     from dyncim_core.kernels import native
 
     logits, present = problem["logits"], problem["present"]
+    modalities, batch = len(logits), len(logits[0])
     generator = torch.Generator().manual_seed(0)
-    chance = torch.rand(3, len(logits[0]), generator=generator)
-    quality = torch.linspace(0.0, 0.9, len(logits))
-    disturbance = Disturbance(chance, 1.0 - quality) if disturbed else None
+    chance = torch.rand(3, batch, generator=generator) if disturbed else None
+    penalty = 9.0 * torch.rand(batch, modalities, generator=generator).t() if novel else None
+    learnt = None
+    if skill is not None:
+        quality = torch.linspace(0.9, 0.1, 1 + modalities)
+        learnt = Learnt(quality.log(), quality, skill * torch.linspace(1.0, 0.0, 1 + modalities))
+    kept = Trust(torch.linspace(0.0, 0.9, modalities), torch.linspace(1.0, 0.02, modalities))
     settings = Gate(slope, 0.05, swap, dropout)
+    ours, theirs = (Trust(*(x.clone() for x in kept)) for _ in range(2))
     actual, expected = (
-        backend.gate(logits, quality, present, disturbance, settings) for backend in (native, eager)
+        backend.gate(logits, trust, learnt, present, chance, penalty, settings)
+        for backend, trust in ((native, ours), (eager, theirs))
     )
+    for x, y in zip(ours, theirs, strict=True):
+        assert_allclose(x, y, rtol=1e-6)
     for ours, theirs in zip(actual[2:], expected[2:], strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)

@@ -14,18 +14,26 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
-    Disturbance,
     Gate,
     Gating,
     Heard,
     HeldOut,
+    Learnt,
     Memory,
     Moments,
     Normaliser,
     Settings,
     Statistics,
+    Trust,
 )
-from dyncim_core.modality import modality_coefficients, quality, skill
+from dyncim_core.modality import (
+    augmentation_rates,
+    modality_coefficients,
+    quality,
+    redundancy,
+    skill,
+    votes,
+)
 from dyncim_core.signals import (
     contradiction,
     credible_noise,
@@ -44,6 +52,7 @@ __all__ = [
     "accumulation_dtype",
     "combine",
     "curriculum",
+    "disturbance_rates",
     "gate",
     "gradients",
     "listen",
@@ -51,6 +60,7 @@ __all__ = [
     "recall",
     "statistics",
     "take_in",
+    "take_up",
     "weigh",
 ]
 
@@ -362,38 +372,61 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    quality: Tensor,
+    trust: Trust,
+    learnt: Learnt | None,
     available: Tensor | None,
-    disturbance: Disturbance | None,
+    chance: Tensor | None,
+    penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, some of them disturbed."""
+    """Gates of the modalities from their logits, times their votes."""
+    if learnt is not None:
+        take_up(learnt, trust)
     source = None
-    if disturbance is not None:
-        source, available = _disturb(disturbance, available, settings)
+    if chance is not None:
+        rates = disturbance_rates(learnt, trust).unsqueeze(1)
+        source, available = _disturb(chance, rates, available, settings)
         if settings.swap:
             logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
         else:
             source = None
     if len(logits) > 2:
         probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
-        conflict = disagreement(probs, quality, available)
+        conflict = disagreement(probs, trust.quality, available)
     else:  # nobody is outvoted
-        conflict = quality.new_zeros((len(logits), len(logits[0])))
-    gates = reliability_gates(
-        -settings.disagreement_slope * conflict, available, settings.threshold
-    )
+        conflict = trust.quality.new_zeros((len(logits), len(logits[0])))
+    evidence = -settings.disagreement_slope * conflict
+    kept = reliability_gates(evidence, available, settings.threshold) > 0
+    evidence = evidence + trust.votes.log().unsqueeze(1)
+    if penalty is not None:
+        evidence = evidence - penalty
+    gates = reliability_gates(evidence, kept)
     return Gating(gates, relative_gates(gates), available, source)
 
 
+@torch.no_grad()
+def take_up(learnt: Learnt, trust: Trust) -> None:
+    """Trust the modalities as far as a state has learnt of them by now."""
+    trust.quality.copy_(learnt.quality[1:])
+    trust.votes.copy_(votes(learnt.skill[1:]))
+
+
+@torch.no_grad()
+def disturbance_rates(learnt: Learnt | None, trust: Trust) -> Tensor:
+    """How often a modality is hit if picked, ``[M]``, as a share of swap and dropout."""
+    rates = augmentation_rates(trust.quality)
+    if learnt is None:
+        return rates
+    return redundancy(learnt.log_quality, learnt.quality[0]) * rates
+
+
 def _disturb(
-    disturbance: Disturbance, available: Tensor | None, settings: Gate
+    chance: Tensor, rates: Tensor, available: Tensor | None, settings: Gate
 ) -> tuple[Tensor, Tensor]:
     """Row that each modality of each sample is taken from, and what remains present.
 
     At most one modality of a sample is disturbed, and never its only one.
     """
-    chance, rates = disturbance.chance, disturbance.rates.unsqueeze(1)
     modalities, batch, device = len(rates), chance.shape[1], chance.device
     if available is None:
         available = torch.ones((modalities, batch), dtype=torch.bool, device=device)

@@ -12,17 +12,18 @@ __all__ = [
     "Buffers",
     "Criterion",
     "Curriculum",
-    "Disturbance",
     "Gate",
     "Gating",
     "Heard",
     "HeldOut",
     "Kernels",
+    "Learnt",
     "Memory",
     "Moments",
     "Normaliser",
     "Settings",
     "Statistics",
+    "Trust",
 ]
 
 
@@ -134,15 +135,19 @@ class Gate(NamedTuple):
     dropout: float
 
 
-class Disturbance(NamedTuple):
-    """Luck of a training step: it swaps or drops one modality of some samples.
+class Learnt(NamedTuple):
+    """What a ``CurriculumState`` has of the fused head and each modality, ``[M + 1]``."""
 
-    ``chance`` is uniform in [0, 1), ``[3, B]``; ``rates``, ``[M]`` in [0, 1], is how often a
-    picked modality is hit, as a share of ``Gate.swap`` and ``Gate.dropout``.
-    """
+    log_quality: Tensor
+    quality: Tensor
+    skill: Tensor
 
-    chance: Tensor
-    rates: Tensor
+
+class Trust(NamedTuple):
+    """What a fusion keeps of its modalities, ``[M]``, updated in place from a ``Learnt``."""
+
+    quality: Tensor
+    votes: Tensor
 
 
 class Gating(NamedTuple):
@@ -219,12 +224,18 @@ class Kernels(Protocol):
     def gate(
         self,
         logits: Sequence[Tensor],
-        quality: Tensor,
+        trust: Trust,
+        learnt: Learnt | None,
         available: Tensor | None,
-        disturbance: Disturbance | None,
+        chance: Tensor | None,
+        penalty: Tensor | None,
         settings: Gate,
     ) -> Gating:
-        """Gates of the modalities from their logits, some of them disturbed."""
+        """Gates of the modalities from their logits, times their votes.
+
+        ``learnt`` is taken up first. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops
+        one modality of some samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
+        """
 
     def observe(
         self,

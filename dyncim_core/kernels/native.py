@@ -18,14 +18,15 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
-    Disturbance,
     Gate,
     Gating,
+    Learnt,
     Memory,
     Moments,
     Normaliser,
     Settings,
     Statistics,
+    Trust,
 )
 
 __all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
@@ -145,28 +146,33 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    quality: Tensor,
+    trust: Trust,
+    learnt: Learnt | None,
     available: Tensor | None,
-    disturbance: Disturbance | None,
+    chance: Tensor | None,
+    penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, some of them disturbed."""
+    """Gates of the modalities from their logits, times their votes."""
     problem = _Problem(logits, available, None)
     shape = len(problem.logits), problem.batch
-    gates, scale = _empty(*shape), _empty(*shape)
-    source = chance = rates = None
-    if disturbance is not None:
-        chance, rates = disturbance
+    empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
+    gates, scale = empty(shape), empty(shape)
+    source = None
+    if penalty is not None:
+        penalty = penalty.contiguous()
+    if chance is not None:
         available = _empty(*shape, dtype=torch.bool)
         if settings.swap:
             source = _empty(*shape, dtype=torch.int64)
     _in_parts(
         _native.gate,
         problem,
-        (quality, disturbance, available, source, gates, scale),
+        (trust, learnt, available, source, chance, penalty, gates, scale),
+        [*map(_address, trust)],
+        None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
-        0 if rates is None else rates.data_ptr(),
-        quality.data_ptr(),
+        0 if penalty is None else penalty.data_ptr(),
         0 if available is None else available.data_ptr(),
         0 if source is None else source.data_ptr(),
         settings,
