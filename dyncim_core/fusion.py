@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from typing_extensions import override
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
-from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Gate, Learnt, Trust
+from dyncim_core.kernels import check_backend, eager, select
+from dyncim_core.kernels.interface import Gate, Gating, Kernels, Learnt, Trust
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -183,7 +182,7 @@ class GatedFusion(KeepsDtype):
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         kernels = select(self.backend, evidence)
-        there = None if present is None else present.t()
+        there = None if present is None else present.t().contiguous()
         learnt = chance = penalty = None
         if self.training:
             learnt = self._learnt()
@@ -192,7 +191,7 @@ class GatedFusion(KeepsDtype):
         elif self.moments is not None:
             penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
 
-        gates, scale, available, source = kernels.gate(
+        gating = kernels.gate(
             evidence,
             Trust(self.quality, self.votes),
             learnt,
@@ -203,14 +202,15 @@ class GatedFusion(KeepsDtype):
         )
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, self.backend)
-        if present is None:
-            available = None  # a scale of 0 removes what was dropped, finite as its features are
-        fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
-        consensus = None
-        if logits is not None:
-            parts = _scaled([x.float() for x in logits], gates, available, source)
-            consensus = reduce(torch.add, parts)
-        return FusionOutput(fused, gates.t(), consensus)
+        if present is None:  # a scale of 0 removes what was dropped, finite as its features are
+            gating = gating._replace(available=None)
+        parts = streams if logits is None else [*streams, *logits]
+        if gating.source is not None:
+            rows = gating.source.repeat(len(parts) // len(streams), 1)
+            parts = [x[row] for x, row in zip(parts, rows, strict=True)]
+        mixer = kernels if kernels is eager else select(None, streams)
+        fused, consensus = _mixed(mixer, gating, self.widths, parts)
+        return FusionOutput(fused, gating.gates.t().contiguous(), consensus)
 
     def _learnt(self) -> Learnt | None:
         (state,) = self._state
@@ -231,15 +231,33 @@ class GatedFusion(KeepsDtype):
         )
 
 
-def _scaled(
-    streams: Sequence[Tensor], scale: Tensor, available: Tensor | None, source: Tensor | None
-) -> list[Tensor]:
-    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
-    if source is not None:
-        streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
-    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
-    if available is not None:
-        masks = available.view(shape).unbind()
-        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
-    factors = scale.view(shape).unbind()
-    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
+def _mixed(
+    kernels: Kernels, gating: Gating, widths: Sequence[int], parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """``Kernels.mix`` of streams and then logits, differentiable for these."""
+    if kernels is eager:
+        return eager.mix(parts[: len(widths)], parts[len(widths) :], gating)
+    found: tuple[Tensor, Tensor | None] = _apply_plainly((kernels, gating, widths), *parts)
+    return found
+
+
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        kernels, gating, widths = ctx.known = known
+        ctx.set_materialize_grads(False)
+        mixed: tuple[Tensor, Tensor | None] = kernels.mix(
+            parts[: len(widths)], parts[len(widths) :], gating
+        )
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernels, gating, widths = ctx.known
+        if torch.is_grad_enabled():  # create_graph=True
+            kernels = eager
+        return (None, *kernels.unmix(grads, widths, gating))
+
+
+# Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.
+_apply_plainly = super(torch.autograd.Function, _Mixed).apply

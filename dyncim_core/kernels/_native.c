@@ -25,6 +25,7 @@
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
+#define LANES_OF_SUM 8 /* numbers that are added up side by side */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
@@ -624,6 +625,43 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
     return 0;
 }
 
+/* to = factor * from, or 0 where it is not there, whatever `from` holds. */
+static void scale_into(float *restrict to, const float *restrict from, int64_t count, float factor,
+                       int here) {
+    if (!here) memset(to, 0, (size_t)count * sizeof *to);
+    for (int64_t k = 0; here && k < count; k++) to[k] = factor * from[k];
+}
+
+/* Streams, [B, steps, width], next to each other in whole, [B, steps, sum width], each sample
+ * times its factor, [M, B]; or the other way. */
+static void mix_streams(float *const *streams, const int64_t *width, float *whole, int64_t M,
+                        int64_t B, int64_t steps, const float *factor, const uint8_t *available,
+                        int backward) {
+    for (int64_t row = 0; row < B * steps; row++)
+        for (int64_t m = 0; m < M; m++) {
+            int64_t at = m * B + row / steps;
+            float *part = streams[m] + row * width[m];
+            scale_into(backward ? part : whole, backward ? whole : part, width[m], factor[at],
+                       !available || available[at]);
+            whole += width[m];
+        }
+}
+
+/* Logits, [B, C], times their factors, [M, B], added up; or what each got of the sum. */
+static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
+                       const float *factor, const uint8_t *available, int backward) {
+    for (int64_t i = 0; i < B; i++, sum += classes)
+        for (int64_t m = 0; m < M; m++) {
+            int64_t at = m * B + i;
+            float *part = logits[m] + i * classes;
+            int here = !available || available[at];
+            if (backward) scale_into(part, sum, classes, factor[at], here);
+            else if (m == 0) scale_into(sum, part, classes, factor[at], here);
+            else if (here)
+                for (int64_t c = 0; c < classes; c++) sum[c] += factor[at] * part[c];
+        }
+}
+
 /* Features of one modality, [B, width] with any strides. */
 typedef struct {
     const float *x;
@@ -638,24 +676,29 @@ static void observe(const Features *f, const uint8_t *available, double window, 
     int64_t counted = 0;
     memset(scratch, 0, (size_t)(f->batch * WATCHED) * sizeof *scratch);
     for (int64_t i = 0; i < f->batch; i++) {
-        double squared = 0.0;
-        for (int64_t k = 0; k < f->width; k++) {
-            double v = f->x[i * f->row_stride + k * f->column_stride];
-            squared += v * v;
-        }
-        if (!(squared < LARGEST_SQUARE) || (available && !available[i])) continue;
-        float *row = scratch + counted++ * WATCHED;
+        if (available && !available[i]) continue;
+        float *row = scratch + counted * WATCHED; /* the next one's, if this does not count */
+        double squares[LANES_OF_SUM] = {0}, squared = 0.0;
         for (int64_t k = 0; k < f->width; k++)
-            sum[k] += row[k] = f->x[i * f->row_stride + k * f->column_stride];
+            row[k] = f->x[i * f->row_stride + k * f->column_stride];
+        for (int k = 0; k < WATCHED; k += LANES_OF_SUM)
+            for (int j = 0; j < LANES_OF_SUM; j++)
+                squares[j] += (double)row[k + j] * row[k + j];
+        for (int j = 0; j < LANES_OF_SUM; j++) squared += squares[j];
+        if (!(squared < LARGEST_SQUARE)) continue;
+        for (int k = 0; k < WATCHED; k++) sum[k] += row[k];
+        counted++;
     }
     if (!counted) return;
-    double rate = counted / (counted + window);
+    double rate = counted / (counted + window), weight = rate / (double)counted;
+    float mean[WATCHED] = {0};
     *mass += (float)((1.0 - *mass) * rate);
     for (int64_t k = 0; k < f->width; k++) {
-        total[k] += (float)(rate * (sum[k] / counted - total[k]));
-        float mean = total[k] / *mass;
-        for (int64_t i = 0; i < counted; i++) scratch[i * WATCHED + k] -= mean;
+        total[k] += (float)(weight * sum[k] - rate * total[k]);
+        mean[k] = total[k] / *mass;
     }
+    for (int64_t i = 0; i < counted; i++)
+        for (int k = 0; k < WATCHED; k++) scratch[i * WATCHED + k] -= mean[k];
     for (int64_t i = 0; i < counted; i += BLOCK) {
         float part[WATCHED * WATCHED];
         int64_t rows = counted - i < BLOCK ? counted - i : BLOCK;
@@ -665,7 +708,7 @@ static void observe(const Features *f, const uint8_t *available, double window, 
     for (int64_t a = 0; a < f->width; a++)
         for (int64_t b = 0; b < f->width; b++) {
             float *s = scatter + a * width + b;
-            *s += (float)(rate * (products[a * WATCHED + b] / counted - *s));
+            *s += (float)(weight * products[a * WATCHED + b] - rate * *s);
         }
 }
 
@@ -900,6 +943,32 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     return answer(failed, NULL);
 }
 
+/* With `backward`, streams and logits are what is written. */
+static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, 12)) return NULL;
+    float *streams[MAX_HEADS], *logits[MAX_HEADS];
+    int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
+    if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
+    addresses(args[0], streams);
+    addresses(args[1], logits);
+    for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++)
+        width[m] = integer(PyList_GetItem(args[2], m));
+    int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
+    float *fused = address(args[6]), *consensus = address(args[7]);
+    const float *scale = address(args[8]), *gates = address(args[9]);
+    const uint8_t *available = address(args[10]);
+    int backward = PyObject_IsTrue(args[11]);
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (fused)
+        mix_streams(streams, width, fused, modalities, batch, steps, scale, available, backward);
+    if (consensus)
+        mix_logits(logits, consensus, modalities, batch, classes, gates, available, backward);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (!arguments_are(count, 8)) return NULL;
@@ -937,6 +1006,7 @@ static PyMethodDef methods[] = {
     {"gradients", FAST(py_gradients), NULL},
     {"scale", FAST(py_scale), NULL},
     {"gate", FAST(py_gate), NULL},
+    {"mix", FAST(py_mix), NULL},
     {"observe", FAST(py_observe), NULL},
     {NULL, NULL, 0, NULL},
 };

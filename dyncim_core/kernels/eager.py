@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -56,11 +57,13 @@ __all__ = [
     "gate",
     "gradients",
     "listen",
+    "mix",
     "observe",
     "recall",
     "statistics",
     "take_in",
     "take_up",
+    "unmix",
     "weigh",
 ]
 
@@ -663,6 +666,42 @@ def _truth(criterion: Criterion, dtype: torch.dtype) -> _Indices | _Probabilitie
 
 def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
     return -torch.where(truth > 0, truth * log_probs, 0.0).sum(dim=2)
+
+
+def mix(
+    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+) -> tuple[Tensor, Tensor | None]:
+    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
+    fused = torch.cat(_scaled(streams, gating.scale, gating.available), dim=-1)
+    if not logits:
+        return fused, None
+    gated = _scaled([x.float() for x in logits], gating.gates, gating.available)
+    return fused, reduce(torch.add, gated)
+
+
+def unmix(
+    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+) -> list[Tensor | None]:
+    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+    fused, consensus = grads
+    found: list[Tensor | None] = [None] * (2 * len(widths))
+    if fused is not None:
+        pieces = fused.split(list(widths), dim=-1)
+        found[: len(widths)] = _scaled(pieces, gating.scale, gating.available)
+    if consensus is not None:
+        copies = [consensus] * len(widths)
+        found[len(widths) :] = _scaled(copies, gating.gates, gating.available)
+    return found
+
+
+def _scaled(streams: Sequence[Tensor], scale: Tensor, available: Tensor | None) -> list[Tensor]:
+    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
+    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
+    if available is not None:
+        masks = available.view(shape).unbind()
+        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
+    factors = scale.view(shape).unbind()
+    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
 
 
 @torch.no_grad()

@@ -237,6 +237,20 @@ class Kernels(Protocol):
         one modality of some samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
         """
 
+    def mix(
+        self, streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+    ) -> tuple[Tensor, Tensor | None]:
+        """Streams, scaled and next to each other; logits, times the gates and added up, if any.
+
+        Streams are ``[B, D]`` or ``[B, T, D]``. What is not available counts as exactly 0, and
+        ``source`` as taken from already.
+        """
+
+    def unmix(
+        self, grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+    ) -> list[Tensor | None]:
+        """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+
     def observe(
         self,
         features: Sequence[Tensor],

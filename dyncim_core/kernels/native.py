@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncim_core.kernels import _native
+from dyncim_core.kernels import _native, eager
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -29,7 +29,7 @@ from dyncim_core.kernels.interface import (
     Trust,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
 
 
 # Logits that pay for handing them to another thread.
@@ -180,6 +180,73 @@ def gate(
         scale.data_ptr(),
     )
     return Gating(gates, scale, available, source)
+
+
+def mix(
+    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+) -> tuple[Tensor, Tensor | None]:
+    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
+    widths = [x.shape[-1] for x in streams]
+    if _torch_spreads(sum(map(Tensor.numel, streams))):
+        return eager.mix(streams, logits, gating)
+    empty = gating.gates.new_empty
+    fused = empty((*streams[0].shape[:-1], sum(widths)))
+    consensus = empty(logits[0].shape) if logits else None
+    streams, logits = ([x.contiguous() for x in xs] for xs in (streams, logits))
+    _mix(streams, logits, widths, fused, consensus, gating, backward=False)
+    return fused, consensus
+
+
+def unmix(
+    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+) -> list[Tensor | None]:
+    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+    fused, consensus = grads
+    if fused is not None and _torch_spreads(fused.numel()):
+        return eager.unmix(grads, widths, gating)
+    empty, streams, logits = gating.gates.new_empty, [], []
+    if fused is not None:
+        fused = fused.resolve_neg().contiguous()
+        streams = [empty((*fused.shape[:-1], width)) for width in widths]
+    if consensus is not None:
+        consensus = consensus.resolve_neg().contiguous()
+        logits = [empty(consensus.shape) for _ in widths]
+    _mix(streams, logits, widths, fused, consensus, gating, backward=True)
+    nothing: list[Tensor | None] = [None] * len(widths)
+    return [*(streams or nothing), *(logits or nothing)]
+
+
+def _torch_spreads(numbers: int) -> bool:
+    """Whether torch does better, which spreads so much over threads."""
+    return numbers > _WORTH_A_THREAD and torch.get_num_threads() > 1
+
+
+def _mix(
+    streams: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    widths: Sequence[int],
+    fused: Tensor | None,
+    consensus: Tensor | None,
+    gating: Gating,
+    backward: bool,
+) -> None:
+    gates, scale, available, _ = gating
+    if available is not None:
+        available = available.contiguous()
+    _native.mix(
+        [*map(_address, streams)],
+        [*map(_address, logits)],
+        [*widths],
+        gates.shape[1],
+        1 if fused is None or fused.dim() == 2 else fused.shape[1],
+        0 if consensus is None else consensus.shape[1],
+        0 if fused is None else fused.data_ptr(),
+        0 if consensus is None else consensus.data_ptr(),
+        scale.data_ptr(),
+        gates.data_ptr(),
+        0 if available is None else available.data_ptr(),
+        backward,
+    )
 
 
 def observe(
