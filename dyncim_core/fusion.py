@@ -256,7 +256,10 @@ class _Mixed(torch.autograd.Function):
         kernels, gating, widths = ctx.known
         if torch.is_grad_enabled():  # create_graph=True
             kernels = eager
-        return (None, *kernels.unmix(grads, widths, gating))
+        fused, consensus = grads
+        if not any(ctx.needs_input_grad[1 + len(widths) :]):
+            consensus = None
+        return (None, *kernels.unmix((fused, consensus), widths, gating))
 
 
 # Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.

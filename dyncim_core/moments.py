@@ -65,8 +65,9 @@ class FeatureMoments(KeepsDtype):
             backend: See ``backends``.
         """
         if len(features[0]):
-            watched = self._watched(features)
-            select(backend, watched).observe(watched, available, self._moments(), self.window)
+            streams, steps = self._pooled(features)
+            kernels = select(backend, streams)
+            kernels.observe(streams, steps, available, self._moments(), self.window)
 
     @torch.no_grad()
     def novelty(self, features: Sequence[Tensor]) -> Tensor:
@@ -80,7 +81,9 @@ class FeatureMoments(KeepsDtype):
             never varied.
         """
         means, covariances = self._moments().mean(), self._moments().covariance()
-        watched, together = self._watched(features), 1
+        streams, steps = self._pooled(features)
+        watched = [x[:, ::step] for x, step in zip(streams, steps, strict=True)]
+        together = 1
         if len(set(self.watched)) == 1:  # as one, in a fraction of the operators
             together = len(watched)
         rows = []
@@ -99,13 +102,12 @@ class FeatureMoments(KeepsDtype):
     def _moments(self) -> Moments:
         return Moments(self.mass, self.total, self.scatter)
 
-    def _watched(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of each modality ``[B, k]``, at most K wide."""
-        watched = []
-        for x, stride in zip(features, self.strides, strict=True):
-            x = (x if stride == 1 else x[..., ::stride]).float()  # a view of all costs, too
-            watched.append(x.mean(dim=1) if x.dim() == 3 else x)
-        return watched
+    def _pooled(self, features: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Of each modality ``[B, D]``, and which of its columns are watched."""
+        if features[0].dim() == 2:
+            return [x.float() for x in features], self.strides
+        means = [x[..., ::s].float().mean(1) for x, s in zip(features, self.strides, strict=True)]
+        return means, (1,) * len(means)
 
     @override
     def extra_repr(self) -> str:

@@ -672,7 +672,7 @@ typedef struct {
  * [B, WATCHED]. */
 static void observe(const Features *f, const uint8_t *available, double window, int64_t width,
                     float *scratch, float *mass, float *total, float *scatter) {
-    double sum[WATCHED] = {0}, products[WATCHED * WATCHED] = {0};
+    double sum[WATCHED] = {0};
     int64_t counted = 0;
     memset(scratch, 0, (size_t)(f->batch * WATCHED) * sizeof *scratch);
     for (int64_t i = 0; i < f->batch; i++) {
@@ -699,17 +699,15 @@ static void observe(const Features *f, const uint8_t *available, double window, 
     }
     for (int64_t i = 0; i < counted; i++)
         for (int k = 0; k < WATCHED; k++) scratch[i * WATCHED + k] -= mean[k];
+    for (int64_t k = 0; k < f->width * width; k++) scatter[k] *= (float)(1.0 - rate);
     for (int64_t i = 0; i < counted; i += BLOCK) {
-        float part[WATCHED * WATCHED];
+        float products[WATCHED * WATCHED];
         int64_t rows = counted - i < BLOCK ? counted - i : BLOCK;
-        rows_of.products(scratch + i * WATCHED, rows, f->width, part);
-        for (int64_t k = 0; k < f->width * WATCHED; k++) products[k] += part[k];
+        rows_of.products(scratch + i * WATCHED, rows, f->width, products);
+        for (int64_t a = 0; a < f->width; a++)
+            for (int64_t b = 0; b < f->width; b++)
+                scatter[a * width + b] += (float)weight * products[a * WATCHED + b];
     }
-    for (int64_t a = 0; a < f->width; a++)
-        for (int64_t b = 0; b < f->width; b++) {
-            float *s = scatter + a * width + b;
-            *s += (float)(weight * products[a * WATCHED + b] - rate * *s);
-        }
 }
 
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
@@ -977,9 +975,13 @@ static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t co
     for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++) {
         PyObject *shape = PyList_GetItem(args[1], m);
         of[m].x = address(PyList_GetItem(args[0], m));
-        int64_t *to[4] = {&of[m].batch, &of[m].width, &of[m].row_stride, &of[m].column_stride};
-        for (int k = 0; k < 4; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
+        int64_t step, *to[5] = {&of[m].batch, &of[m].width, &of[m].row_stride,
+                                &of[m].column_stride, &step};
+        for (int k = 0; k < 5; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
         batch = of[m].batch;
+        if (step < 1 || (of[m].width = (of[m].width + step - 1) / step) > width)
+            PyErr_SetString(PyExc_ValueError, "too many features");
+        of[m].column_stride *= step;
     }
     const uint8_t *available = address(args[2]);
     double window = PyFloat_AsDouble(args[3]);

@@ -706,13 +706,18 @@ def _scaled(streams: Sequence[Tensor], scale: Tensor, available: Tensor | None) 
 
 @torch.no_grad()
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
+    features: Sequence[Tensor],
+    steps: Sequence[int],
+    available: Tensor | None,
+    moments: Moments,
+    window: float,
 ) -> None:
     """Take features into their running moments.
 
     Samples that lack the modality, or whose features are not finite, do not count.
     """
     width = moments.total.shape[1]
+    features = [x[:, ::step] for x, step in zip(features, steps, strict=True)]
     x = torch.stack([F.pad(x, (0, width - x.shape[1])) for x in features])
     counts = torch.linalg.vector_norm(x, dim=-1) < _LARGEST_NORM
     if available is not None:

@@ -254,8 +254,9 @@ class Kernels(Protocol):
     def observe(
         self,
         features: Sequence[Tensor],
+        steps: Sequence[int],
         available: Tensor | None,
         moments: Moments,
         window: float,
     ) -> None:
-        """Take features, ``[B, k]`` with ``k <= K`` of each modality, into their moments."""
+        """Take every so many features of each modality, at most K of ``[B, D]``, into moments."""

@@ -192,8 +192,8 @@ def mix(
     empty = gating.gates.new_empty
     fused = empty((*streams[0].shape[:-1], sum(widths)))
     consensus = empty(logits[0].shape) if logits else None
-    streams, logits = ([x.contiguous() for x in xs] for xs in (streams, logits))
-    _mix(streams, logits, widths, fused, consensus, gating, backward=False)
+    streams, logits = map(_contiguous, streams), map(_contiguous, logits)
+    _mix([*streams], [*logits], widths, fused, consensus, gating, backward=False)
     return fused, consensus
 
 
@@ -206,14 +206,19 @@ def unmix(
         return eager.unmix(grads, widths, gating)
     empty, streams, logits = gating.gates.new_empty, [], []
     if fused is not None:
-        fused = fused.resolve_neg().contiguous()
+        fused = _contiguous(fused)
         streams = [empty((*fused.shape[:-1], width)) for width in widths]
     if consensus is not None:
-        consensus = consensus.resolve_neg().contiguous()
+        consensus = _contiguous(consensus)
         logits = [empty(consensus.shape) for _ in widths]
     _mix(streams, logits, widths, fused, consensus, gating, backward=True)
     nothing: list[Tensor | None] = [None] * len(widths)
     return [*(streams or nothing), *(logits or nothing)]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """The same in memory as it reads; asking whether it is comes cheaper than an operator."""
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _torch_spreads(numbers: int) -> bool:
@@ -250,14 +255,18 @@ def _mix(
 
 
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
+    features: Sequence[Tensor],
+    steps: Sequence[int],
+    available: Tensor | None,
+    moments: Moments,
+    window: float,
 ) -> None:
     """Take features into their running moments."""
     if available is not None:
         available = available.contiguous()
     _native.observe(
         [*map(_address, features)],
-        [(*x.shape, *x.stride()) for x in features],
+        [(*x.shape, *x.stride(), step) for x, step in zip(features, steps, strict=True)],
         0 if available is None else available.data_ptr(),
         window,
         moments.total.shape[1],
