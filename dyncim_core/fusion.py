@@ -77,8 +77,8 @@ class GatedFusion(KeepsDtype):
     Attributes:
         out_features: Width of ``fused``.
         modalities: Names of the modalities.
-        quality: Buffer ``[M]`` in [0, 1].
-        votes: Buffer ``[M]`` in [0.02, 1].
+        quality: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype.
+        votes: Buffer ``[M]`` in [0.02, 1], likewise.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -182,7 +182,9 @@ class GatedFusion(KeepsDtype):
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         kernels = select(self.backend, evidence)
-        there = None if present is None else present.t().contiguous()
+        there = present
+        if present is not None:
+            there = present.t().clone(memory_format=torch.contiguous_format)
         learnt = chance = penalty = None
         if self.training:
             learnt = self._learnt()
@@ -210,7 +212,7 @@ class GatedFusion(KeepsDtype):
             parts = [x[row] for x, row in zip(parts, rows, strict=True)]
         mixer = kernels if kernels is eager else select(None, streams)
         fused, consensus = _mixed(mixer, gating, self.widths, parts)
-        return FusionOutput(fused, gating.gates.t().contiguous(), consensus)
+        return FusionOutput(fused, gating.gates.t().clone(), consensus)
 
     def _learnt(self) -> Learnt | None:
         (state,) = self._state
@@ -237,29 +239,31 @@ def _mixed(
     """``Kernels.mix`` of streams and then logits, differentiable for these."""
     if kernels is eager:
         return eager.mix(parts[: len(widths)], parts[len(widths) :], gating)
-    found: tuple[Tensor, Tensor | None] = _apply_plainly((kernels, gating, widths), *parts)
+    found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
+        (kernels, gating, widths), *parts
+    )
     return found
 
 
 class _Mixed(torch.autograd.Function):
+    """``gating`` is this function's own: nobody changes it between forward and backward."""
+
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, Tensor | None]:
         kernels, gating, widths = ctx.known = known
         ctx.set_materialize_grads(False)
-        mixed: tuple[Tensor, Tensor | None] = kernels.mix(
-            parts[: len(widths)], parts[len(widths) :], gating
-        )
-        return mixed
+        fused, consensus = kernels.mix(parts[: len(widths)], parts[len(widths) :], gating)
+        needed = ctx.needs_input_grad[1:]
+        both = (fused, needed[: len(widths)]), (consensus, needed[len(widths) :])
+        ctx.mark_non_differentiable(*(x for x, of in both if x is not None and not any(of)))
+        return fused, consensus
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kernels, gating, widths = ctx.known
         if torch.is_grad_enabled():  # create_graph=True
             kernels = eager
-        fused, consensus = grads
-        if not any(ctx.needs_input_grad[1 + len(widths) :]):
-            consensus = None
-        return (None, *kernels.unmix((fused, consensus), widths, gating))
+        return (None, *kernels.unmix(grads, widths, gating))
 
 
 # Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.

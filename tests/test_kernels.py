@@ -20,7 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Moments, Settings, Trust
+from dyncim_core.kernels.interface import (
+    Criterion,
+    Gate,
+    Gating,
+    Learnt,
+    Moments,
+    Settings,
+    Trust,
+)
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -199,6 +207,65 @@ def test_native_gates_are_those_of_eager(
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
     assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@given(
+    widths=st.lists(st.integers(1, 32), min_size=1, max_size=9),
+    batch=st.sampled_from([0, 1, 7]),
+    steps=st.sampled_from([None, 1, 3]),
+    classes=st.sampled_from([None, 1, 5]),
+    masked=st.booleans(),
+    asked=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_native_mixes_as_eager_does(
+    widths: list[int],
+    batch: int,
+    steps: int | None,
+    classes: int | None,
+    masked: bool,
+    asked: tuple[bool, bool],
+) -> None:
+    from dyncim_core.kernels import native
+
+    shape, modalities = (batch, *(() if steps is None else (steps,))), len(widths)
+    streams = [randn(*shape, 2 * width, seed=k)[..., ::2] for k, width in enumerate(widths)]
+    logits = [randn(batch, classes, seed=k) for k in range(modalities)] if classes else []
+    gates, scale = randn(modalities, batch).abs(), randn(modalities, batch, seed=1).abs()
+    available = randn(batch, modalities).t() > -1.0 if masked else None
+    if masked and batch:
+        available[0, 0] = False
+        streams[0][0] = math.nan
+    gating = Gating(gates, scale, available, None)
+    actual, expected = (b.mix(streams, logits, gating) for b in (native, eager))
+    grads = tuple(
+        torch.ones_like(x).mT.contiguous().mT if wanted and x is not None else None
+        for x, wanted in zip(expected, asked, strict=True)
+    )
+    actual, expected = (
+        (*mixed, *b.unmix(grads, widths, gating))
+        for mixed, b in ((actual, native), (expected, eager))
+    )
+    assert len(actual) == len(expected) == 2 + 2 * modalities
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours is theirs is None or ours.shape == theirs.shape
+        if ours is not None:
+            assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_what_torch_spreads_over_threads_is_left_to_it(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gating = Gating(torch.ones(2, 3), torch.ones(2, 3), None, None)
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "_mix", None)
+    streams = [randn(3, 4), randn(3, 5)]
+    fused, _ = native.mix(streams, [], gating)
+    assert torch.equal(fused, torch.cat(streams, dim=1))
+    found = native.unmix((fused, None), (4, 5), gating)
+    assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=False))
 
 
 @needs_native

@@ -686,7 +686,7 @@ def unmix(
     fused, consensus = grads
     found: list[Tensor | None] = [None] * (2 * len(widths))
     if fused is not None:
-        pieces = fused.split(list(widths), dim=-1)
+        pieces = fused.split_with_sizes(list(widths), dim=-1)
         found[: len(widths)] = _scaled(pieces, gating.scale, gating.available)
     if consensus is not None:
         copies = [consensus] * len(widths)

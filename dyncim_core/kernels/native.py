@@ -192,8 +192,8 @@ def mix(
     empty = gating.gates.new_empty
     fused = empty((*streams[0].shape[:-1], sum(widths)))
     consensus = empty(logits[0].shape) if logits else None
-    streams, logits = map(_contiguous, streams), map(_contiguous, logits)
-    _mix([*streams], [*logits], widths, fused, consensus, gating, backward=False)
+    streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
+    _mix(streams, logits, widths, fused, consensus, gating, backward=False)
     return fused, consensus
 
 

@@ -800,15 +800,15 @@ def _gate(
             logit -= tl.load(penalty + m * batch + i, mask=inside, other=0.0)
         reweighed += (tl.where(kept, logit, float("-inf")),)
         highest = tl.maximum(highest, reweighed[m])
-    shares: tl.tuple = ()
+    words: tl.tuple = ()
     whole = tl.zeros([group], tl.float32)
     for m in tl.static_range(count):
-        shares += (tl.exp(reweighed[m] - highest),)
-        whole += shares[m]
+        words += (tl.exp(reweighed[m] - highest),)
+        whole += words[m]
     for m in tl.static_range(count):
         at = m * batch + i
-        tl.store(found.gates + at, shares[m] / tl.where(whole > 0, whole, 1.0), mask=inside)
-        tl.store(found.scale + at, shares[m], mask=inside)  # the largest is 1
+        tl.store(found.gates + at, words[m] / tl.where(whole > 0, whole, 1.0), mask=inside)
+        tl.store(found.scale + at, words[m], mask=inside)  # the largest is 1
 
 
 @_jit
