@@ -31,7 +31,7 @@ class KeepsDtype(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, dtype in dtypes.items():  # with assign=True, it brings its own
             self._buffers[name] = self.get_buffer(name).to(dtype).contiguous()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from dyncim_core import _checks
-from dyncim_core.gates import novelty_penalty, relative_gates, reliability_gates
-from dyncim_core.kernels import check_backend, select
-from dyncim_core.kernels.interface import Disturbance, Gate
-from dyncim_core.modality import augmentation_rates, redundancy, votes
+from dyncim_core._buffers import KeepsDtype
+from dyncim_core.gates import novelty_penalty
+from dyncim_core.kernels import check_backend, eager, select
+from dyncim_core.kernels.interface import Gate, Gating, Kernels, Learnt, Trust
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -37,7 +36,7 @@ class FusionOutput(NamedTuple):
     logits: Tensor | None
 
 
-class GatedFusion(nn.Module):
+class GatedFusion(KeepsDtype):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
@@ -78,8 +77,8 @@ class GatedFusion(nn.Module):
     Attributes:
         out_features: Width of ``fused``.
         modalities: Names of the modalities.
-        quality: Buffer ``[M]`` in [0, 1].
-        votes: Buffer ``[M]`` in [0.02, 1].
+        quality: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype.
+        votes: Buffer ``[M]`` in [0.02, 1], likewise.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -183,61 +182,44 @@ class GatedFusion(nn.Module):
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         kernels = select(self.backend, evidence)
-        there = None if present is None else present.t()
-        disturbance = None
+        there = present
+        if present is not None:
+            there = present.t().clone(memory_format=torch.contiguous_format)
+        learnt = chance = penalty = None
         if self.training:
-            rates = self._recall()
+            learnt = self._learnt()
             if self.swap or self.dropout:
-                disturbance = Disturbance(
-                    torch.rand((3, batch), dtype=torch.float32, device=device), rates
-                )
+                chance = torch.rand((3, batch), dtype=torch.float32, device=device)
+        elif self.moments is not None:
+            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
 
-        gates, scale, available, source = kernels.gate(
+        gating = kernels.gate(
             evidence,
-            self.quality.float(),
+            Trust(self.quality, self.votes),
+            learnt,
             there,
-            disturbance,
+            chance,
+            penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        gates, scale = self._weighed(gates, scale, streams)
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, self.backend)
-        if present is None:
-            available = None  # a scale of 0 removes what was dropped, finite as its features are
-        fused = torch.cat(_scaled(streams, scale, available, source), dim=-1)
-        consensus = None
-        if logits is not None:
-            parts = _scaled([x.float() for x in logits], gates, available, source)
-            consensus = reduce(torch.add, parts)
-        return FusionOutput(fused, gates.t(), consensus)
+        if present is None:  # a scale of 0 removes what was dropped, finite as its features are
+            gating = gating._replace(available=None)
+        parts = streams if logits is None else [*streams, *logits]
+        if gating.source is not None:
+            rows = gating.source.repeat(len(parts) // len(streams), 1)
+            parts = [x[row] for x, row in zip(parts, rows, strict=True)]
+        mixer = kernels if kernels is eager else select(None, streams)
+        fused, consensus = _mixed(mixer, gating, self.widths, parts)
+        return FusionOutput(fused, gating.gates.t().clone(), consensus)
 
-    @torch.no_grad()
-    def _weighed(
-        self, gates: Tensor, scale: Tensor, streams: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Gates by what their modalities' word counts and, in inference, by what is novel."""
-        (state,) = self._state
-        watches = self.moments is not None and not self.training
-        if state is None and not watches:
-            return gates, scale
-        logits = gates.log() + self.votes.float().log().unsqueeze(1)
-        if self.moments is not None and watches:
-            penalty = novelty_penalty(self.moments.novelty(streams))
-            logits = logits - self.novelty_slope * penalty
-        gates = reliability_gates(logits, gates > 0)
-        return gates, relative_gates(gates)
-
-    @torch.no_grad()
-    def _recall(self) -> Tensor:
-        """Take up the qualities that the state has by now; how often to disturb each modality."""
+    def _learnt(self) -> Learnt | None:
         (state,) = self._state
         if state is None:
-            return augmentation_rates(self.quality.float())
+            return None
         _checks.check_device("state", state.quality, self.quality.device)
-        self.quality.copy_(state.quality[1:])
-        self.votes.copy_(votes(state.skill[1:]))
-        share = redundancy(state.log_quality, state.quality[0])
-        return share * augmentation_rates(state.quality[1:])
+        return Learnt(state.log_quality, state.quality, state.skill)
 
     @override
     def extra_repr(self) -> str:
@@ -251,15 +233,38 @@ class GatedFusion(nn.Module):
         )
 
 
-def _scaled(
-    streams: Sequence[Tensor], scale: Tensor, available: Tensor | None, source: Tensor | None
-) -> list[Tensor]:
-    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
-    if source is not None:
-        streams = [x[rows] for x, rows in zip(streams, source, strict=True)]
-    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
-    if available is not None:
-        masks = available.view(shape).unbind()
-        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
-    factors = scale.view(shape).unbind()
-    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
+def _mixed(
+    kernels: Kernels, gating: Gating, widths: Sequence[int], parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """``Kernels.mix`` of streams and then logits, differentiable for these."""
+    if kernels is eager:
+        return eager.mix(parts[: len(widths)], parts[len(widths) :], gating)
+    found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
+        (kernels, gating, widths), *parts
+    )
+    return found
+
+
+class _Mixed(torch.autograd.Function):
+    """``gating`` is this function's own: nobody changes it between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        kernels, gating, widths = ctx.known = known
+        ctx.set_materialize_grads(False)
+        fused, consensus = kernels.mix(parts[: len(widths)], parts[len(widths) :], gating)
+        needed = ctx.needs_input_grad[1:]
+        both = (fused, needed[: len(widths)]), (consensus, needed[len(widths) :])
+        ctx.mark_non_differentiable(*(x for x, of in both if x is not None and not any(of)))
+        return fused, consensus
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernels, gating, widths = ctx.known
+        if torch.is_grad_enabled():  # create_graph=True
+            kernels = eager
+        return (None, *kernels.unmix(grads, widths, gating))
+
+
+# Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.
+_apply_plainly = super(torch.autograd.Function, _Mixed).apply

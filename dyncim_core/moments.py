@@ -65,8 +65,9 @@ class FeatureMoments(KeepsDtype):
             backend: See ``backends``.
         """
         if len(features[0]):
-            watched = self._watched(features)
-            select(backend, watched).observe(watched, available, self._moments(), self.window)
+            streams, steps = self._pooled(features)
+            kernels = select(backend, streams)
+            kernels.observe(streams, steps, available, self._moments(), self.window)
 
     @torch.no_grad()
     def novelty(self, features: Sequence[Tensor]) -> Tensor:
@@ -80,26 +81,33 @@ class FeatureMoments(KeepsDtype):
             never varied.
         """
         means, covariances = self._moments().mean(), self._moments().covariance()
+        streams, steps = self._pooled(features)
+        watched = [x[:, ::step] for x, step in zip(streams, steps, strict=True)]
+        together = 1
+        if len(set(self.watched)) == 1:  # as one, in a fraction of the operators
+            together = len(watched)
         rows = []
-        for m, (x, k) in enumerate(zip(self._watched(features), self.watched, strict=True)):
-            mean, covariance = means[m, :k], covariances[m, :k, :k]
-            variance, square = covariance.diagonal().mean(), mean.square().mean()
-            enough = self.mass[m] * self.window > _SAMPLES_PER_FEATURE * k
-            varies = variance > _SMALLEST_VARIANCE * square + torch.finfo(torch.float32).tiny
-            found = novelty(x, mean, covariance).nan_to_num(_MOST_NOVEL).clamp_max(_MOST_NOVEL)
-            rows.append(torch.where(enough & varies, found, 1.0))
-        return torch.stack(rows)
+        for m in range(0, len(watched), together):
+            at, k = slice(m, m + together), self.watched[m]
+            mean, covariance = means[at, :k], covariances[at, :k, :k]
+            variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
+            enough = self.mass[at] * self.window > _SAMPLES_PER_FEATURE * k
+            smallest = _SMALLEST_VARIANCE * mean.square().mean(dim=1)
+            known = enough & (variance > smallest + torch.finfo(torch.float32).tiny)
+            found = novelty(torch.stack(watched[at]), mean, covariance)
+            found = found.nan_to_num(_MOST_NOVEL).clamp_max(_MOST_NOVEL)
+            rows.append(torch.where(known.unsqueeze(1), found, 1.0))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _moments(self) -> Moments:
         return Moments(self.mass, self.total, self.scatter)
 
-    def _watched(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of each modality ``[B, k]``, at most K wide."""
-        watched = []
-        for x, stride in zip(features, self.strides, strict=True):
-            x = x[..., ::stride].float()
-            watched.append(x.mean(dim=1) if x.dim() == 3 else x)
-        return watched
+    def _pooled(self, features: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Of each modality ``[B, D]``, and which of its columns are watched."""
+        if features[0].dim() == 2:
+            return [x.float() for x in features], self.strides
+        means = [x[..., ::s].float().mean(1) for x, s in zip(features, self.strides, strict=True)]
+        return means, (1,) * len(means)
 
     @override
     def extra_repr(self) -> str:

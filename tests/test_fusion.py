@@ -9,12 +9,16 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, redundancy
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels, redundancy
 from dyncim_core import reference as ref
+from dyncim_core.kernels.interface import Gate, Trust
 
 NAMES = ["audio", "image", "text"]
 WIDTHS = {"audio": 3, "image": 5, "text": 2}
 CLASSES = 4
+each_backend = pytest.mark.parametrize(
+    "backend", [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
+)
 
 
 def inputs(size: int = 9, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -351,3 +355,195 @@ def test_options_out_of_range(
 
 def test_repr_tells_the_widths() -> None:
     assert "audio: 3, image: 5, text: 2" in repr(GatedFusion(WIDTHS))
+
+
+def plainly(
+    features: dict[str, Tensor], unimodal: dict[str, Tensor], gates: Tensor, present: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What fusion makes of given gates, as one would write it, for autograd."""
+    scale = gates / gates.amax(dim=1, keepdim=True).clamp_min(1e-30)
+    pieces, logits = [], []
+    for m, name in enumerate(NAMES):
+        x, y = features[name], unimodal[name]
+        shape = (len(x), *(1,) * (x.dim() - 1))
+        if present is not None:
+            x = torch.where(present[:, m].view(shape), x, 0.0)
+            y = torch.where(present[:, m, None], y, 0.0)
+        pieces.append(x * scale[:, m].view(shape))
+        logits.append(y * gates[:, m, None])
+    return torch.cat(pieces, dim=-1), torch.stack(logits).sum(dim=0)
+
+
+@each_backend
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("some_absent", [False, True])
+def test_gradients_are_those_of_the_plain_formula(
+    backend: str, sequence: bool, some_absent: bool
+) -> None:
+    features, unimodal = inputs()
+    present = None
+    if sequence:  # and none of them contiguous
+        features = {n: torch.stack([x, 2 * x.flip(0)], dim=2).mT for n, x in features.items()}
+    if some_absent:
+        present = torch.ones(9, 3, dtype=torch.bool)
+        present[4, 1] = present[6] = False
+        for values in (features, unimodal):
+            values["image"][4] = math.nan
+            for x in values.values():
+                x[6] = math.nan
+    leaves = [x.requires_grad_() for x in (*features.values(), *unimodal.values())]
+    fused, gates, logits = still(backend=backend)(features, unimodal=unimodal, present=present)
+    expected = plainly(features, unimodal, gates, present)
+    for ours, theirs in zip((fused, logits), expected, strict=True):
+        assert_allclose(ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-7)
+        upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+        grads, truth = (
+            torch.autograd.grad(x, leaves, upstream, retain_graph=True, materialize_grads=True)
+            for x in (ours, theirs)
+        )
+        for x, y in zip(grads, truth, strict=True):
+            assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    if some_absent:
+        (grad,) = torch.autograd.grad(fused.sum(), leaves[1])
+        assert grad[4].abs().sum() == grad[6].abs().sum() == 0.0
+
+
+@each_backend
+def test_what_needs_no_gradient_asks_for_none(backend: str) -> None:
+    features, unimodal = inputs()
+    for frozen, trained in ((features, unimodal), (unimodal, features)):
+        for x in frozen.values():
+            x.requires_grad_(False)
+        for x in trained.values():
+            x.requires_grad_()
+        fused, _, logits = still(backend=backend)(features, unimodal=unimodal)
+        assert fused.requires_grad is (trained is features)
+        assert logits.requires_grad is (trained is unimodal)
+
+
+@each_backend
+def test_a_gradient_has_a_gradient(backend: str) -> None:
+    features, unimodal = inputs()
+    fusion = still(backend=backend)
+    leaf, found = features["image"].requires_grad_(), []
+    outcome = fusion(features, unimodal=unimodal)
+    for fused in (outcome.fused, plainly(features, unimodal, outcome.gates, None)[0]):
+        (grad,) = torch.autograd.grad(fused.pow(3).sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    assert found[0].abs().max() > 1.0
+    assert_allclose(*found, rtol=1e-4)
+
+
+@each_backend
+def test_a_swapped_row_gets_the_gradient(backend: str) -> None:
+    torch.manual_seed(0)
+    fusion = GatedFusion([2, 3], swap=1.0, dropout=0.0, backend=backend)
+    fusion.quality.fill_(0.5)
+    features = [torch.randn(50, width, requires_grad=True) for width in (2, 3)]
+    unimodal = [torch.randn(50, 4, requires_grad=True) for _ in features]
+    fused, gates, logits = fusion(features, unimodal=unimodal)
+    assert_allclose(gates, 0.5)
+    assert not torch.equal(fused, torch.cat(features, dim=1))
+    # Each row of the output is a row of the input: so are the sums of their gradients.
+    torch.autograd.backward([fused.sum(), logits.sum()])
+    for x, total in zip((*features, *unimodal), (100.0, 150.0, 100.0, 100.0), strict=True):
+        assert x.grad is not None
+        assert_allclose(x.grad.sum(), total, rtol=1e-5)
+    counts = features[1].grad[:, 0]
+    assert counts.max() > 1.0
+    assert_allclose(2.0 * unimodal[1].grad, counts.unsqueeze(1).expand(-1, 4))
+    assert_allclose(fused[:, 2:].sum().detach(), (counts @ features[1]).sum().detach(), rtol=1e-4)
+
+
+@each_backend
+def test_gates_changed_in_place_change_no_gradient(backend: str) -> None:
+    features, unimodal = inputs()
+    leaf = unimodal["text"].requires_grad_()
+    for rows in (slice(None), slice(1)):
+        features = {name: x[rows] for name, x in features.items()}
+        some = {name: x[rows] for name, x in unimodal.items()}
+        _, gates, logits = still(backend=backend)(features, unimodal=some)
+        before = gates[:, 2:].clone()
+        gates.zero_()
+        (grad,) = torch.autograd.grad(logits.sum(), leaf)
+        assert_allclose(grad[rows], before.expand(-1, CLASSES))
+
+
+def test_autocast_keeps_the_dtype_of_features_and_gradients() -> None:
+    features, unimodal = inputs()
+    leaves = [x.bfloat16().requires_grad_() for x in features.values()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, gates, logits = still()(leaves, unimodal=unimodal)
+    assert fused.dtype == torch.bfloat16
+    assert gates.dtype == logits.dtype == torch.float32
+    expected = plainly(dict(zip(NAMES, leaves, strict=True)), unimodal, gates.bfloat16(), None)[0]
+    for ours, theirs in zip(
+        torch.autograd.grad(fused.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert_allclose(ours.float(), theirs.float(), rtol=0.02)
+
+
+def test_features_of_several_dtypes_are_joined_in_the_widest() -> None:
+    features, unimodal = inputs()
+    features["image"] = features["image"].bfloat16().requires_grad_()
+    fused = still()(features, unimodal=unimodal).fused
+    assert fused.dtype == torch.float32
+    (grad,) = torch.autograd.grad(fused.sum(), features["image"])
+    assert grad.dtype == torch.bfloat16
+
+
+def test_compiled_gradients_are_those_of_the_kernels() -> None:
+    features, unimodal = inputs()
+    leaves = [x.requires_grad_() for x in (*features.values(), *unimodal.values())]
+    fusion = still().eval()
+    compiled = torch.compile(copy.deepcopy(fusion), fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (fusion, compiled):
+        fused, _, logits = call(features, unimodal=unimodal)
+        found.append(torch.autograd.grad(fused.square().sum() + logits.square().sum(), leaves))
+    for ours, theirs in zip(*found, strict=True):
+        assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@each_backend
+def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> None:
+    fusion = still(backend=backend, threshold=0.2, disagreement_slope=3.0, novelty_slope=0.0)
+    fusion.votes.copy_(torch.tensor([1.0, 0.02, 1.0]))
+    features, unimodal = inputs(1)
+    agreed = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
+    unimodal = {"audio": agreed, "image": agreed, "text": agreed.flip(1)}
+    gates = fusion.eval()(features, unimodal=unimodal).gates
+    assert_allclose(gates, [[1 / 1.02, 0.02 / 1.02, 0.0]], rtol=1e-4)
+    rows = list(unimodal.values())
+    kernel = kernels.select(backend, rows)
+    penalty = torch.tensor([[2.0], [0.0], [0.0]])
+    trust, settings = Trust(fusion.quality, fusion.votes), Gate(3.0, 0.2, 0.0, 0.0)
+    found = kernel.gate(rows, trust, None, None, None, penalty, settings)
+    expected = ref.reliability_gates([[-2.0], [math.log(0.02)], [-math.inf]])
+    assert_allclose(found.gates, expected, rtol=1e-4)
+    assert_allclose(found.scale, ref.relative_gates(expected), rtol=1e-4)
+
+
+@each_backend
+def test_what_a_state_has_learnt_is_that_of_the_reference(backend: str) -> None:
+    state = CurriculumState(NAMES)
+    state.skill.copy_(torch.tensor([0.9, 0.8, 0.3, 0.0]))
+    state.quality.copy_(torch.tensor([0.9, 0.5, 0.6, 0.7]))
+    features, unimodal = inputs()
+    fusion = GatedFusion(WIDTHS, state=state, backend=backend)
+    fusion(features, unimodal=unimodal)
+    assert_allclose(fusion.votes, ref.votes([0.8, 0.3, 0.0]), rtol=1e-6)
+    assert torch.equal(fusion.quality, state.quality[1:])
+
+
+def test_what_it_keeps_stays_in_float32() -> None:
+    for module in (still().half(), still().double(), still().to(torch.bfloat16)):
+        assert {x.dtype for x in module.buffers()} == {torch.float32}
+    saved = {name: x.half() for name, x in still().state_dict().items()}
+    fusion = still()
+    fusion.load_state_dict(saved, assign=True)
+    assert {x.dtype for x in fusion.buffers()} == {torch.float32}
+    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["quality", "votes"]

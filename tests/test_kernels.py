@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dyncim_core
 from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, held_out, kernels
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Disturbance, Gate, Moments, Settings
+from dyncim_core.kernels.interface import (
+    Criterion,
+    Gate,
+    Gating,
+    Learnt,
+    Moments,
+    Settings,
+    Trust,
+)
 
 native_status = kernels.backends()["native"]
 needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
@@ -165,25 +173,101 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     dropout=st.sampled_from([0.0, 0.4]),
     slope=st.sampled_from([0.0, 1.5]),
     disturbed=st.booleans(),
+    novel=st.booleans(),
+    skill=st.sampled_from([None, 0.0, 0.6]),
 )
 def test_native_gates_are_those_of_eager(
-    problem: dict[str, Any], swap: float, dropout: float, slope: float, disturbed: bool
+    problem: dict[str, Any],
+    swap: float,
+    dropout: float,
+    slope: float,
+    disturbed: bool,
+    novel: bool,
+    skill: float | None,
 ) -> None:
     from dyncim_core.kernels import native
 
     logits, present = problem["logits"], problem["present"]
+    modalities, batch = len(logits), len(logits[0])
     generator = torch.Generator().manual_seed(0)
-    chance = torch.rand(3, len(logits[0]), generator=generator)
-    quality = torch.linspace(0.0, 0.9, len(logits))
-    disturbance = Disturbance(chance, 1.0 - quality) if disturbed else None
+    chance = torch.rand(3, batch, generator=generator) if disturbed else None
+    penalty = 9.0 * torch.rand(batch, modalities, generator=generator).t() if novel else None
+    learnt = None
+    if skill is not None:
+        quality = torch.linspace(0.9, 0.1, 1 + modalities)
+        learnt = Learnt(quality.log(), quality, skill * torch.linspace(1.0, 0.0, 1 + modalities))
+    kept = Trust(torch.linspace(0.0, 0.9, modalities), torch.linspace(1.0, 0.02, modalities))
     settings = Gate(slope, 0.05, swap, dropout)
+    ours, theirs = (Trust(*(x.clone() for x in kept)) for _ in range(2))
     actual, expected = (
-        backend.gate(logits, quality, present, disturbance, settings) for backend in (native, eager)
+        backend.gate(logits, trust, learnt, present, chance, penalty, settings)
+        for backend, trust in ((native, ours), (eager, theirs))
     )
+    for x, y in zip(ours, theirs, strict=True):
+        assert_allclose(x, y, rtol=1e-6)
     for ours, theirs in zip(actual[2:], expected[2:], strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
     assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@given(
+    widths=st.lists(st.integers(1, 32), min_size=1, max_size=9),
+    batch=st.sampled_from([0, 1, 7]),
+    steps=st.sampled_from([None, 1, 3]),
+    classes=st.sampled_from([None, 1, 5]),
+    masked=st.booleans(),
+    asked=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_native_mixes_as_eager_does(
+    widths: list[int],
+    batch: int,
+    steps: int | None,
+    classes: int | None,
+    masked: bool,
+    asked: tuple[bool, bool],
+) -> None:
+    from dyncim_core.kernels import native
+
+    shape, modalities = (batch, *(() if steps is None else (steps,))), len(widths)
+    streams = [randn(*shape, 2 * width, seed=k)[..., ::2] for k, width in enumerate(widths)]
+    logits = [randn(batch, classes, seed=k) for k in range(modalities)] if classes else []
+    gates, scale = randn(modalities, batch).abs(), randn(modalities, batch, seed=1).abs()
+    available = randn(batch, modalities).t() > -1.0 if masked else None
+    if masked and batch:
+        available[0, 0] = False
+        streams[0][0] = math.nan
+    gating = Gating(gates, scale, available, None)
+    actual, expected = (b.mix(streams, logits, gating) for b in (native, eager))
+    grads = tuple(
+        torch.ones_like(x).mT.contiguous().mT if wanted and x is not None else None
+        for x, wanted in zip(expected, asked, strict=True)
+    )
+    actual, expected = (
+        (*mixed, *b.unmix(grads, widths, gating))
+        for mixed, b in ((actual, native), (expected, eager))
+    )
+    assert len(actual) == len(expected) == 2 + 2 * modalities
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours is theirs is None or ours.shape == theirs.shape
+        if ours is not None:
+            assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_what_torch_spreads_over_threads_is_left_to_it(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gating = Gating(torch.ones(2, 3), torch.ones(2, 3), None, None)
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "_mix", None)
+    streams = [randn(3, 4), randn(3, 5)]
+    fused, _ = native.mix(streams, [], gating)
+    assert torch.equal(fused, torch.cat(streams, dim=1))
+    found = native.unmix((fused, None), (4, 5), gating)
+    assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=False))
 
 
 @needs_native
@@ -203,15 +287,15 @@ def test_native_moments_are_those_of_eager(
     zeros = [torch.zeros(shape[:1]), torch.zeros(shape), torch.zeros(*shape, shape[1])]
     ours, theirs = Moments(*zeros), Moments(*(x.clone() for x in zeros))
     for step in range(3):
-        features = [
-            randn(batch, 2 * width, seed=seed + step + k)[:, ::2] for k, width in enumerate(widths)
-        ]
-        features[-1] = features[-1].T.contiguous().T - 3.0
+        features = [randn(batch, 2 * width, seed=seed + step + k) for k, width in enumerate(widths)]
+        steps = [2] * len(widths)
+        features[-1] = features[-1].T.contiguous().T[:, ::2] - 3.0
+        steps[-1] = 1
         if spoilt is not None:
-            features[0][:1, -1] = spoilt
+            features[0][:1, 0] = spoilt
         available = randn(batch, len(widths), seed=seed).t() > -1.0 if masked else None
-        native.observe(features, available, ours, 0.9)
-        eager.observe(features, available, theirs, 0.9)
+        native.observe(features, steps, available, ours, 0.9)
+        eager.observe(features, steps, available, theirs, 0.9)
     for name, actual, expected in zip(Moments._fields, ours, theirs, strict=True):
         assert_allclose(actual, expected, rtol=1e-4, atol=1e-5, err_msg=name)
 

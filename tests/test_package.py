@@ -33,8 +33,8 @@ NATIVE = "dyncim_core.kernels._native"  # C
 LAYERS = (
     ("_units", "_checks", "_buffers", "kernels.interface", "kernels._native", "reference"),
     ("signals", "modality", "gates"),
-    ("kernels.eager", "kernels.native"),
-    ("kernels.triton",),
+    ("kernels.eager",),
+    ("kernels.native", "kernels.triton"),
     ("kernels",),
     ("heads", "state", "moments"),
     ("fusion", "loss"),

@@ -25,6 +25,7 @@
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
+#define LANES_OF_SUM 8 /* numbers that are added up side by side */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
@@ -323,18 +324,28 @@ static void average(float *mean, double value, int first, double decay) {
     *mean = first ? (float)value : (float)(value + decay * (*mean - value));
 }
 
-/* (1 - lambda) + lambda * M * alpha_m for every modality. */
-static void modality_coefficients(const float *log_quality, int64_t modalities, double *out) {
-    const double eps = 1e-3, cap = 1.0;
-    double mean = 0.0, inverse_rates = 0.0, total = 0.0, alpha[MAX_HEADS];
+/* Harmonic mean over the modalities of how much fusion improves on each. */
+static double log_hmir_of(const float *log_quality, int64_t modalities) {
+    const double eps = 1e-3;
+    double inverse_rates = 0.0;
     for (int64_t m = 0; m < modalities; m++) {
         double log_ratio = (double)log_quality[0] - log_quality[1 + m];
         double floored = log_ratio > log1p(eps) ? log_ratio : log1p(eps);
-        mean += log_ratio / (double)modalities;
         inverse_rates += exp(-floored) / -expm1(-floored);
+    }
+    return log((double)modalities) - log(inverse_rates);
+}
+
+/* (1 - lambda) + lambda * M * alpha_m for every modality. */
+static void modality_coefficients(const float *log_quality, int64_t modalities, double *out) {
+    const double cap = 1.0;
+    double mean = 0.0, total = 0.0, alpha[MAX_HEADS];
+    for (int64_t m = 0; m < modalities; m++) {
+        double log_ratio = (double)log_quality[0] - log_quality[1 + m];
+        mean += log_ratio / (double)modalities;
         total += alpha[m] = exp((log_ratio < cap ? log_ratio : cap) - cap);
     }
-    double log_hmir = log((double)modalities) - log(inverse_rates);
+    double log_hmir = log_hmir_of(log_quality, modalities);
     double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
     double balance = -expm1(excess < 0.0 ? excess : 0.0);
     for (int64_t m = 0; m < modalities; m++)
@@ -563,15 +574,44 @@ typedef struct {
     double slope, threshold, swap, dropout;
 } Gate;
 
-/* Uniform numbers in [0, 1), [3, B], or NULL, and how often each modality is hit, [M]; where
- * modality m of sample i comes from. */
+/* Of each modality, [M]. */
 typedef struct {
-    const float *chance, *rates;
+    double quality[MAX_HEADS], log_votes[MAX_HEADS];
+    double rates[MAX_HEADS]; /* how often it is disturbed */
+} Trust;
+
+/* From what a fusion has kept; or from what its state, if not NULL, has learnt: log quality,
+ * quality and skill, [M + 1]. */
+static void trust_in(int64_t modalities, float *const kept[2], float *const learnt[3], Trust *t) {
+    const double eps = 1e-3, least_vote = 0.02;
+    double worst = INFINITY, best = 0.0, share = 1.0;
+    if (learnt)
+        share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
+    for (int64_t m = 0; m < modalities; m++) {
+        t->quality[m] = learnt ? learnt[1][1 + m] : kept[0][m];
+        worst = t->quality[m] < worst ? t->quality[m] : worst;
+        if (learnt && learnt[2][1 + m] > best) best = learnt[2][1 + m];
+    }
+    for (int64_t m = 0; m < modalities; m++) {
+        double vote = learnt ? 1.0 : kept[1][m];
+        if (best > 0.0) {
+            vote = clamp(2.0 * learnt[2][1 + m] / best, 0.0, 1.0);
+            vote = vote * vote > least_vote ? vote * vote : least_vote;
+        }
+        t->log_votes[m] = log(vote);
+        t->rates[m] = share * (worst + eps) / (t->quality[m] + eps);
+    }
+}
+
+/* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
+typedef struct {
+    const float *chance;
     uint8_t *available; /* [M, B] */
     int64_t *source;    /* [M, B] or NULL */
 } Disturbance;
 
-static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64_t i) {
+static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const double *rates,
+                    int64_t i) {
     int64_t M = p->heads, B = p->batch, count = 0;
     for (int64_t m = 0; m < M; m++) {
         d->available[m * B + i] = p->present ? p->present[m * B + i] : 1;
@@ -580,7 +620,7 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64
     }
     int64_t m = (int64_t)(d->chance[i] * (float)M);
     if (count < 2 || m >= M) return;
-    double rate = d->rates[m], event = d->chance[B + i];
+    double rate = rates[m], event = d->chance[B + i];
     int64_t other = (i + 1 + (int64_t)(d->chance[2 * B + i] * (float)(B - 1))) % B;
     int here = d->available[m * B + i], there = p->present ? p->present[m * B + other] : 1;
     if (d->source && event < o->swap * rate && here && there) d->source[m * B + i] = other;
@@ -588,19 +628,19 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, int64
 }
 
 /* Two modalities that contradict each other outvote nobody: the gate takes three. */
-static int gate(const Problem *p, const Gate *o, const Disturbance *d, const float *quality,
-                float *gates, float *scale) {
+static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Trust *t,
+                const float *penalty, float *gates, float *scale) {
     int64_t M = p->heads, B = p->batch, padded = (p->classes + PADDING - 1) / PADDING * PADDING;
     float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
     for (int64_t i = p->start; i < p->stop; i++) {
-        if (d->chance) disturb(p, o, d, i);
+        if (d->chance) disturb(p, o, d, t->rates, i);
         const uint8_t *available = d->chance ? d->available : p->present;
         double weight[MAX_HEADS];
         int64_t count = 0;
         for (int64_t m = 0; m < M; m++) {
             int here = available ? available[m * B + i] : 1;
-            weight[m] = !here ? 0.0 : quality[m] > 1e-3f ? quality[m] : 1e-3;
+            weight[m] = !here ? 0.0 : t->quality[m] > 1e-3 ? t->quality[m] : 1e-3;
             count += here;
         }
         for (int64_t m = 0; count > 2 && m < M; m++) {
@@ -611,7 +651,8 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const flo
             rows_of.softmax_rows(p->logits[m] + from * p->stride[m], 0, 1, p->classes, e, 0, &f);
             rows_of.scale_rows(e, 1, p->classes, f.inverse_total, NULL, NULL);
         }
-        double share[MAX_HEADS], top = -INFINITY, total = 0.0, kept = 0.0, largest = 0.0;
+        double evidence[MAX_HEADS], share[MAX_HEADS], total = 0.0, kept = 0.0;
+        double top = -INFINITY, highest = -INFINITY;
         for (int64_t m = 0; m < M; m++) {
             if (weight[m] == 0.0) continue;
             float others[MAX_HEADS];
@@ -620,23 +661,63 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const flo
             for (int64_t k = 0; k < M; k++) others[k] = (float)(weight[k] / sum);
             double found =
                 count > 2 ? rows_of.contradiction(probs, padded, M, m, others, p->classes) : 0.0;
-            share[m] = -o->slope * found;
-            top = share[m] > top ? share[m] : top;
+            evidence[m] = -o->slope * found;
+            top = evidence[m] > top ? evidence[m] : top;
         }
         for (int64_t m = 0; m < M; m++)
-            if (weight[m] > 0.0) total += share[m] = exp(share[m] - top);
+            if (weight[m] > 0.0) total += share[m] = exp(evidence[m] - top);
         for (int64_t m = 0; m < M; m++) {
-            if (weight[m] == 0.0 || share[m] / total < o->threshold) share[m] = 0.0;
-            kept += share[m];
-            largest = share[m] > largest ? share[m] : largest;
+            if (weight[m] > 0.0 && share[m] / total < o->threshold) weight[m] = 0.0;
+            if (weight[m] == 0.0) continue;
+            evidence[m] += t->log_votes[m] - (penalty ? penalty[m * B + i] : 0.0);
+            highest = evidence[m] > highest ? evidence[m] : highest;
         }
+        for (int64_t m = 0; m < M; m++)
+            kept += share[m] = weight[m] > 0.0 ? exp(evidence[m] - highest) : 0.0;
         for (int64_t m = 0; m < M; m++) {
             gates[m * B + i] = count ? (float)(share[m] / kept) : 0.0f;
-            scale[m * B + i] = count ? (float)(share[m] / largest) : 0.0f;
+            scale[m * B + i] = (float)share[m]; /* the largest is 1 */
         }
     }
     free(probs);
     return 0;
+}
+
+/* to = factor * from, or 0 where it is not there, whatever `from` holds. */
+static void scale_into(float *restrict to, const float *restrict from, int64_t count, float factor,
+                       int here) {
+    if (!here) memset(to, 0, (size_t)count * sizeof *to);
+    for (int64_t k = 0; here && k < count; k++) to[k] = factor * from[k];
+}
+
+/* Streams, [B, steps, width], next to each other in whole, [B, steps, sum width], each sample
+ * times its factor, [M, B]; or the other way. */
+static void mix_streams(float *const *streams, const int64_t *width, float *whole, int64_t M,
+                        int64_t B, int64_t steps, const float *factor, const uint8_t *available,
+                        int backward) {
+    for (int64_t row = 0; row < B * steps; row++)
+        for (int64_t m = 0; m < M; m++) {
+            int64_t at = m * B + row / steps;
+            float *part = streams[m] + row * width[m];
+            scale_into(backward ? part : whole, backward ? whole : part, width[m], factor[at],
+                       !available || available[at]);
+            whole += width[m];
+        }
+}
+
+/* Logits, [B, C], times their factors, [M, B], added up; or what each got of the sum. */
+static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
+                       const float *factor, const uint8_t *available, int backward) {
+    for (int64_t i = 0; i < B; i++, sum += classes)
+        for (int64_t m = 0; m < M; m++) {
+            int64_t at = m * B + i;
+            float *part = logits[m] + i * classes;
+            int here = !available || available[at];
+            if (backward) scale_into(part, sum, classes, factor[at], here);
+            else if (m == 0) scale_into(sum, part, classes, factor[at], here);
+            else if (here)
+                for (int64_t c = 0; c < classes; c++) sum[c] += factor[at] * part[c];
+        }
 }
 
 /* Features of one modality, [B, width] with any strides. */
@@ -649,39 +730,42 @@ typedef struct {
  * [B, WATCHED]. */
 static void observe(const Features *f, const uint8_t *available, double window, int64_t width,
                     float *scratch, float *mass, float *total, float *scatter) {
-    double sum[WATCHED] = {0}, products[WATCHED * WATCHED] = {0};
+    double sum[WATCHED] = {0};
     int64_t counted = 0;
     memset(scratch, 0, (size_t)(f->batch * WATCHED) * sizeof *scratch);
     for (int64_t i = 0; i < f->batch; i++) {
-        double squared = 0.0;
-        for (int64_t k = 0; k < f->width; k++) {
-            double v = f->x[i * f->row_stride + k * f->column_stride];
-            squared += v * v;
-        }
-        if (!(squared < LARGEST_SQUARE) || (available && !available[i])) continue;
-        float *row = scratch + counted++ * WATCHED;
+        if (available && !available[i]) continue;
+        float *row = scratch + counted * WATCHED; /* the next one's, if this does not count */
+        double squares[LANES_OF_SUM] = {0}, squared = 0.0;
         for (int64_t k = 0; k < f->width; k++)
-            sum[k] += row[k] = f->x[i * f->row_stride + k * f->column_stride];
+            row[k] = f->x[i * f->row_stride + k * f->column_stride];
+        for (int k = 0; k < WATCHED; k += LANES_OF_SUM)
+            for (int j = 0; j < LANES_OF_SUM; j++)
+                squares[j] += (double)row[k + j] * row[k + j];
+        for (int j = 0; j < LANES_OF_SUM; j++) squared += squares[j];
+        if (!(squared < LARGEST_SQUARE)) continue;
+        for (int k = 0; k < WATCHED; k++) sum[k] += row[k];
+        counted++;
     }
     if (!counted) return;
-    double rate = counted / (counted + window);
+    double rate = counted / (counted + window), weight = rate / (double)counted;
+    float mean[WATCHED] = {0};
     *mass += (float)((1.0 - *mass) * rate);
     for (int64_t k = 0; k < f->width; k++) {
-        total[k] += (float)(rate * (sum[k] / counted - total[k]));
-        float mean = total[k] / *mass;
-        for (int64_t i = 0; i < counted; i++) scratch[i * WATCHED + k] -= mean;
+        total[k] += (float)(weight * sum[k] - rate * total[k]);
+        mean[k] = total[k] / *mass;
     }
+    for (int64_t i = 0; i < counted; i++)
+        for (int k = 0; k < WATCHED; k++) scratch[i * WATCHED + k] -= mean[k];
+    for (int64_t k = 0; k < f->width * width; k++) scatter[k] *= (float)(1.0 - rate);
     for (int64_t i = 0; i < counted; i += BLOCK) {
-        float part[WATCHED * WATCHED];
+        float products[WATCHED * WATCHED];
         int64_t rows = counted - i < BLOCK ? counted - i : BLOCK;
-        rows_of.products(scratch + i * WATCHED, rows, f->width, part);
-        for (int64_t k = 0; k < f->width * WATCHED; k++) products[k] += part[k];
+        rows_of.products(scratch + i * WATCHED, rows, f->width, products);
+        for (int64_t a = 0; a < f->width; a++)
+            for (int64_t b = 0; b < f->width; b++)
+                scatter[a * width + b] += (float)weight * products[a * WATCHED + b];
     }
-    for (int64_t a = 0; a < f->width; a++)
-        for (int64_t b = 0; b < f->width; b++) {
-            float *s = scatter + a * width + b;
-            *s += (float)(rate * (products[a * WATCHED + b] / counted - *s));
-        }
 }
 
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
@@ -894,21 +978,57 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 9)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    Disturbance d = {address(args[0]), address(args[1]), address(args[3]), address(args[4])};
-    const float *quality = address(args[2]);
+    float *kept[2], *learnt[3];
+    addresses(args[0], kept);
+    if (args[1] != Py_None) addresses(args[1], learnt);
+    const float *penalty = address(args[3]);
+    Disturbance d = {address(args[2]), address(args[4]), address(args[5])};
     Gate o;
     double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
-    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[5], k));
-    float *gates = address(args[6]), *scale = address(args[7]);
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[6], k));
+    float *gates = address(args[7]), *scale = address(args[8]);
     if (PyErr_Occurred()) return NULL;
+    Trust t;
+    trust_in(p.heads, kept, args[1] == Py_None ? NULL : learnt, &t);
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = gate(&p, &o, &d, quality, gates, scale);
+    failed = gate(&p, &o, &d, &t, penalty, gates, scale);
+    if (args[1] != Py_None && p.start == 0)
+        for (int64_t m = 0; m < p.heads; m++) {
+            kept[0][m] = (float)t.quality[m];
+            kept[1][m] = (float)exp(t.log_votes[m]);
+        }
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
+}
+
+/* With `backward`, streams and logits are what is written. */
+static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, 12)) return NULL;
+    float *streams[MAX_HEADS], *logits[MAX_HEADS];
+    int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
+    if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
+    addresses(args[0], streams);
+    addresses(args[1], logits);
+    for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++)
+        width[m] = integer(PyList_GetItem(args[2], m));
+    int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
+    float *fused = address(args[6]), *consensus = address(args[7]);
+    const float *scale = address(args[8]), *gates = address(args[9]);
+    const uint8_t *available = address(args[10]);
+    int backward = PyObject_IsTrue(args[11]);
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (fused)
+        mix_streams(streams, width, fused, modalities, batch, steps, scale, available, backward);
+    if (consensus)
+        mix_logits(logits, consensus, modalities, batch, classes, gates, available, backward);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -919,9 +1039,13 @@ static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t co
     for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++) {
         PyObject *shape = PyList_GetItem(args[1], m);
         of[m].x = address(PyList_GetItem(args[0], m));
-        int64_t *to[4] = {&of[m].batch, &of[m].width, &of[m].row_stride, &of[m].column_stride};
-        for (int k = 0; k < 4; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
+        int64_t step, *to[5] = {&of[m].batch, &of[m].width, &of[m].row_stride,
+                                &of[m].column_stride, &step};
+        for (int k = 0; k < 5; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
         batch = of[m].batch;
+        if (step < 1 || (of[m].width = (of[m].width + step - 1) / step) > width)
+            PyErr_SetString(PyExc_ValueError, "too many features");
+        of[m].column_stride *= step;
     }
     const uint8_t *available = address(args[2]);
     double window = PyFloat_AsDouble(args[3]);
@@ -948,6 +1072,7 @@ static PyMethodDef methods[] = {
     {"gradients", FAST(py_gradients), NULL},
     {"scale", FAST(py_scale), NULL},
     {"gate", FAST(py_gate), NULL},
+    {"mix", FAST(py_mix), NULL},
     {"observe", FAST(py_observe), NULL},
     {NULL, NULL, 0, NULL},
 };

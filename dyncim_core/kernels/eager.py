@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,16 +15,24 @@ from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
-    Disturbance,
     Gate,
     Gating,
+    Learnt,
     Memory,
     Moments,
     Normaliser,
     Settings,
     Statistics,
+    Trust,
 )
-from dyncim_core.modality import modality_coefficients, quality, skill
+from dyncim_core.modality import (
+    augmentation_rates,
+    modality_coefficients,
+    quality,
+    redundancy,
+    skill,
+    votes,
+)
 from dyncim_core.signals import (
     contradiction,
     credible_noise,
@@ -43,12 +52,16 @@ __all__ = [
     "accumulation_dtype",
     "combine",
     "curriculum",
+    "disturbance_rates",
     "gate",
     "gradients",
+    "mix",
     "observe",
     "recall",
     "statistics",
     "take_in",
+    "take_up",
+    "unmix",
     "weigh",
 ]
 
@@ -371,38 +384,61 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    quality: Tensor,
+    trust: Trust,
+    learnt: Learnt | None,
     available: Tensor | None,
-    disturbance: Disturbance | None,
+    chance: Tensor | None,
+    penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, some of them disturbed."""
+    """Gates of the modalities from their logits, times their votes."""
+    if learnt is not None:
+        take_up(learnt, trust)
     source = None
-    if disturbance is not None:
-        source, available = _disturb(disturbance, available, settings)
+    if chance is not None:
+        rates = disturbance_rates(learnt, trust).unsqueeze(1)
+        source, available = _disturb(chance, rates, available, settings)
         if settings.swap:
             logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
         else:
             source = None
     if len(logits) > 2:
         probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
-        conflict = disagreement(probs, quality, available)
+        conflict = disagreement(probs, trust.quality, available)
     else:  # nobody is outvoted
-        conflict = quality.new_zeros((len(logits), len(logits[0])))
-    gates = reliability_gates(
-        -settings.disagreement_slope * conflict, available, settings.threshold
-    )
+        conflict = trust.quality.new_zeros((len(logits), len(logits[0])))
+    evidence = -settings.disagreement_slope * conflict
+    kept = reliability_gates(evidence, available, settings.threshold) > 0
+    evidence = evidence + trust.votes.log().unsqueeze(1)
+    if penalty is not None:
+        evidence = evidence - penalty
+    gates = reliability_gates(evidence, kept)
     return Gating(gates, relative_gates(gates), available, source)
 
 
+@torch.no_grad()
+def take_up(learnt: Learnt, trust: Trust) -> None:
+    """Trust the modalities as far as a state has learnt of them by now."""
+    trust.quality.copy_(learnt.quality[1:])
+    trust.votes.copy_(votes(learnt.skill[1:]))
+
+
+@torch.no_grad()
+def disturbance_rates(learnt: Learnt | None, trust: Trust) -> Tensor:
+    """How often a modality is hit if picked, ``[M]``, as a share of swap and dropout."""
+    rates = augmentation_rates(trust.quality)
+    if learnt is None:
+        return rates
+    return redundancy(learnt.log_quality, learnt.quality[0]) * rates
+
+
 def _disturb(
-    disturbance: Disturbance, available: Tensor | None, settings: Gate
+    chance: Tensor, rates: Tensor, available: Tensor | None, settings: Gate
 ) -> tuple[Tensor, Tensor]:
     """Row that each modality of each sample is taken from, and what remains present.
 
     At most one modality of a sample is disturbed, and never its only one.
     """
-    chance, rates = disturbance.chance, disturbance.rates.unsqueeze(1)
     modalities, batch, device = len(rates), chance.shape[1], chance.device
     if available is None:
         available = torch.ones((modalities, batch), dtype=torch.bool, device=device)
@@ -641,15 +677,56 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
     return -torch.where(truth > 0, truth * log_probs, 0.0).sum(dim=2)
 
 
+def mix(
+    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+) -> tuple[Tensor, Tensor | None]:
+    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
+    fused = torch.cat(_scaled(streams, gating.scale, gating.available), dim=-1)
+    if not logits:
+        return fused, None
+    gated = _scaled([x.float() for x in logits], gating.gates, gating.available)
+    return fused, reduce(torch.add, gated)
+
+
+def unmix(
+    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+) -> list[Tensor | None]:
+    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+    fused, consensus = grads
+    found: list[Tensor | None] = [None] * (2 * len(widths))
+    if fused is not None:
+        pieces = fused.split_with_sizes(list(widths), dim=-1)
+        found[: len(widths)] = _scaled(pieces, gating.scale, gating.available)
+    if consensus is not None:
+        copies = [consensus] * len(widths)
+        found[len(widths) :] = _scaled(copies, gating.gates, gating.available)
+    return found
+
+
+def _scaled(streams: Sequence[Tensor], scale: Tensor, available: Tensor | None) -> list[Tensor]:
+    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
+    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
+    if available is not None:
+        masks = available.view(shape).unbind()
+        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
+    factors = scale.view(shape).unbind()
+    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
+
+
 @torch.no_grad()
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
+    features: Sequence[Tensor],
+    steps: Sequence[int],
+    available: Tensor | None,
+    moments: Moments,
+    window: float,
 ) -> None:
     """Take features into their running moments.
 
     Samples that lack the modality, or whose features are not finite, do not count.
     """
     width = moments.total.shape[1]
+    features = [x[:, ::step] for x, step in zip(features, steps, strict=True)]
     x = torch.stack([F.pad(x, (0, width - x.shape[1])) for x in features])
     counts = torch.linalg.vector_norm(x, dim=-1) < _LARGEST_NORM
     if available is not None:

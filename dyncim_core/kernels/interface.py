@@ -12,15 +12,16 @@ __all__ = [
     "Buffers",
     "Criterion",
     "Curriculum",
-    "Disturbance",
     "Gate",
     "Gating",
     "Kernels",
+    "Learnt",
     "Memory",
     "Moments",
     "Normaliser",
     "Settings",
     "Statistics",
+    "Trust",
 ]
 
 
@@ -121,15 +122,19 @@ class Gate(NamedTuple):
     dropout: float
 
 
-class Disturbance(NamedTuple):
-    """Luck of a training step: it swaps or drops one modality of some samples.
+class Learnt(NamedTuple):
+    """What a ``CurriculumState`` has of the fused head and each modality, ``[M + 1]``."""
 
-    ``chance`` is uniform in [0, 1), ``[3, B]``; ``rates``, ``[M]`` in [0, 1], is how often a
-    picked modality is hit, as a share of ``Gate.swap`` and ``Gate.dropout``.
-    """
+    log_quality: Tensor
+    quality: Tensor
+    skill: Tensor
 
-    chance: Tensor
-    rates: Tensor
+
+class Trust(NamedTuple):
+    """What a fusion keeps of its modalities, ``[M]``, updated in place from a ``Learnt``."""
+
+    quality: Tensor
+    votes: Tensor
 
 
 class Gating(NamedTuple):
@@ -210,18 +215,39 @@ class Kernels(Protocol):
     def gate(
         self,
         logits: Sequence[Tensor],
-        quality: Tensor,
+        trust: Trust,
+        learnt: Learnt | None,
         available: Tensor | None,
-        disturbance: Disturbance | None,
+        chance: Tensor | None,
+        penalty: Tensor | None,
         settings: Gate,
     ) -> Gating:
-        """Gates of the modalities from their logits, some of them disturbed."""
+        """Gates of the modalities from their logits, times their votes.
+
+        ``learnt`` is taken up first. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops
+        one modality of some samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
+        """
+
+    def mix(
+        self, streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+    ) -> tuple[Tensor, Tensor | None]:
+        """Streams, scaled and next to each other; logits, times the gates and added up, if any.
+
+        Streams are ``[B, D]`` or ``[B, T, D]``. What is not available counts as exactly 0, and
+        ``source`` as taken from already.
+        """
+
+    def unmix(
+        self, grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+    ) -> list[Tensor | None]:
+        """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
 
     def observe(
         self,
         features: Sequence[Tensor],
+        steps: Sequence[int],
         available: Tensor | None,
         moments: Moments,
         window: float,
     ) -> None:
-        """Take features, ``[B, k]`` with ``k <= K`` of each modality, into their moments."""
+        """Take every so many features of each modality, at most K of ``[B, D]``, into moments."""

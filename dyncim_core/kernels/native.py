@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyncim_core.kernels import _native
+from dyncim_core.kernels import _native, eager
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
-    Disturbance,
     Gate,
     Gating,
+    Learnt,
     Memory,
     Moments,
     Normaliser,
     Settings,
     Statistics,
+    Trust,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
 
 
 # Logits that pay for handing them to another thread.
@@ -145,28 +146,33 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    quality: Tensor,
+    trust: Trust,
+    learnt: Learnt | None,
     available: Tensor | None,
-    disturbance: Disturbance | None,
+    chance: Tensor | None,
+    penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, some of them disturbed."""
+    """Gates of the modalities from their logits, times their votes."""
     problem = _Problem(logits, available, None)
     shape = len(problem.logits), problem.batch
-    gates, scale = _empty(*shape), _empty(*shape)
-    source = chance = rates = None
-    if disturbance is not None:
-        chance, rates = disturbance
+    empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
+    gates, scale = empty(shape), empty(shape)
+    source = None
+    if penalty is not None:
+        penalty = penalty.contiguous()
+    if chance is not None:
         available = _empty(*shape, dtype=torch.bool)
         if settings.swap:
             source = _empty(*shape, dtype=torch.int64)
     _in_parts(
         _native.gate,
         problem,
-        (quality, disturbance, available, source, gates, scale),
+        (trust, learnt, available, source, chance, penalty, gates, scale),
+        [*map(_address, trust)],
+        None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
-        0 if rates is None else rates.data_ptr(),
-        quality.data_ptr(),
+        0 if penalty is None else penalty.data_ptr(),
         0 if available is None else available.data_ptr(),
         0 if source is None else source.data_ptr(),
         settings,
@@ -176,15 +182,91 @@ def gate(
     return Gating(gates, scale, available, source)
 
 
+def mix(
+    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+) -> tuple[Tensor, Tensor | None]:
+    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
+    widths = [x.shape[-1] for x in streams]
+    if _torch_spreads(sum(map(Tensor.numel, streams))):
+        return eager.mix(streams, logits, gating)
+    empty = gating.gates.new_empty
+    fused = empty((*streams[0].shape[:-1], sum(widths)))
+    consensus = empty(logits[0].shape) if logits else None
+    streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
+    _mix(streams, logits, widths, fused, consensus, gating, backward=False)
+    return fused, consensus
+
+
+def unmix(
+    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
+) -> list[Tensor | None]:
+    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+    fused, consensus = grads
+    if fused is not None and _torch_spreads(fused.numel()):
+        return eager.unmix(grads, widths, gating)
+    empty, streams, logits = gating.gates.new_empty, [], []
+    if fused is not None:
+        fused = _contiguous(fused)
+        streams = [empty((*fused.shape[:-1], width)) for width in widths]
+    if consensus is not None:
+        consensus = _contiguous(consensus)
+        logits = [empty(consensus.shape) for _ in widths]
+    _mix(streams, logits, widths, fused, consensus, gating, backward=True)
+    nothing: list[Tensor | None] = [None] * len(widths)
+    return [*(streams or nothing), *(logits or nothing)]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """The same in memory as it reads; asking whether it is comes cheaper than an operator."""
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+
+
+def _torch_spreads(numbers: int) -> bool:
+    """Whether torch does better, which spreads so much over threads."""
+    return numbers > _WORTH_A_THREAD and torch.get_num_threads() > 1
+
+
+def _mix(
+    streams: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    widths: Sequence[int],
+    fused: Tensor | None,
+    consensus: Tensor | None,
+    gating: Gating,
+    backward: bool,
+) -> None:
+    gates, scale, available, _ = gating
+    if available is not None:
+        available = available.contiguous()
+    _native.mix(
+        [*map(_address, streams)],
+        [*map(_address, logits)],
+        [*widths],
+        gates.shape[1],
+        1 if fused is None or fused.dim() == 2 else fused.shape[1],
+        0 if consensus is None else consensus.shape[1],
+        0 if fused is None else fused.data_ptr(),
+        0 if consensus is None else consensus.data_ptr(),
+        scale.data_ptr(),
+        gates.data_ptr(),
+        0 if available is None else available.data_ptr(),
+        backward,
+    )
+
+
 def observe(
-    features: Sequence[Tensor], available: Tensor | None, moments: Moments, window: float
+    features: Sequence[Tensor],
+    steps: Sequence[int],
+    available: Tensor | None,
+    moments: Moments,
+    window: float,
 ) -> None:
     """Take features into their running moments."""
     if available is not None:
         available = available.contiguous()
     _native.observe(
         [*map(_address, features)],
-        [(*x.shape, *x.stride()) for x in features],
+        [(*x.shape, *x.stride(), step) for x, step in zip(features, steps, strict=True)],
         0 if available is None else available.data_ptr(),
         window,
         moments.total.shape[1],

@@ -20,21 +20,22 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import per_log_classes
-from dyncim_core.kernels.eager import observe
+from dyncim_core.kernels.eager import disturbance_rates, mix, observe, take_up, unmix
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
-    Disturbance,
     Gate,
     Gating,
+    Learnt,
     Memory,
     Normaliser,
     Settings,
     Statistics,
+    Trust,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "observe", "statistics"]
+__all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first to take tuples
     raise ImportError(f"expected triton >= 3.3, got {triton.__version__}")
@@ -163,16 +164,20 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    quality: Tensor,
+    trust: Trust,
+    learnt: Learnt | None,
     available: Tensor | None,
-    disturbance: Disturbance | None,
+    chance: Tensor | None,
+    penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, some of them disturbed."""
+    """Gates of the modalities from their logits, times their votes."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
-    shape, like = (len(logits), batch), quality
-    chance, rates = disturbance or (None, None)
+    shape, like = (len(logits), batch), trust.quality
+    if learnt is not None:
+        take_up(learnt, trust)
+    rates = None if chance is None else disturbance_rates(learnt, trust)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
@@ -184,10 +189,11 @@ def gate(
         _gate[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
-            quality.contiguous(),
+            trust,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
-            None if rates is None else rates.contiguous(),
+            rates,
+            None if penalty is None else penalty.contiguous(),
             settings,
             found,
             batch,
@@ -770,10 +776,11 @@ def _modality_coefficients(ratio: tl.tensor, head: tl.tensor, count: tl.constexp
 def _gate(
     logits: tl.tuple,
     strides: tl.tuple,
-    quality: tl.tensor,
+    trust: tl.tuple,
     available: tl.tensor,
     chance: tl.tensor,
     rates: tl.tensor,
+    penalty: tl.tensor,
     settings: tl.tuple,
     found: tl.tuple,
     batch: tl.tensor,
@@ -797,11 +804,11 @@ def _gate(
     for m in tl.static_range(count):
         here = _has(available, m * batch + i, inside)
         row = i
-        q = tl.load(quality + m).to(tl.float32)
+        q = tl.load(trust.quality + m)
         if chance is not None:
             pick = tl.load(chance + i, mask=inside, other=0.0)
             event = tl.load(chance + batch + i, mask=inside, other=0.0)
-            rate = tl.load(rates + m).to(tl.float32)
+            rate = tl.load(rates + m)
             chosen = ((pick * count).to(tl.int32) == m) & (number > 1)
             dropped = chosen & (event >= 1.0 - settings.dropout * rate)
             if found.source is not None:
@@ -878,18 +885,24 @@ def _gate(
     total = tl.zeros([group], tl.float32)
     for m in tl.static_range(count):
         total += tl.where(present[m], tl.exp(evidence[m] - top), 0.0)
-    gates: tl.tuple = ()
-    kept = tl.zeros([group], tl.float32)
-    largest = kept
+    reweighed: tl.tuple = ()
+    highest = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
-        share = tl.exp(evidence[m] - top) / total
-        gates += (tl.where(present[m] & (share >= settings.threshold), share, 0.0),)
-        kept += gates[m]
-        largest = tl.maximum(largest, gates[m])
+        kept = present[m] & (tl.exp(evidence[m] - top) / total >= settings.threshold)
+        logit = evidence[m] + tl.log(tl.load(trust.votes + m))
+        if penalty is not None:
+            logit -= tl.load(penalty + m * batch + i, mask=inside, other=0.0)
+        reweighed += (tl.where(kept, logit, float("-inf")),)
+        highest = tl.maximum(highest, reweighed[m])
+    words: tl.tuple = ()
+    whole = tl.zeros([group], tl.float32)
+    for m in tl.static_range(count):
+        words += (tl.exp(reweighed[m] - highest),)
+        whole += words[m]
     for m in tl.static_range(count):
         at = m * batch + i
-        tl.store(found.gates + at, gates[m] / tl.where(kept > 0, kept, 1.0), mask=inside)
-        tl.store(found.scale + at, gates[m] / tl.where(kept > 0, largest, 1.0), mask=inside)
+        tl.store(found.gates + at, words[m] / tl.where(whole > 0, whole, 1.0), mask=inside)
+        tl.store(found.scale + at, words[m], mask=inside)  # the largest is 1
 
 
 @_jit
