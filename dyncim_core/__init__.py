@@ -27,6 +27,7 @@ from dyncim_core.modality import (
     quality,
     redundancy,
     skill,
+    trust,
     votes,
 )
 from dyncim_core.signals import (
@@ -82,6 +83,7 @@ __all__ = [
     "sample_weights",
     "skill",
     "surprise",
+    "trust",
     "volatility_weights",
     "votes",
 ]

@@ -13,7 +13,7 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Gating, Kernels, Learnt, Trust
+from dyncim_core.kernels.interface import Gate, Gating, Kernels, Learnt
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -40,35 +40,35 @@ class GatedFusion(KeepsDtype):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
-    are sure, contradict its own prediction, with how little it has learnt that generalises,
-    and in inference as soon as its features lie far from those seen in training: it works
-    without labels. Features are scaled by their gate over the largest gate of the sample, so
-    that equal gates give plain concatenation. In training, some modalities of some samples
-    are dropped or swapped with another sample's: at most one modality of a sample, the less
-    often the more quality it has, and the less often the further fusion is ahead of its
-    modalities. The paper (arXiv 2503.06456) names a gating-based dynamic fusion; this one is a
-    definition chosen here.
+    are sure and to be believed, contradict its own prediction, with how little it has learnt
+    that generalises, and in inference as soon as its features lie far from those seen in
+    training: it works without labels. Features are scaled by their gate over the largest
+    gate of the sample, so that equal gates give plain concatenation. In training, some
+    modalities of some samples are dropped or swapped with another sample's: at most one
+    modality of a sample, the less often the less it errs, and the less often the further
+    fusion is ahead of its modalities. The paper (arXiv 2503.06456) names a gating-based dynamic
+    fusion; this one is a definition chosen here.
 
     It has no parameters, and predictions enter the gate detached: the encoders are not
     trained to look reliable.
 
     Args:
         features: Width of each modality's features, by name or by position.
-        state: The ``CurriculumState`` whose qualities weigh the modalities in their
-            consensus and, with its HMIR, set the rates of swap and dropout, and whose skills,
-            as far as samples are held out, weigh the gates by ``votes``. What was last seen in
-            training is kept in ``quality`` and ``votes`` for inference. All modalities count
+        state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
+            modalities are to be believed when they contradict each other, what their ``votes``
+            count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
+            The skills last seen in training are kept for inference. All modalities count
             alike, and disturbances in full, when ``None``.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
-            nobody is outvoted. Worth 3 where inputs do go wrong and there is data enough: where
-            it is scarce, weak modalities outvote a strong one.
+            nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
+            it is scarce, 0 is best on clean inputs.
         novelty_slope: How sharply, in inference, a gate falls with the ``novelty`` of its
             modality's features, >= 0; the training features are not watched when 0. Features
             of shape ``[B, T, D]`` are averaged over T for it.
         threshold: Share under which a gate is cut as redundant, in [0, 1 / M).
         swap: Share of the samples of a training batch, in [0, 1], that take one modality,
             picked at random, from another sample, at full ``redundancy``; less as far as
-            the picked one has more quality than the weakest. Worth 0.1 where inputs do get
+            the picked one errs less than the weakest. Worth 0.1 where inputs do get
             mixed up, at some cost on clean ones.
         dropout: Share that misses one modality, likewise; ``swap + dropout <= 1``.
         backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
@@ -77,8 +77,8 @@ class GatedFusion(KeepsDtype):
     Attributes:
         out_features: Width of ``fused``.
         modalities: Names of the modalities.
-        quality: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype.
-        votes: Buffer ``[M]`` in [0.02, 1], likewise.
+        skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
+            nothing is known.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -94,18 +94,17 @@ class GatedFusion(KeepsDtype):
         >>> yes, no = torch.tensor([[9.0, 0.0]] * 4), torch.tensor([[0.0, 9.0]] * 4)
         >>> gates = fusion([torch.ones(4, 3)] * 3, unimodal=[yes, yes, no]).gates
         >>> [round(gate, 2) for gate in gates[0].tolist()]
-        [0.44, 0.44, 0.12]
+        [0.46, 0.46, 0.08]
     """
 
-    quality: Tensor
-    votes: Tensor
+    skill: Tensor
 
     def __init__(
         self,
         features: Mapping[str, int] | Sequence[int],
         *,
         state: CurriculumState | None = None,
-        disagreement_slope: float = 1.5,
+        disagreement_slope: float = 2.0,
         novelty_slope: float = 2.0,
         threshold: float = 0.05,
         swap: float = 0.0,
@@ -140,8 +139,7 @@ class GatedFusion(KeepsDtype):
             state.settle_modalities(self.modalities)
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
-        self.register_buffer("quality", torch.zeros(len(widths), dtype=torch.float32))
-        self.register_buffer("votes", torch.ones(len(widths), dtype=torch.float32))
+        self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
         self.moments = FeatureMoments(widths) if novelty_slope else None
 
     @override
@@ -177,7 +175,7 @@ class GatedFusion(KeepsDtype):
             logits = _checks.as_list("unimodal", unimodal, self.modalities)
             _checks.check_unimodal(logits, self.modalities, batch, device)
         _checks.check_present(present, (batch, len(streams)), device)
-        _checks.check_device("fusion", self.quality, device)
+        _checks.check_device("fusion", self.skill, device)
         evidence = logits
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
@@ -195,7 +193,7 @@ class GatedFusion(KeepsDtype):
 
         gating = kernels.gate(
             evidence,
-            Trust(self.quality, self.votes),
+            self.skill,
             learnt,
             there,
             chance,
@@ -218,7 +216,7 @@ class GatedFusion(KeepsDtype):
         (state,) = self._state
         if state is None:
             return None
-        _checks.check_device("state", state.quality, self.quality.device)
+        _checks.check_device("state", state.skill, self.skill.device)
         return Learnt(state.log_quality, state.quality, state.skill)
 
     @override

@@ -12,27 +12,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyncim_core.modality import trust
+
 __all__ = ["disagreement", "novelty", "novelty_penalty", "relative_gates", "reliability_gates"]
 
-_QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
 _SHRINKAGE = 1e-2  # share of the mean variance that every direction has at least
 
 
 def disagreement(
-    probs: Tensor, quality: Tensor | None = None, present: Tensor | None = None
+    probs: Tensor, skill: Tensor | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """How much the others, as far as they are sure of something, contradict each modality.
+    """How much the others, as far as they are sure and to be believed, contradict each modality.
 
     The consensus of modality m is the mean prediction of the other present modalities,
-    each weighted by its quality; it takes two, since of two modalities that contradict
+    each weighted by its ``trust``; it takes two, since of two modalities that contradict
     each other nothing tells which is wrong. Half the squared Euclidean distance from it, so
     that the small differences between reliable modalities count for little, times the
-    probability of its likeliest class: a consensus that is unsure contradicts nobody.
+    probability of its likeliest class and the weighted mean of the trust behind it: a
+    consensus that is unsure, or of modalities that are often wrong, contradicts nobody.
     Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
-        quality: Of each modality, ``[M]``, >= 0; all alike when ``None``.
+        skill: Of each modality, ``[M]`` in [0, 1]; all believed alike when ``None`` or 0.
         present: Bool ``[M, B]``; all when ``None``.
 
     Returns:
@@ -45,17 +47,17 @@ def disagreement(
     """
     if present is None:
         present = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device)
-    if quality is None:
-        quality = probs.new_ones(probs.shape[0])
-    weight = torch.where(
-        present, quality.to(probs.dtype).clamp_min(_QUALITY_FLOOR).unsqueeze(1), 0.0
-    )
+    if skill is None:
+        skill = probs.new_zeros(probs.shape[0])
+    weight = torch.where(present, trust(skill.to(probs.dtype)).unsqueeze(1), 0.0)
     weighted = weight.unsqueeze(-1) * torch.where(present.unsqueeze(-1), probs, 0.0)
     comparable = present & (present.sum(dim=0) > 2)
     weight_of_others = torch.where(comparable, _sum_of_others(weight), 1.0)
     consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
+    believed = _sum_of_others(weight.square()) / weight_of_others
     squared = (probs - consensus).square().sum(dim=-1) / 2.0
-    return torch.where(comparable, (squared * consensus.amax(dim=-1)).clamp_max(1.0), 0.0)
+    found = squared * consensus.amax(dim=-1) * believed
+    return torch.where(comparable, found.clamp_max(1.0), 0.0)
 
 
 def reliability_gates(

@@ -29,10 +29,11 @@ __all__ = [
     "quality",
     "redundancy",
     "skill",
+    "trust",
     "votes",
 ]
 
-_LEAST_VOTE = 0.02  # or what is silenced could never learn to be heard
+_LEAST = 0.02  # or what is silenced could never learn to be heard
 
 
 def improvement_ratios(log_quality: Tensor) -> Tensor:
@@ -252,6 +253,25 @@ def skill(hit_rate: Tensor, num_classes: int) -> Tensor:
     return (1.0 - (1.0 - hit_rate) / guessing).clamp(0.0, 1.0)
 
 
+def trust(skill: Tensor) -> Tensor:
+    """How far each head is to be believed: its skill, 0.02 at least.
+
+    Definition chosen here.
+
+    Args:
+        skill: Of any heads, ``[H]`` in [0, 1].
+
+    Returns:
+        ``[H]`` in [0.02, 1]; all 1 when no skill is above 0, as where nothing is held out.
+
+    Example:
+        >>> trust(torch.tensor([0.8, 0.0])), trust(torch.zeros(2))
+        (tensor([0.8000, 0.0200]), tensor([1., 1.]))
+    """
+    known = skill.amax(dim=-1, keepdim=True) > 0.0
+    return torch.where(known, skill.clamp_min(_LEAST), 1.0)
+
+
 def votes(skill: Tensor) -> Tensor:
     """What each modality's word counts in a fusion: less the nearer it is to guessing.
 
@@ -275,22 +295,22 @@ def votes(skill: Tensor) -> Tensor:
     _check_modalities(skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
     share = skill / torch.where(best > 0.0, best, 1.0)
-    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST_VOTE)
+    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
     return torch.where(best > 0.0, counts, 1.0)
 
 
-def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:
-    """How often to swap or drop each modality, relative to the one with least quality.
+def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
+    """How often to swap or drop each modality, relative to the one that errs most.
 
-    ``(min_k q_k + eps) / (q_m + eps)``: a modality that carries the task is left alone.
-    Definition chosen here.
+    ``(1 - s_m + eps) / (1 - min_k s_k + eps)``: a modality that is hardly ever wrong is left
+    alone. Definition chosen here.
 
     Args:
-        quality: Of the modalities (not the fused head), ``[M]`` in [0, 1].
-        eps: Keeps the ratio defined before anything is learnt.
+        skill: Of the modalities (not the fused head), ``[M]`` in [0, 1].
+        eps: Keeps the ratio defined where all are always right.
 
     Returns:
-        ``[M]`` in (0, 1].
+        ``[M]`` in (0, 1]; all 1 when no skill is above 0.
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -299,8 +319,9 @@ def augmentation_rates(quality: Tensor, eps: float = 1e-3) -> Tensor:
         >>> augmentation_rates(torch.tensor([0.8, 0.2]), eps=0.0)
         tensor([0.2500, 1.0000])
     """
-    _check_modalities(quality.shape[-1])
-    return (quality.amin(dim=-1, keepdim=True) + eps) / (quality + eps)
+    _check_modalities(skill.shape[-1])
+    errors = 1.0 - skill + eps
+    return errors / errors.amax(dim=-1, keepdim=True)
 
 
 def _log_ratios(log_quality: Tensor) -> Tensor:

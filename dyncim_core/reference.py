@@ -50,6 +50,7 @@ __all__ = [
     "sample_weights",
     "skill",
     "surprise",
+    "trust",
     "volatility_weights",
     "votes",
 ]
@@ -57,7 +58,6 @@ __all__ = [
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_QUALITY_FLOOR = 1e-3  # keeps the consensus defined when no modality has learnt anything
 _SHRINKAGE = 1e-2  # share of the mean variance that every direction has at least
 
 
@@ -632,6 +632,25 @@ def skill(hit_rate: ArrayLike, num_classes: int) -> Array:
     return np.asarray(np.clip((num_classes * h - 1.0) / (num_classes - 1.0), 0.0, 1.0))
 
 
+def trust(skill: ArrayLike) -> Array:
+    """How far each head is to be believed, ``max(0.02, s_h)``.
+
+    Definition chosen here.
+
+    Args:
+        skill: ``[H]`` in [0, 1].
+
+    Returns:
+        ``[H]`` in [0.02, 1]; all 1 when no skill is above 0.
+
+    Example:
+        >>> trust([0.8, 0.0]).tolist()
+        [0.8, 0.02]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    return np.maximum(0.02, s) if s.max() > 0 else np.ones_like(s)
+
+
 def votes(skill: ArrayLike) -> Array:
     """What each modality's word counts, ``max(0.02, min(1, 2 s_m / max_k s_k)^2)``.
 
@@ -653,17 +672,17 @@ def votes(skill: ArrayLike) -> Array:
     return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
 
 
-def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
-    """How often to swap or drop each modality, ``(min_k q_k + eps) / (q_m + eps)``.
+def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:
+    """How often to swap or drop each modality, ``(1 - s_m + eps) / (1 - min_k s_k + eps)``.
 
     Definition chosen here.
 
     Args:
-        quality: ``[M]`` in [0, 1], of the modalities only.
+        skill: ``[M]`` in [0, 1], of the modalities only.
         eps: > 0.
 
     Returns:
-        ``[M]`` in (0, 1]; 1 for the modality with the least quality.
+        ``[M]`` in (0, 1]; 1 for the modality with the least skill.
 
     Raises:
         ValueError: There is no modality.
@@ -672,25 +691,26 @@ def augmentation_rates(quality: ArrayLike, eps: float = 1e-3) -> Array:
         >>> augmentation_rates([0.75, 0.25], eps=0.25).tolist()
         [0.5, 1.0]
     """
-    q = np.asarray(quality, dtype=np.float64)
-    _require_modalities(q.size)
-    return np.asarray((q.min() + eps) / (q + eps))
+    s = np.asarray(skill, dtype=np.float64)
+    _require_modalities(s.size)
+    return np.asarray((1 - s + eps) / (1 - s.min() + eps))
 
 
 # The gates. Modalities only, ``[M, B]``, and so is ``present``.
 
 
 def disagreement(
-    probs: ArrayLike, quality: ArrayLike | None = None, present: ArrayLike | None = None
+    probs: ArrayLike, skill: ArrayLike | None = None, present: ArrayLike | None = None
 ) -> Array:
-    """How much the others, as far as they are sure of something, contradict each modality.
+    """How much the others, as far as they are sure and to be believed, contradict each modality.
 
-    ``max_c c_m[c] * ||p_m - c_m||_2^2 / 2`` with ``c_m = sum_k q_k p_k / sum_k q_k`` over
-    the present ``k != m``, of which it takes two. Definition chosen here.
+    ``max_c c_m[c] * ||p_m - c_m||_2^2 / 2 * sum_k t_k^2 / sum_k t_k`` with
+    ``c_m = sum_k t_k p_k / sum_k t_k`` over the present ``k != m``, of which it takes two, and
+    their trust t. Definition chosen here.
 
     Args:
         probs: Class probabilities, ``[M, B, C]``.
-        quality: ``[M]``, >= 0, each floored at 1e-3; all 1 when ``None``.
+        skill: ``[M]`` in [0, 1]; all 0 when ``None``.
         present: Bool ``[M, B]``.
 
     Returns:
@@ -704,8 +724,7 @@ def disagreement(
     modalities, batch, _ = p.shape
     mask = _mask(present, (modalities, batch))
     p = np.where(mask[..., None], p, 0.0)
-    q = np.ones(modalities) if quality is None else np.asarray(quality, dtype=np.float64)
-    weight = np.where(mask, np.maximum(q, _QUALITY_FLOOR)[:, None], 0.0)
+    weight = np.where(mask, trust(np.zeros(modalities) if skill is None else skill)[:, None], 0.0)
 
     result = np.zeros((modalities, batch))
     for m in range(modalities):
@@ -713,8 +732,9 @@ def disagreement(
         comparable = mask[m] & (mask[others].sum(axis=0) > 1)
         total = np.where(comparable, weight[others].sum(axis=0), 1.0)
         consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
+        believed = (weight[others] ** 2).sum(axis=0) / total
         squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0
-        result[m] = np.where(comparable, squared * consensus.max(axis=1), 0.0)
+        result[m] = np.where(comparable, squared * consensus.max(axis=1) * believed, 0.0)
     return result
 
 

@@ -18,6 +18,7 @@ from dyncim_core.modality import (
     harmonic_mean_improvement_rate,
     modality_weights,
     redundancy,
+    trust,
 )
 from dyncim_core.signals import SIGNALS, volatility_weights
 
@@ -173,9 +174,10 @@ class CurriculumState(KeepsDtype):
     def suspects(self, k: int | None = None, *, modality: str | int | None = None) -> Suspects:
         """Rank training samples by how wrong they look, from the per-sample memory.
 
-        Without ``modality``, the score is the mean over heads of the average NLL: the
-        samples whose label the model cannot come to agree with, be it that one modality
-        learns it by heart. With one, it is how much that
+        Without ``modality``, the score is the mean over heads of the average NLL, each
+        weighted by the square of its ``trust``: the samples whose label the model cannot come
+        to agree with, be it that a modality with little skill learns it by heart. With one,
+        it is how much that
         modality's NLL exceeds the mean of the other modalities': samples whose input of
         that modality, rather than the label, looks corrupted. Definition chosen here.
 
@@ -207,9 +209,9 @@ class CurriculumState(KeepsDtype):
             raise ValueError(f"k: expected a whole number in [1, {self.num_samples}], got {k!r}")
         nll, visited = self.memory_nll, self.memory_visits > 0
         if modality is None:
-            count = visited.sum(dim=1)
-            score = torch.where(visited, nll, 0.0).sum(dim=1) / count.clamp_min(1)
-            ranked = count > 0
+            weight = torch.where(visited, trust(self.skill).square(), 0.0)
+            ranked = visited.any(dim=1)
+            score = (weight * nll).sum(dim=1) / torch.where(ranked, weight.sum(dim=1), 1.0)
         else:
             head = 1 + self._position(modality)
             others = visited[:, 1:].clone()

@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels, redundancy
 from dyncim_core import reference as ref
-from dyncim_core.kernels.interface import Gate, Trust
+from dyncim_core.kernels.interface import Gate
 
 NAMES = ["audio", "image", "text"]
 WIDTHS = {"audio": 3, "image": 5, "text": 2}
@@ -42,7 +43,7 @@ def test_without_logits_it_is_plain_concatenation() -> None:
 
 def test_gates_are_those_of_the_reference() -> None:
     fusion = still(threshold=0.1)
-    fusion.quality.copy_(torch.tensor([0.5, 0.9, 0.05]))
+    fusion.skill.copy_(torch.tensor([0.5, 0.9, 0.45]))
     features, unimodal = inputs()
     present = torch.ones(9, 3, dtype=torch.bool)
     present[2, 0] = present[5, 1:] = present[7] = False
@@ -50,8 +51,8 @@ def test_gates_are_those_of_the_reference() -> None:
     rows = [unimodal[name].double() for name in NAMES]
     probs = torch.stack(rows).softmax(dim=-1).numpy()
     mask = present.t().numpy()
-    apart = ref.disagreement(probs, [0.5, 0.9, 0.05], mask)
-    expected = ref.reliability_gates(-1.5 * apart, mask, 0.1)
+    apart = ref.disagreement(probs, [0.5, 0.9, 0.45], mask)
+    expected = ref.reliability_gates(-2.0 * apart, mask, 0.1)
     assert_allclose(gates.detach(), expected.T, rtol=1e-4, atol=1e-6)
     largest = gates.amax(dim=1, keepdim=True).clamp_min(1e-30)
     scale = (gates / largest).split(1, dim=1)
@@ -173,7 +174,8 @@ def test_dropout_drops_one_modality() -> None:
 
 def test_the_better_modality_is_disturbed_less() -> None:
     state = CurriculumState(2)
-    state.quality.copy_(torch.tensor([0.9, 0.8, 0.2]))
+    state.quality[0] = 0.9
+    state.skill.copy_(torch.tensor([0.9, 0.85, 0.4]))
     state.log_quality.copy_(torch.tensor([-0.2, -0.2, -1.0]))  # fusion adds nothing to the first
     fusion = GatedFusion([1, 1], state=state, swap=0.0, dropout=0.8)
     dropped = rows_of(fusion)[1] == 0
@@ -211,24 +213,23 @@ def test_evaluation_disturbs_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_qualities_are_read_in_training_and_kept_for_inference() -> None:
+def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
     fusion = GatedFusion(WIDTHS, state=criterion.state)
-    criterion.state.quality.copy_(torch.tensor([0.9, 0.5, 0.6, 0.7]))
+    criterion.state.skill.copy_(torch.tensor([0.9, 0.5, 0.6, 0.7]))
     before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
-    assert_allclose(fusion.quality, [0.5, 0.6, 0.7])
+    assert_allclose(fusion.skill, [0.5, 0.6, 0.7])
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert {name.partition(".")[0] for name in fusion.state_dict()} == {
         "moments",
-        "quality",
-        "votes",
+        "skill",
     }
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
-    criterion.state.quality.zero_()
+    criterion.state.skill.zero_()
     expected = fusion.eval()(features, unimodal=unimodal)
     assert torch.equal(alone(features, unimodal=unimodal).gates, expected.gates)
 
@@ -438,7 +439,6 @@ def test_a_gradient_has_a_gradient(backend: str) -> None:
 def test_a_swapped_row_gets_the_gradient(backend: str) -> None:
     torch.manual_seed(0)
     fusion = GatedFusion([2, 3], swap=1.0, dropout=0.0, backend=backend)
-    fusion.quality.fill_(0.5)
     features = [torch.randn(50, width, requires_grad=True) for width in (2, 3)]
     unimodal = [torch.randn(50, 4, requires_grad=True) for _ in features]
     fused, gates, logits = fusion(features, unimodal=unimodal)
@@ -511,32 +511,39 @@ def test_compiled_gradients_are_those_of_the_kernels() -> None:
 @each_backend
 def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> None:
     fusion = still(backend=backend, threshold=0.2, disagreement_slope=3.0, novelty_slope=0.0)
-    fusion.votes.copy_(torch.tensor([1.0, 0.02, 1.0]))
+    fusion.skill.copy_(torch.tensor([1.0, 0.0, 0.0]))
     features, unimodal = inputs(1)
     agreed = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
     unimodal = {"audio": agreed, "image": agreed, "text": agreed.flip(1)}
     gates = fusion.eval()(features, unimodal=unimodal).gates
-    assert_allclose(gates, [[1 / 1.02, 0.02 / 1.02, 0.0]], rtol=1e-4)
     rows = list(unimodal.values())
+    probs = torch.stack(rows).double().softmax(dim=-1).numpy()
+    evidence = -3.0 * ref.disagreement(probs, [1.0, 0.0, 0.0])
+    assert ref.reliability_gates(evidence)[2] < 0.2  # which cuts the last
+    evidence += np.array([[0.0], [math.log(0.02)], [-math.inf]])
+    assert_allclose(gates, ref.reliability_gates(evidence).T, rtol=1e-4)
     kernel = kernels.select(backend, rows)
     penalty = torch.tensor([[2.0], [0.0], [0.0]])
-    trust, settings = Trust(fusion.quality, fusion.votes), Gate(3.0, 0.2, 0.0, 0.0)
-    found = kernel.gate(rows, trust, None, None, None, penalty, settings)
-    expected = ref.reliability_gates([[-2.0], [math.log(0.02)], [-math.inf]])
+    settings = Gate(3.0, 0.2, 0.0, 0.0)
+    found = kernel.gate(rows, fusion.skill, None, None, None, penalty, settings)
+    expected = ref.reliability_gates(evidence - penalty.numpy())
     assert_allclose(found.gates, expected, rtol=1e-4)
     assert_allclose(found.scale, ref.relative_gates(expected), rtol=1e-4)
 
 
 @each_backend
-def test_what_a_state_has_learnt_is_that_of_the_reference(backend: str) -> None:
+def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     state = CurriculumState(NAMES)
     state.skill.copy_(torch.tensor([0.9, 0.8, 0.3, 0.0]))
-    state.quality.copy_(torch.tensor([0.9, 0.5, 0.6, 0.7]))
     features, unimodal = inputs()
-    fusion = GatedFusion(WIDTHS, state=state, backend=backend)
-    fusion(features, unimodal=unimodal)
-    assert_allclose(fusion.votes, ref.votes([0.8, 0.3, 0.0]), rtol=1e-6)
-    assert torch.equal(fusion.quality, state.quality[1:])
+    fusion = GatedFusion(WIDTHS, state=state, dropout=0.0, threshold=0.0, backend=backend)
+    gates = fusion(features, unimodal=unimodal).gates
+    assert torch.equal(fusion.skill, state.skill[1:])
+    probs = torch.stack([x.double() for x in unimodal.values()]).softmax(dim=-1)
+    apart = ref.disagreement(probs.detach().numpy(), [0.8, 0.3, 0.0])
+    votes = np.log(ref.votes([0.8, 0.3, 0.0]))[:, None]
+    expected = ref.reliability_gates(-2.0 * apart + votes)
+    assert_allclose(gates, expected.T, rtol=1e-4, atol=1e-6)
 
 
 def test_what_it_keeps_stays_in_float32() -> None:
@@ -546,4 +553,4 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion = still()
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
-    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["quality", "votes"]
+    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill"]

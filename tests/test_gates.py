@@ -45,10 +45,10 @@ all_dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
 class Panel(NamedTuple):
-    """Predictions ``[M, B, C]``, NaN where absent, qualities ``[M]`` and the mask ``[M, B]``."""
+    """Predictions ``[M, B, C]``, NaN where absent, skills ``[M]`` and the mask ``[M, B]``."""
 
     probs: Array
-    quality: Array | None
+    skill: Array | None
     present: Mask | None
 
 
@@ -57,8 +57,8 @@ def panels(draw: st.DrawFn, min_modalities: int = 1) -> Panel:
     modalities, batch = draw(st.integers(min_modalities, 8)), draw(batch_sizes)
     present = draw(presence(modalities, batch))
     probs = with_nan(draw(probabilities(modalities, batch, draw(class_counts))), present)
-    quality = draw(st.none() | arrays(modalities, st.sampled_from([0.0, 1.0]) | reals(0, 1)))
-    return Panel(probs, quality, present)
+    skill = draw(st.none() | arrays(modalities, st.sampled_from([0.0, 1.0]) | reals(0, 1)))
+    return Panel(probs, skill, present)
 
 
 def measured(case: Panel, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -139,8 +139,12 @@ def test_disagreement_ignores_absent_entries(case: Panel, filler: float) -> None
         assert torch.equal(measured(case), measured(case._replace(probs=filled)))
     for i in range(case.probs.shape[1]):
         kept = slice(None) if case.present is None else case.present[:, i]
-        weights = None if case.quality is None else case.quality[kept]
-        alone = measured(Panel(case.probs[kept][:, [i]], weights, None))
+        if not len(case.probs[kept]):
+            continue
+        skill = None
+        if case.skill is not None and case.skill.any():  # who is there may have none
+            skill = np.maximum(case.skill, 0.02)[kept]
+        alone = measured(Panel(case.probs[kept][:, [i]], skill, None))
         assert_allclose(alone[:, 0], measured(case)[kept, i], rtol=1e-9, atol=1e-12)
 
 
@@ -162,39 +166,44 @@ def test_modalities_that_agree_do_not_disagree(shared: Array, quality: Array) ->
 
 
 @given(panels(min_modalities=2), reals(0.25, 1))
-def test_the_scale_of_the_qualities_does_not_matter(case: Panel, scale: float) -> None:
-    quality = 0.5 * np.ones(len(case.probs)) if case.quality is None else 0.01 + case.quality
-    same = measured(case._replace(quality=scale * quality))
-    assert_allclose(same, measured(case._replace(quality=quality)), rtol=1e-9, atol=1e-12)
+def test_others_contradict_as_far_as_they_have_skill(case: Panel, scale: float) -> None:
+    skill = np.ones(len(case.probs)) if case.skill is None else 0.1 + 0.9 * case.skill
+    less = measured(case._replace(skill=scale * skill))
+    whole = measured(case._replace(skill=skill))
+    assert_allclose(less, scale * whole, rtol=1e-9, atol=1e-12)
 
 
-@given(panels(), reals(2**-7, 1))
-def test_no_quality_is_any_uniform_quality(case: Panel, level: float) -> None:
-    uniform = measured(case._replace(quality=np.full(len(case.probs), level)))
-    assert_allclose(measured(case._replace(quality=None)), uniform, rtol=1e-9, atol=1e-12)
+@given(panels(), st.sampled_from([0.0, 1.0]))
+def test_no_skill_known_is_all_the_skill(case: Panel, level: float) -> None:
+    uniform = measured(case._replace(skill=np.full(len(case.probs), level)))
+    assert_allclose(measured(case._replace(skill=None)), uniform, rtol=1e-9, atol=1e-12)
 
 
 @given(st.integers(2, 6).flatmap(lambda c: probabilities(3, 3, c)), arrays(3, reals(0, 1)))
-def test_two_modalities_outvote_nobody(probs: Array, quality: Array) -> None:
-    assert not measured(Panel(probs[:2], quality[:2], None)).any()
+def test_two_modalities_outvote_nobody(probs: Array, skill: Array) -> None:
+    assert not measured(Panel(probs[:2], skill[:2], None)).any()
     present = np.ones((3, 3), dtype=bool)
     present[1] = False
-    assert not measured(Panel(probs, quality, present)).any()
+    assert not measured(Panel(probs, skill, present)).any()
 
 
 @given(st.integers(2, 6).flatmap(lambda c: probabilities(2, 3, c)), arrays(3, reals(0, 1)))
-def test_two_that_agree_are_a_consensus_at_any_quality(probs: Array, quality: Array) -> None:
+def test_two_that_agree_are_a_consensus_as_far_as_they_have_skill(
+    probs: Array, skill: Array
+) -> None:
     both, odd = probs
-    apart = measured(Panel(np.stack([both, both, odd]), quality, None))
+    apart = measured(Panel(np.stack([both, both, odd]), skill, None))
     squared = np.square(both - odd).sum(axis=-1) / 2
-    assert_allclose(apart[2], squared * both.max(axis=-1), rtol=1e-9, atol=1e-12)
+    trust = ref.trust(skill)[:2]
+    behind = (trust**2).sum() / trust.sum()
+    assert_allclose(apart[2], squared * both.max(axis=-1) * behind, rtol=1e-9, atol=1e-12)
 
 
 def test_the_better_modality_carries_the_consensus() -> None:
-    """What the first and third hear from the others changes with quality, alone it would not."""
+    """What the first and third hear from the others changes with skill, alone it would not."""
     probs = np.array([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
-    apart = measured(Panel(probs, np.array([1.0, 3.0, 1.0]), None))
-    assert_allclose(apart[:, 0], [0.0625 * 0.75, 0.25 * 0.5, 1.0], rtol=1e-12)
+    apart = measured(Panel(probs, np.array([0.3, 0.9, 0.3]), None))
+    assert_allclose(apart[:, 0], [0.0625 * 0.75 * 0.75, 0.25 * 0.5 * 0.3, 0.75], rtol=1e-12)
     alike = measured(Panel(probs, None, None))
     assert_allclose(alike[:, 0], [0.25 * 0.5, 0.25 * 0.5, 1.0], rtol=1e-12)
 
@@ -214,7 +223,7 @@ def test_one_good_modality_does_not_drown_the_consensus_of_the_rest(dtype: torch
     """
     probs = np.array([[[0.5, 0.5]], [[1.0, 0.0]], [[1.0, 0.0]]])
     apart = measured(Panel(probs, np.array([1.0, 0.0, 0.0]), None), dtype)
-    assert_allclose(upcast(apart)[0, 0], 0.25, rtol=TOLERANCES[dtype])
+    assert_allclose(upcast(apart)[0, 0], 0.25 * 0.02, rtol=TOLERANCES[dtype])
 
 
 # Gates.

@@ -26,6 +26,7 @@ from dyncim_core.modality import (
     quality,
     redundancy,
     skill,
+    trust,
     votes,
 )
 
@@ -436,6 +437,15 @@ def test_skill_is_what_guessing_does_not_explain(hits: Array, classes: int) -> N
     if classes > 1:
         assert (found[hits <= 1 / classes] < 1e-12).all()
         assert_allclose(skill(torch.ones(1), classes), 1.0)
+
+
+@given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))
+def test_trust_is_the_skill_or_whole_where_none_is_known(skills: Array) -> None:
+    found = trust(to_torch(skills)).numpy()
+    assert_allclose(found, ref.trust(skills), rtol=1e-12)
+    assert found.min() >= 0.02
+    assert (found[skills > 0.02] == skills[skills > 0.02]).all()
+    assert skills.any() or (found == 1).all()
 
 
 @given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))

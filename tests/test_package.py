@@ -32,7 +32,8 @@ MODULES = sorted(
 NATIVE = "dyncim_core.kernels._native"  # C
 LAYERS = (
     ("_units", "_checks", "_buffers", "kernels.interface", "kernels._native", "reference"),
-    ("signals", "modality", "gates"),
+    ("signals", "modality"),
+    ("gates",),
     ("kernels.eager",),
     ("kernels.native", "kernels.triton"),
     ("kernels",),

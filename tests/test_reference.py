@@ -284,35 +284,43 @@ def test_quality() -> None:
 
 
 def test_augmentation_rates() -> None:
-    rates = ref.augmentation_rates([0.7, 0.1, 0.3], eps=0.1)
+    rates = ref.augmentation_rates([0.9, 0.3, 0.7], eps=0.1)
     assert_allclose(rates, [0.25, 1.0, 0.5], rtol=1e-14)
     assert ref.augmentation_rates([0.0, 0.0]).tolist() == [1.0, 1.0]
-    assert_allclose(ref.augmentation_rates([0.0, 0.999]), [1.0, 1e-3], rtol=1e-14)
+    assert_allclose(ref.augmentation_rates([0.0, 1.0]), [1.0, 1e-3 / 1.001], rtol=1e-14)
+
+
+def test_trust() -> None:
+    assert ref.trust([0.5, 0.01, 0.0]).tolist() == [0.5, 0.02, 0.02]
+    assert ref.trust([0.0, 0.0]).tolist() == [1.0, 1.0]
 
 
 def test_disagreement() -> None:
     a, b, c = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
-    # Against the consensus of the others, at qualities 1, 3 and 1:
+    # Against the consensus of the others, at skills 0.25, 0.75 and 0.25:
     # (1/8, 7/8), (3/4, 1/4) and (1/4, 3/4).
-    out = ref.disagreement([[a], [b], [c]], quality=[1.0, 3.0, 1.0])
+    skill = [0.25, 0.75, 0.25]
+    out = ref.disagreement([[a], [b], [c]], skill)
     sure = [7 / 8, 3 / 4, 3 / 4]
-    expected = [[0.765625 * sure[0]], [0.5625 * sure[1]], [0.0625 * sure[2]]]
+    behind = [0.625, 0.25, 0.625]
+    apart = [0.765625, 0.5625, 0.0625]
+    expected = [[x * y * z] for x, y, z in zip(apart, sure, behind, strict=True)]
     assert_allclose(out, expected, rtol=1e-14)
     # A second sample without the last modality, a third with the first alone: no consensus.
     probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
     present = [[True, True, True], [True, True, False], [True, False, False]]
-    out = ref.disagreement(probs, [1.0, 3.0, 1.0], present)
+    out = ref.disagreement(probs, skill, present)
     expected = [[*row, 0.0, 0.0] for row in expected]
     assert_allclose(out, expected, rtol=1e-14)
 
 
-def test_disagreement_floors_the_qualities() -> None:
-    # Qualities 0 and 0 count as 1e-3 each: the consensus is (1/2, 1/2).
-    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 0.0])
-    assert_allclose(out[0], [0.25 * 0.5], rtol=1e-14)
-    # 1e-3 against 3e-3: (1/4, 3/4).
-    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], quality=[1.0, 0.0, 3e-3])
-    assert_allclose(out[0], [0.5625 * 0.75], rtol=1e-14)
+def test_disagreement_floors_the_skills() -> None:
+    # Skills 0 and 0 count as 0.02 each: the consensus is (1/2, 1/2).
+    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], [1.0, 0.0, 0.0])
+    assert_allclose(out[0], [0.25 * 0.5 * 0.02], rtol=1e-14)
+    # 0.02 against 0.06: (1/4, 3/4), with 0.05 behind it.
+    out = ref.disagreement([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]], [1.0, 0.0, 0.06])
+    assert_allclose(out[0], [0.5625 * 0.75 * 0.05], rtol=1e-13)
 
 
 def test_reliability_gates() -> None:

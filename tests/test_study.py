@@ -306,6 +306,7 @@ class TestDynCIM:
         if quality is None:
             quality = torch.tensor([0.83, 0.7, 0.87, 0.17])
         method.state.quality.copy_(quality)
+        method.state.skill.copy_(torch.tensor([0.8, 0.7, 0.6, 0.1]))
         return method
 
     @staticmethod
@@ -325,7 +326,7 @@ class TestDynCIM:
     @staticmethod
     def spread(share: float, state: dyncim_core.CurriculumState) -> list[float]:
         """What each modality misses where each is picked alike, the better less often."""
-        return (share / 3 * dyncim_core.augmentation_rates(state.quality[1:])).tolist()
+        return (share / 3 * dyncim_core.augmentation_rates(state.skill[1:])).tolist()
 
     def test_the_whole_drops_by_redundancy(self) -> None:
         method = self.learnt("dyncim")
@@ -339,7 +340,8 @@ class TestDynCIM:
     def test_constant_dropout_does_not_follow_redundancy(self) -> None:
         method = self.learnt("dyncim/constant-dropout")
         assert self.missing(method) == pytest.approx(self.spread(0.25, method.state), abs=0.004)
-        nothing = self.learnt("dyncim/constant-dropout", torch.zeros(4))
+        nothing = self.learnt("dyncim/constant-dropout")
+        nothing.state.skill.zero_()
         assert self.missing(nothing) == pytest.approx([0.25 / 3] * 3, abs=0.004)
         assert max(self.missing(self.learnt("dyncim", torch.zeros(4)))) == 0
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Settings, Trust
+from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Settings
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -384,7 +384,6 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         c.logits[0][6] = math.nan
     modalities, generator = len(c.logits), torch.Generator().manual_seed(0)
     chance = learnt = penalty = None
-    kept = Trust(torch.linspace(0.0, 0.9, modalities), torch.linspace(1.0, 0.02, modalities))
     if swap or dropout:
         chance = torch.rand(3, 21, generator=generator).to(DEVICE)
         quality = torch.linspace(0.9, 0.1, 1 + modalities, device=DEVICE)
@@ -392,13 +391,12 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)
-    trusts = [Trust(*(x.clone().to(DEVICE) for x in kept)) for _ in range(2)]
+    kept = [torch.linspace(0.0, 0.9, modalities, device=DEVICE) for _ in range(2)]
     ours, theirs = (
-        b.gate(c.logits, trust, learnt, c.present, chance, penalty, settings)
-        for b, trust in zip((kernel, eager), trusts, strict=True)
+        b.gate(c.logits, skill, learnt, c.present, chance, penalty, settings)
+        for b, skill in zip((kernel, eager), kept, strict=True)
     )
-    for x, y in zip(*trusts, strict=True):
-        assert torch.equal(x, y)
+    assert torch.equal(*kept)
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
     close(ours.gates, theirs.gates)
@@ -467,7 +465,7 @@ JITFunction.run = compile_only
 
 from dyncim_core import CurriculumState
 from dyncim_core.kernels import triton as kernel
-from dyncim_core.kernels.interface import Criterion, Gate, Settings, Trust
+from dyncim_core.kernels.interface import Criterion, Gate, Settings
 
 target, present = torch.zeros(4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
 logits = [torch.zeros(4, 40), torch.zeros(4, 40).bfloat16(), torch.zeros(4, 40).half()]
@@ -482,9 +480,8 @@ for criterion, mask, memory, known, chance in (
     joint = kernel.curriculum(logits, mask, criterion, state.averages(), memory, settings)
     args = torch.ones(()), joint.coefficient, joint.normaliser, logits, criterion
     kernel.gradients(*args, mask is not None)
-    trust = Trust(torch.ones(3), torch.ones(3))
     penalty = None if chance is None else torch.ones(3, 4)
-    kernel.gate(logits, trust, None, mask, chance, penalty, Gate(1.5, 0.05, 0.1, 0.1))
+    kernel.gate(logits, torch.ones(3), None, mask, chance, penalty, Gate(1.5, 0.05, 0.1, 0.1))
 settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
 kernel.curriculum(
     logits, None, Criterion(target), state.averages(), state.memory(target), settings

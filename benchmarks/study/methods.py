@@ -437,8 +437,8 @@ def no_gate(state: CurriculumState) -> Fusion:
     return Concatenation
 
 
-def no_votes(state: CurriculumState) -> Fusion:
-    """Ablation: every modality's word counts alike, whatever its skill."""
+def no_skill(state: CurriculumState) -> Fusion:
+    """Ablation: the fusion takes all modalities alike, whatever their skill."""
     return partial(Unskilled, state=state)
 
 
@@ -550,7 +550,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),
-    "dyncim/no-votes": Entry(partial(DynCIM, gate=no_votes)),
+    "dyncim/no-skill": Entry(partial(DynCIM, gate=no_skill)),
     "dyncim/no-held-out": Entry(partial(DynCIM, held_out=0.0)),
     "dyncim/constant-strength": Entry(partial(DynCIM, label_noise=1.0)),
     "dyncim/deviation-alone": Entry(partial(OneSignal, signal=0)),

@@ -148,7 +148,7 @@ class Unskilled(Gated):
 class GatedUnderShare(Gated):
     """``Gated`` whose dropout is done in front of the gates: at a ``share`` of the samples.
 
-    As in the toolkit, the picked modality is missed the less often the more quality it has.
+    As in the toolkit, the picked modality is missed the less often the less it errs.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class GatedUnderShare(Gated):
     def draw(self, size: int) -> Tensor:
         """Mask of what is present, bool ``[size, modalities]``."""
         (state,) = self._state
-        rates = self.share(state) * augmentation_rates(state.quality[1:])
+        rates = self.share(state) * augmentation_rates(state.skill[1:])
         pick, event, _ = torch.rand((3, size))  # as the toolkit does
         picked = torch.arange(len(rates)) == (pick * len(rates)).long().unsqueeze(1)
         present: Tensor = ~picked | (event.unsqueeze(1) < 1.0 - rates)

@@ -576,30 +576,31 @@ typedef struct {
 
 /* Of each modality, [M]. */
 typedef struct {
-    double quality[MAX_HEADS], log_votes[MAX_HEADS];
+    double believed[MAX_HEADS], log_votes[MAX_HEADS];
     double rates[MAX_HEADS]; /* how often it is disturbed */
 } Trust;
 
-/* From what a fusion has kept; or from what its state, if not NULL, has learnt: log quality,
- * quality and skill, [M + 1]. */
-static void trust_in(int64_t modalities, float *const kept[2], float *const learnt[3], Trust *t) {
-    const double eps = 1e-3, least_vote = 0.02;
+/* From the skill that a fusion has kept; `learnt`, if not NULL, is what its state has of all heads,
+ * [M + 1]: log quality and quality. */
+static void trust_in(int64_t modalities, const float *skill, float *const *learnt, Trust *t) {
+    const double eps = 1e-3, least = 0.02;
     double worst = INFINITY, best = 0.0, share = 1.0;
     if (learnt)
         share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
     for (int64_t m = 0; m < modalities; m++) {
-        t->quality[m] = learnt ? learnt[1][1 + m] : kept[0][m];
-        worst = t->quality[m] < worst ? t->quality[m] : worst;
-        if (learnt && learnt[2][1 + m] > best) best = learnt[2][1 + m];
+        worst = skill[m] < worst ? skill[m] : worst;
+        best = skill[m] > best ? skill[m] : best;
     }
     for (int64_t m = 0; m < modalities; m++) {
-        double vote = learnt ? 1.0 : kept[1][m];
+        double vote = 1.0;
+        t->believed[m] = 1.0;
         if (best > 0.0) {
-            vote = clamp(2.0 * learnt[2][1 + m] / best, 0.0, 1.0);
-            vote = vote * vote > least_vote ? vote * vote : least_vote;
+            t->believed[m] = skill[m] > least ? skill[m] : least;
+            vote = clamp(2.0 * skill[m] / best, 0.0, 1.0);
+            vote = vote * vote > least ? vote * vote : least;
         }
         t->log_votes[m] = log(vote);
-        t->rates[m] = share * (worst + eps) / (t->quality[m] + eps);
+        t->rates[m] = share * (1.0 - skill[m] + eps) / (1.0 - worst + eps);
     }
 }
 
@@ -640,7 +641,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
         int64_t count = 0;
         for (int64_t m = 0; m < M; m++) {
             int here = available ? available[m * B + i] : 1;
-            weight[m] = !here ? 0.0 : t->quality[m] > 1e-3 ? t->quality[m] : 1e-3;
+            weight[m] = here ? t->believed[m] : 0.0;
             count += here;
         }
         for (int64_t m = 0; count > 2 && m < M; m++) {
@@ -656,11 +657,15 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
         for (int64_t m = 0; m < M; m++) {
             if (weight[m] == 0.0) continue;
             float others[MAX_HEADS];
-            double sum = 0.0;
-            for (int64_t k = 0; k < M; k++) sum += k == m ? 0.0 : weight[k];
+            double sum = 0.0, squares = 0.0, found = 0.0;
+            for (int64_t k = 0; k < M; k++) {
+                sum += k == m ? 0.0 : weight[k];
+                squares += k == m ? 0.0 : weight[k] * weight[k];
+            }
             for (int64_t k = 0; k < M; k++) others[k] = (float)(weight[k] / sum);
-            double found =
-                count > 2 ? rows_of.contradiction(probs, padded, M, m, others, p->classes) : 0.0;
+            if (count > 2)
+                found = rows_of.contradiction(probs, padded, M, m, others, p->classes) *
+                        (squares / sum);
             evidence[m] = -o->slope * found;
             top = evidence[m] > top ? evidence[m] : top;
         }
@@ -981,8 +986,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (!arguments_are(count, PROBLEM_ARGUMENTS + 9)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    float *kept[2], *learnt[3];
-    addresses(args[0], kept);
+    float *skill = address(args[0]), *learnt[MAX_HEADS];
     if (args[1] != Py_None) addresses(args[1], learnt);
     const float *penalty = address(args[3]);
     Disturbance d = {address(args[2]), address(args[4]), address(args[5])};
@@ -991,16 +995,13 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[6], k));
     float *gates = address(args[7]), *scale = address(args[8]);
     if (PyErr_Occurred()) return NULL;
+    const float *now = args[1] == Py_None ? skill : learnt[2] + 1;
     Trust t;
-    trust_in(p.heads, kept, args[1] == Py_None ? NULL : learnt, &t);
+    trust_in(p.heads, now, args[1] == Py_None ? NULL : learnt, &t);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = gate(&p, &o, &d, &t, penalty, gates, scale);
-    if (args[1] != Py_None && p.start == 0)
-        for (int64_t m = 0; m < p.heads; m++) {
-            kept[0][m] = (float)t.quality[m];
-            kept[1][m] = (float)exp(t.log_votes[m]);
-        }
+    if (now != skill && p.start == 0) memcpy(skill, now, (size_t)p.heads * sizeof *skill);
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }

@@ -23,7 +23,6 @@ from dyncim_core.kernels.interface import (
     Normaliser,
     Settings,
     Statistics,
-    Trust,
 )
 from dyncim_core.modality import (
     augmentation_rates,
@@ -60,7 +59,6 @@ __all__ = [
     "recall",
     "statistics",
     "take_in",
-    "take_up",
     "unmix",
     "weigh",
 ]
@@ -384,7 +382,7 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    trust: Trust,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -393,10 +391,10 @@ def gate(
 ) -> Gating:
     """Gates of the modalities from their logits, times their votes."""
     if learnt is not None:
-        take_up(learnt, trust)
+        skill.copy_(learnt.skill[1:])
     source = None
     if chance is not None:
-        rates = disturbance_rates(learnt, trust).unsqueeze(1)
+        rates = disturbance_rates(learnt, skill).unsqueeze(1)
         source, available = _disturb(chance, rates, available, settings)
         if settings.swap:
             logits = [x[rows] for x, rows in zip(logits, source, strict=True)]
@@ -404,12 +402,12 @@ def gate(
             source = None
     if len(logits) > 2:
         probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
-        conflict = disagreement(probs, trust.quality, available)
+        conflict = disagreement(probs, skill, available)
     else:  # nobody is outvoted
-        conflict = trust.quality.new_zeros((len(logits), len(logits[0])))
+        conflict = skill.new_zeros((len(logits), len(logits[0])))
     evidence = -settings.disagreement_slope * conflict
     kept = reliability_gates(evidence, available, settings.threshold) > 0
-    evidence = evidence + trust.votes.log().unsqueeze(1)
+    evidence = evidence + votes(skill).log().unsqueeze(1)
     if penalty is not None:
         evidence = evidence - penalty
     gates = reliability_gates(evidence, kept)
@@ -417,16 +415,9 @@ def gate(
 
 
 @torch.no_grad()
-def take_up(learnt: Learnt, trust: Trust) -> None:
-    """Trust the modalities as far as a state has learnt of them by now."""
-    trust.quality.copy_(learnt.quality[1:])
-    trust.votes.copy_(votes(learnt.skill[1:]))
-
-
-@torch.no_grad()
-def disturbance_rates(learnt: Learnt | None, trust: Trust) -> Tensor:
+def disturbance_rates(learnt: Learnt | None, skill: Tensor) -> Tensor:
     """How often a modality is hit if picked, ``[M]``, as a share of swap and dropout."""
-    rates = augmentation_rates(trust.quality)
+    rates = augmentation_rates(skill)
     if learnt is None:
         return rates
     return redundancy(learnt.log_quality, learnt.quality[0]) * rates

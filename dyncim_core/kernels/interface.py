@@ -21,7 +21,6 @@ __all__ = [
     "Normaliser",
     "Settings",
     "Statistics",
-    "Trust",
 ]
 
 
@@ -130,13 +129,6 @@ class Learnt(NamedTuple):
     skill: Tensor
 
 
-class Trust(NamedTuple):
-    """What a fusion keeps of its modalities, ``[M]``, updated in place from a ``Learnt``."""
-
-    quality: Tensor
-    votes: Tensor
-
-
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
@@ -215,7 +207,7 @@ class Kernels(Protocol):
     def gate(
         self,
         logits: Sequence[Tensor],
-        trust: Trust,
+        skill: Tensor,
         learnt: Learnt | None,
         available: Tensor | None,
         chance: Tensor | None,
@@ -224,8 +216,9 @@ class Kernels(Protocol):
     ) -> Gating:
         """Gates of the modalities from their logits, times their votes.
 
-        ``learnt`` is taken up first. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops
-        one modality of some samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
+        What a fusion keeps of its modalities' ``skill``, ``[M]``, takes up ``learnt`` first.
+        ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops one modality of some samples;
+        ``penalty``, ``[M, B]``, comes off the gates' logits.
         """
 
     def mix(

@@ -26,7 +26,6 @@ from dyncim_core.kernels.interface import (
     Normaliser,
     Settings,
     Statistics,
-    Trust,
 )
 
 __all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
@@ -146,7 +145,7 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    trust: Trust,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -168,8 +167,8 @@ def gate(
     _in_parts(
         _native.gate,
         problem,
-        (trust, learnt, available, source, chance, penalty, gates, scale),
-        [*map(_address, trust)],
+        (skill, learnt, available, source, chance, penalty, gates, scale),
+        skill.data_ptr(),
         None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
         0 if penalty is None else penalty.data_ptr(),

@@ -20,7 +20,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import per_log_classes
-from dyncim_core.kernels.eager import disturbance_rates, mix, observe, take_up, unmix
+from dyncim_core.kernels.eager import disturbance_rates, mix, observe, unmix
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -32,7 +32,6 @@ from dyncim_core.kernels.interface import (
     Normaliser,
     Settings,
     Statistics,
-    Trust,
 )
 
 __all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
@@ -164,7 +163,7 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    trust: Trust,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -174,10 +173,10 @@ def gate(
     """Gates of the modalities from their logits, times their votes."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
-    shape, like = (len(logits), batch), trust.quality
+    shape, like = (len(logits), batch), skill
     if learnt is not None:
-        take_up(learnt, trust)
-    rates = None if chance is None else disturbance_rates(learnt, trust)
+        skill.copy_(learnt.skill[1:])
+    rates = None if chance is None else disturbance_rates(learnt, skill)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
@@ -189,7 +188,7 @@ def gate(
         _gate[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
-            trust,
+            skill,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
             rates,
@@ -230,6 +229,7 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
     return {"group": group, "lanes": lanes, "num_warps": group * lanes // 32, **_OPTIONS}
 
 
+_LEAST = tl.constexpr(0.02)  # trust and vote
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -776,7 +776,7 @@ def _modality_coefficients(ratio: tl.tensor, head: tl.tensor, count: tl.constexp
 def _gate(
     logits: tl.tuple,
     strides: tl.tuple,
-    trust: tl.tuple,
+    skill: tl.tensor,
     available: tl.tensor,
     chance: tl.tensor,
     rates: tl.tensor,
@@ -797,6 +797,10 @@ def _gate(
     for m in tl.static_range(count):
         number += _has(available, m * batch + i, inside).to(tl.int32)
 
+    best = tl.load(skill)
+    for m in tl.static_range(count):
+        best = tl.maximum(best, tl.load(skill + m))
+
     present: tl.tuple = ()
     rows: tl.tuple = ()
     weights: tl.tuple = ()
@@ -804,7 +808,7 @@ def _gate(
     for m in tl.static_range(count):
         here = _has(available, m * batch + i, inside)
         row = i
-        q = tl.load(trust.quality + m)
+        believed = tl.where(best > 0, tl.maximum(tl.load(skill + m), _LEAST), 1.0)
         if chance is not None:
             pick = tl.load(chance + i, mask=inside, other=0.0)
             event = tl.load(chance + batch + i, mask=inside, other=0.0)
@@ -821,7 +825,7 @@ def _gate(
             tl.store(found.available + m * batch + i, here, mask=inside)
         present += (here,)
         rows += (row,)
-        weights += (tl.where(here, tl.maximum(q, 1e-3), 0.0),)
+        weights += (tl.where(here, believed, 0.0),)
         number_left += here.to(tl.int32)
 
     reach = classes
@@ -842,17 +846,21 @@ def _gate(
         softmaxes = updated
     normalisers: tl.tuple = ()
     per_weight: tl.tuple = ()
+    behind: tl.tuple = ()
     conflicts: tl.tuple = ()
     for m in tl.static_range(count):
         tops, total = softmaxes[m]
         top = tl.max(tops, 1)
         total = tl.sum(tl.exp(tops - top[:, None]) * total, 1)
         others = tl.zeros([group], tl.float32)
+        squares = tl.zeros([group], tl.float32)
         for k in tl.static_range(count):
             if k != m:
                 others += weights[k]
+                squares += weights[k] * weights[k]
         normalisers += ((top, 1.0 / total),)
         per_weight += (1.0 / tl.where(others > 0, others, 1.0),)
+        behind += (squares * per_weight[m],)
         conflicts += ((zero, zero),)
     for start in tl.range(0, reach, lanes, loop_unroll_factor=unrolled):
         shares: tl.tuple = ()
@@ -877,7 +885,7 @@ def _gate(
     top = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         apart, surest = conflicts[m]
-        conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1)
+        conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1) * behind[m]
         conflict = tl.where(conflict > 1, 1.0, conflict)
         conflict = tl.where(present[m] & (number_left > 2), conflict, 0.0)
         evidence += (-settings.disagreement_slope * conflict,)
@@ -889,7 +897,9 @@ def _gate(
     highest = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         kept = present[m] & (tl.exp(evidence[m] - top) / total >= settings.threshold)
-        logit = evidence[m] + tl.log(tl.load(trust.votes + m))
+        word = tl.minimum(2.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
+        vote = tl.where(best > 0, tl.maximum(word * word, _LEAST), 1.0)
+        logit = evidence[m] + tl.log(vote)
         if penalty is not None:
             logit -= tl.load(penalty + m * batch + i, mask=inside, other=0.0)
         reweighed += (tl.where(kept, logit, float("-inf")),)
