@@ -181,6 +181,18 @@ def test_a_label_that_fusion_learnt_by_heart_stays_suspect() -> None:
     assert_allclose(suspects.scores, [1.0, 0.35, 0.4 / 3], rtol=1e-6)
 
 
+def test_a_head_counts_for_suspicion_by_the_square_of_its_skill() -> None:
+    state = CurriculumState(2, num_samples=2)
+    state.memory_nll.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 5.0]]))
+    state.memory_visits.fill_(1)
+    assert state.suspects().indices.tolist() == [1, 0]
+    state.skill.copy_(torch.tensor([0.8, 0.6, 0.0]))  # the last learns by heart
+    suspects = state.suspects()
+    assert suspects.indices.tolist() == [0, 1]
+    total = 0.64 + 0.36 + 0.0004
+    assert_allclose(suspects.scores, [0.36 / total, (0.32 + 0.002) / total], rtol=1e-6)
+
+
 def test_samples_never_seen_come_last() -> None:
     suspects = trained(1).state.suspects()
     assert suspects.scores[10:].isneginf().all()
