@@ -20,6 +20,10 @@ from dyncim_core.state import CurriculumState
 __all__ = ["FusionOutput", "GatedFusion"]
 
 
+_IN_ORDER = torch.contiguous_format
+_in_a_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
 class FusionOutput(NamedTuple):
     """Result of ``GatedFusion``.
 
@@ -182,7 +186,7 @@ class GatedFusion(KeepsDtype):
         kernels = select(self.backend, evidence)
         there = present
         if present is not None:
-            there = present.t().clone(memory_format=torch.contiguous_format)
+            there = present.t().clone(memory_format=_IN_ORDER)
         learnt = chance = penalty = None
         if self.training:
             learnt = self._learnt()
@@ -200,17 +204,16 @@ class GatedFusion(KeepsDtype):
             penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
+        # What was asked for is for the logits; features are mixed by C where it takes them.
+        by = "eager" if kernels is eager else None
         if self.training and self.moments is not None:
-            self.moments.observe(streams, there, self.backend)
-        if present is None:  # a scale of 0 removes what was dropped, finite as its features are
-            gating = gating._replace(available=None)
+            self.moments.observe(streams, there, by)
         parts = streams if logits is None else [*streams, *logits]
         if gating.source is not None:
             rows = gating.source.repeat(len(parts) // len(streams), 1)
             parts = [x[row] for x, row in zip(parts, rows, strict=True)]
-        mixer = kernels if kernels is eager else select(None, streams)
-        fused, consensus = _mixed(mixer, gating, self.widths, parts)
-        return FusionOutput(fused, gating.gates.t().clone(), consensus)
+        fused, consensus = _mixed(select(by, streams), gating, self.widths, parts)
+        return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), consensus)
 
     def _learnt(self) -> Learnt | None:
         (state,) = self._state
@@ -259,7 +262,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kernels, gating, widths = ctx.known
-        if torch.is_grad_enabled():  # create_graph=True
+        # With create_graph=True; and gradients in a batch, is_grads_batched=True, have no address.
+        if torch.is_grad_enabled() or any(map(_in_a_batch, filter(torch.is_tensor, grads))):
             kernels = eager
         return (None, *kernels.unmix(grads, widths, gating))
 

@@ -38,7 +38,8 @@ def disagreement(
         present: Bool ``[M, B]``; all when ``None``.
 
     Returns:
-        ``[M, B]`` in [0, 1]; 0 where the modality is absent, or all others but one.
+        ``[M, B]`` in [0, 1]; 0 where the modality is absent, or all others but one. A
+        prediction that is NaN contradicts, and is contradicted, as far as can be.
 
     Example:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
@@ -56,8 +57,8 @@ def disagreement(
     consensus = _sum_of_others(weighted) / weight_of_others.unsqueeze(-1)
     believed = _sum_of_others(weight.square()) / weight_of_others
     squared = (probs - consensus).square().sum(dim=-1) / 2.0
-    found = squared * consensus.amax(dim=-1) * believed
-    return torch.where(comparable, found.clamp_max(1.0), 0.0)
+    apart = (squared * consensus.amax(dim=-1)).nan_to_num(1.0).clamp_max(1.0)
+    return torch.where(comparable, apart * believed, 0.0)
 
 
 def reliability_gates(

@@ -734,7 +734,8 @@ def disagreement(
         consensus = (weight[others, :, None] * p[others]).sum(axis=0) / total[:, None]
         believed = (weight[others] ** 2).sum(axis=0) / total
         squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0
-        result[m] = np.where(comparable, squared * consensus.max(axis=1) * believed, 0.0)
+        apart = np.nan_to_num(squared * consensus.max(axis=1), nan=1.0)
+        result[m] = np.where(comparable, apart * believed, 0.0)
     return result
 
 

@@ -65,7 +65,10 @@ class Specification(SimpleNamespace):
         held = np.zeros_like(counts)
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
-            if not (counts & ~held & (finite | (not settings.skip_nonfinite))).any():
+            left = counts & ~held & (finite | (not settings.skip_nonfinite))
+            if weight is not None:
+                left &= weight[np.where(counts, target, 0)] > 0
+            if not left.any():
                 held[:] = False
         valid, heard = counts & finite & ~held, finite & held
         weights, signals = self._weigh(found, mask, valid, settings)
@@ -173,6 +176,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {"mixed": True},
     "mixed, from the other side": {"mixed": True, "late": True},
     "held whole": {"share": 0.5, "whole": True},
+    "nothing of any weight is left": {"weighted": True, "worthless": True, "ignored": True},
     "none held": {"share": 1e-12},
     "known noise": {"noise": 0.1, "share": 0.0},
 }
@@ -193,6 +197,7 @@ def run(
     mixed: bool = False,
     late: bool = False,
     whole: bool = False,
+    worthless: bool = False,
     share: float = 0.3,
     noise: float | None = None,
 ) -> list[tuple[str, Tensor, Array]]:
@@ -200,7 +205,8 @@ def run(
 
     ``spoilt``: which samples have logits that are not finite: some "held" out, all "trained" on,
     or some of "both". ``mixed``: every other step holds nothing out, ``late`` the first one.
-    ``whole``: batches of which all would be held out.
+    ``whole``: batches of which all would be held out. ``worthless``: all others have a class
+    of weight 0.
     """
     generator = torch.Generator().manual_seed(0)
     state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
@@ -217,6 +223,8 @@ def run(
         target = torch.randint(CLASSES, index.shape, generator=generator)
         logits = 2.0 * torch.randn(1 + MODALITIES, len(index), CLASSES, generator=generator)
         logits += 2.0 * torch.nn.functional.one_hot((target + (index % 3 == 0)) % CLASSES, CLASSES)
+        if worthless:
+            target[~hashed], weight[0] = 0, 0.0
         if ignored:
             target[1::4] = -1
         present = None

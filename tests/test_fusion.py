@@ -554,3 +554,61 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
     assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill"]
+
+
+@each_backend
+def test_a_class_that_is_ruled_out_stays_so_where_a_gate_is_0(backend: str) -> None:
+    fusion = GatedFusion([2, 2], dropout=1.0, backend=backend)
+    features = [torch.randn(20, 2) for _ in range(2)]
+    masked = torch.tensor([1.0, 2.0, -math.inf]).expand(20, 3)
+    logits = fusion(features, unimodal=[masked, masked.clone()]).logits
+    assert logits is not None
+    assert_allclose(logits, masked)
+
+
+@each_backend
+def test_logits_that_are_nan_leave_the_others_their_gates(backend: str) -> None:
+    fusion = still(backend=backend).eval()
+    features, unimodal = inputs()
+    unimodal["audio"] = torch.full_like(unimodal["audio"], math.nan)
+    gates = fusion(features, unimodal=unimodal).gates
+    assert_allclose(gates.detach(), torch.full((9, 3), 1 / 3), rtol=1e-5)
+
+
+@each_backend
+def test_gradients_come_in_batches(backend: str) -> None:
+    features, unimodal = inputs()
+    leaf = features["audio"].requires_grad_()
+    fusion = still(backend=backend).eval()
+    fused = fusion(features, unimodal=unimodal).fused
+    batch = torch.stack([torch.ones_like(fused), fused.detach()])
+    (found,) = torch.autograd.grad(fused, leaf, batch, is_grads_batched=True, retain_graph=True)
+    (once,) = torch.autograd.grad(fused, leaf, batch[0])
+    assert_allclose(found[0], once)
+
+
+@each_backend
+def test_features_that_c_does_not_take_are_mixed_all_the_same(backend: str) -> None:
+    fusion = GatedFusion([2, 2], backend=backend)
+    negated = torch.randn(5, 2, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    features = [negated, torch.randn(5, 2)]
+    fused = fusion.eval()(features).fused
+    assert_allclose(fused, torch.cat(features, dim=1))
+    fusion.train()(features)
+
+
+@pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
+@pytest.mark.parametrize("spoil", [torch.Tensor.half, lambda x: x.repeat(2)[::2]])
+def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any) -> None:
+    features, unimodal = inputs()
+    fusion = still()
+    fusion.skill.data = spoil(fusion.skill)
+    with pytest.raises(TypeError, match="skill: expected contiguous float32 buffers, got"):
+        fusion(features, unimodal=unimodal)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
+    criterion.state.skill.data = spoil(criterion.state.skill)
+    logits, target = torch.randn(9, 4), torch.arange(9) % 4
+    with pytest.raises(TypeError, match="state: expected contiguous float32 buffers, got"):
+        criterion(logits, target, unimodal=unimodal)
+    assert criterion.state.step == 0

@@ -232,11 +232,12 @@ def test_native_mixes_as_eager_does(
     streams = [randn(*shape, 2 * width, seed=k)[..., ::2] for k, width in enumerate(widths)]
     logits = [randn(batch, classes, seed=k) for k in range(modalities)] if classes else []
     gates, scale = randn(modalities, batch).abs(), randn(modalities, batch, seed=1).abs()
-    available = randn(batch, modalities).t() > -1.0 if masked else None
     if masked and batch:
-        available[0, 0] = False
+        gates[0, 0] = scale[0, 0] = 0.0
         streams[0][0] = math.nan
-    gating = Gating(gates, scale, available, None)
+        if logits:
+            logits[0][0] = -math.inf
+    gating = Gating(gates, scale, None)
     actual, expected = (b.mix(streams, logits, gating) for b in (native, eager))
     grads = tuple(
         torch.ones_like(x).mT.contiguous().mT if wanted and x is not None else None
@@ -257,7 +258,7 @@ def test_native_mixes_as_eager_does(
 def test_what_torch_spreads_over_threads_is_left_to_it(
     native: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gating = Gating(torch.ones(2, 3), torch.ones(2, 3), None, None)
+    gating = Gating(torch.ones(2, 3), torch.ones(2, 3), None)
     monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_mix", None)

@@ -434,7 +434,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         held[i] = kept[i] && holds_out && is_held_out(s->index[i], below);
         heard[i] = 0;
         nonfinite += kept[i] && !finite;
-        left += !held[i] && (o->skip_nonfinite ? valid[i] : kept[i]);
+        left += !held[i] && (o->skip_nonfinite ? valid[i] : kept[i]) &&
+                (!p->weight || p->weight[y] > 0.0f);
         if (!valid[i]) continue;
         double says[SIGNALS] = {
             1.0 - expf((float)(-surprisal / (double)present)),
@@ -459,7 +460,13 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             }
     }
     /* Where nothing would be left to train on, all is trained on. */
-    const Tally *trained = left ? tally : tally + 1;
+    Tally *trained = tally;
+    if (!left) {
+        trained->count += tally[1].count;
+        trained->contradicted += tally[1].contradicted;
+        trained->difficulty += tally[1].difficulty;
+        for (int k = 0; k < SIGNALS; k++) trained->signal[k] += tally[1].signal[k];
+    }
     for (int64_t i = 0; holds_out && i < B; i++) {
         held[i] = held[i] && left;
         if (!held[i]) continue;
@@ -607,25 +614,21 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
 /* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
 typedef struct {
     const float *chance;
-    uint8_t *available; /* [M, B] */
-    int64_t *source;    /* [M, B] or NULL */
+    int64_t *source; /* [M, B] or NULL */
 } Disturbance;
 
+/* What sample i has, [M], of which there are `count`. */
 static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const double *rates,
-                    int64_t i) {
-    int64_t M = p->heads, B = p->batch, count = 0;
-    for (int64_t m = 0; m < M; m++) {
-        d->available[m * B + i] = p->present ? p->present[m * B + i] : 1;
-        count += d->available[m * B + i];
-        if (d->source) d->source[m * B + i] = i;
-    }
+                    int64_t i, int64_t count, uint8_t *has) {
+    int64_t M = p->heads, B = p->batch;
+    for (int64_t m = 0; d->source && m < M; m++) d->source[m * B + i] = i;
     int64_t m = (int64_t)(d->chance[i] * (float)M);
     if (count < 2 || m >= M) return;
     double rate = rates[m], event = d->chance[B + i];
     int64_t other = (i + 1 + (int64_t)(d->chance[2 * B + i] * (float)(B - 1))) % B;
-    int here = d->available[m * B + i], there = p->present ? p->present[m * B + other] : 1;
-    if (d->source && event < o->swap * rate && here && there) d->source[m * B + i] = other;
-    if (event >= 1.0 - o->dropout * rate) d->available[m * B + i] = 0;
+    int there = p->present ? p->present[m * B + other] : 1;
+    if (d->source && event < o->swap * rate && has[m] && there) d->source[m * B + i] = other;
+    if (event >= 1.0 - o->dropout * rate) has[m] = 0;
 }
 
 /* Two modalities that contradict each other outvote nobody: the gate takes three. */
@@ -635,14 +638,15 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
     float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
     for (int64_t i = p->start; i < p->stop; i++) {
-        if (d->chance) disturb(p, o, d, t->rates, i);
-        const uint8_t *available = d->chance ? d->available : p->present;
+        uint8_t has[MAX_HEADS];
         double weight[MAX_HEADS];
         int64_t count = 0;
+        for (int64_t m = 0; m < M; m++) count += has[m] = !p->present || p->present[m * B + i];
+        if (d->chance) disturb(p, o, d, t->rates, i, count, has);
+        count = 0;
         for (int64_t m = 0; m < M; m++) {
-            int here = available ? available[m * B + i] : 1;
-            weight[m] = here ? t->believed[m] : 0.0;
-            count += here;
+            weight[m] = has[m] ? t->believed[m] : 0.0;
+            count += has[m];
         }
         for (int64_t m = 0; count > 2 && m < M; m++) {
             if (weight[m] == 0.0) continue;
@@ -688,40 +692,35 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
     return 0;
 }
 
-/* to = factor * from, or 0 where it is not there, whatever `from` holds. */
-static void scale_into(float *restrict to, const float *restrict from, int64_t count, float factor,
-                       int here) {
-    if (!here) memset(to, 0, (size_t)count * sizeof *to);
-    for (int64_t k = 0; here && k < count; k++) to[k] = factor * from[k];
+/* to = factor * from; for a factor of 0 it is 0, whatever `from` holds. */
+static void scale_into(float *restrict to, const float *restrict from, int64_t count,
+                       float factor) {
+    if (factor == 0.0f) memset(to, 0, (size_t)count * sizeof *to);
+    for (int64_t k = 0; factor != 0.0f && k < count; k++) to[k] = factor * from[k];
 }
 
 /* Streams, [B, steps, width], next to each other in whole, [B, steps, sum width], each sample
  * times its factor, [M, B]; or the other way. */
 static void mix_streams(float *const *streams, const int64_t *width, float *whole, int64_t M,
-                        int64_t B, int64_t steps, const float *factor, const uint8_t *available,
-                        int backward) {
+                        int64_t B, int64_t steps, const float *factor, int backward) {
     for (int64_t row = 0; row < B * steps; row++)
         for (int64_t m = 0; m < M; m++) {
-            int64_t at = m * B + row / steps;
-            float *part = streams[m] + row * width[m];
-            scale_into(backward ? part : whole, backward ? whole : part, width[m], factor[at],
-                       !available || available[at]);
+            float *part = streams[m] + row * width[m], f = factor[m * B + row / steps];
+            scale_into(backward ? part : whole, backward ? whole : part, width[m], f);
             whole += width[m];
         }
 }
 
 /* Logits, [B, C], times their factors, [M, B], added up; or what each got of the sum. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor, const uint8_t *available, int backward) {
+                       const float *factor, int backward) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
-            int64_t at = m * B + i;
-            float *part = logits[m] + i * classes;
-            int here = !available || available[at];
-            if (backward) scale_into(part, sum, classes, factor[at], here);
-            else if (m == 0) scale_into(sum, part, classes, factor[at], here);
-            else if (here)
-                for (int64_t c = 0; c < classes; c++) sum[c] += factor[at] * part[c];
+            float *part = logits[m] + i * classes, f = factor[m * B + i];
+            if (backward) scale_into(part, sum, classes, f);
+            else if (m == 0) scale_into(sum, part, classes, f);
+            else if (f != 0.0f)
+                for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
         }
 }
 
@@ -983,17 +982,17 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 9)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
     float *skill = address(args[0]), *learnt[MAX_HEADS];
     if (args[1] != Py_None) addresses(args[1], learnt);
     const float *penalty = address(args[3]);
-    Disturbance d = {address(args[2]), address(args[4]), address(args[5])};
+    Disturbance d = {address(args[2]), address(args[4])};
     Gate o;
     double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
-    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[6], k));
-    float *gates = address(args[7]), *scale = address(args[8]);
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[5], k));
+    float *gates = address(args[6]), *scale = address(args[7]);
     if (PyErr_Occurred()) return NULL;
     const float *now = args[1] == Py_None ? skill : learnt[2] + 1;
     Trust t;
@@ -1009,7 +1008,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
 /* With `backward`, streams and logits are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 12)) return NULL;
+    if (!arguments_are(count, 11)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1020,14 +1019,13 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *consensus = address(args[7]);
     const float *scale = address(args[8]), *gates = address(args[9]);
-    const uint8_t *available = address(args[10]);
-    int backward = PyObject_IsTrue(args[11]);
+    int backward = PyObject_IsTrue(args[10]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     if (fused)
-        mix_streams(streams, width, fused, modalities, batch, steps, scale, available, backward);
+        mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
     if (consensus)
-        mix_logits(logits, consensus, modalities, batch, classes, gates, available, backward);
+        mix_logits(logits, consensus, modalities, batch, classes, gates, backward);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

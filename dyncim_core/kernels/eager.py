@@ -203,6 +203,8 @@ def weigh(
     if memory is not None and settings.held_out > 0.0:
         asked = counts & held_out(memory.rows, settings.held_out)
         left = (finite if settings.skip_nonfinite else counts) > asked
+        if criterion.weight is not None:  # whose sum the mean is over
+            left &= criterion.weight[torch.where(counts, target, 0)] > 0
         held = asked & left.any()
         kept, valid = counts ^ held, finite > held
     number, count = kept.sum(), valid.sum()
@@ -327,7 +329,8 @@ def listen(
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
     known = skill(hits / mass_or_tiny, num_classes)
     # A modality never heard counts as equal to the fusion, which favours neither side.
-    buffers.skill.copy_(torch.where(mass > 0.0, known, known[0]))
+    known = torch.where(mass > 0.0, known, known[0])
+    buffers.skill.lerp_(known, some)
     noise = credible_noise(doubt / mass_or_tiny[0], known[0])
     buffers.label_noise.lerp_(noise, some)
 
@@ -411,7 +414,7 @@ def gate(
     if penalty is not None:
         evidence = evidence - penalty
     gates = reliability_gates(evidence, kept)
-    return Gating(gates, relative_gates(gates), available, source)
+    return Gating(gates, relative_gates(gates), source)
 
 
 @torch.no_grad()
@@ -672,10 +675,10 @@ def mix(
     streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
-    fused = torch.cat(_scaled(streams, gating.scale, gating.available), dim=-1)
+    fused = torch.cat(_scaled(streams, gating.scale), dim=-1)
     if not logits:
         return fused, None
-    gated = _scaled([x.float() for x in logits], gating.gates, gating.available)
+    gated = _scaled([x.float() for x in logits], gating.gates)
     return fused, reduce(torch.add, gated)
 
 
@@ -687,21 +690,20 @@ def unmix(
     found: list[Tensor | None] = [None] * (2 * len(widths))
     if fused is not None:
         pieces = fused.split_with_sizes(list(widths), dim=-1)
-        found[: len(widths)] = _scaled(pieces, gating.scale, gating.available)
+        found[: len(widths)] = _scaled(pieces, gating.scale)
     if consensus is not None:
         copies = [consensus] * len(widths)
-        found[len(widths) :] = _scaled(copies, gating.gates, gating.available)
+        found[len(widths) :] = _scaled(copies, gating.gates)
     return found
 
 
-def _scaled(streams: Sequence[Tensor], scale: Tensor, available: Tensor | None) -> list[Tensor]:
-    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; exactly 0 where unavailable."""
-    shape = (*scale.shape, *(1,) * (streams[0].dim() - 1))
-    if available is not None:
-        masks = available.view(shape).unbind()
-        streams = [torch.where(mask, x, 0.0) for mask, x in zip(masks, streams, strict=True)]
-    factors = scale.view(shape).unbind()
-    return [x * factor.to(x.dtype) for x, factor in zip(streams, factors, strict=True)]
+def _scaled(streams: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """Each modality's ``[B, ...]`` times its factor ``[M, B]``; for a factor of 0 exactly 0."""
+    scale = scale.view(*scale.shape, *(1,) * (streams[0].dim() - 1))
+    return [
+        torch.where(there, x, 0.0) * factor.to(x.dtype)
+        for x, factor, there in zip(streams, scale, scale != 0, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -132,14 +132,13 @@ class Learnt(NamedTuple):
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
-    ``scale`` is the gate over the sample's largest; ``available`` and ``source``, the row
+    ``scale`` is the gate over the sample's largest; ``source``, the row
     to take a modality from, tell what was disturbed, and are ``None`` where all is there
     and in its place.
     """
 
     gates: Tensor
     scale: Tensor
-    available: Tensor | None
     source: Tensor | None
 
 
@@ -226,8 +225,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Streams, scaled and next to each other; logits, times the gates and added up, if any.
 
-        Streams are ``[B, D]`` or ``[B, T, D]``. What is not available counts as exactly 0, and
-        ``source`` as taken from already.
+        Streams are ``[B, D]`` or ``[B, T, D]``. Where a factor is 0, so is what it stands for,
+        whatever it holds; ``source`` counts as taken from already.
         """
 
     def unmix(

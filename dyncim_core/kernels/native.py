@@ -36,6 +36,9 @@ _WORTH_A_THREAD = 2**19
 # Logits whose gradients are made with the curriculum, while a cache holds them.
 AHEAD = 2**22
 
+# What is kept from step to step: averages, counters, visits.
+_KEPT = {torch.float32, torch.int64, torch.int32}
+
 _address = Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
 _requires_grad = attrgetter("requires_grad")
@@ -61,6 +64,7 @@ def curriculum(
     On one thread the gradients are made ahead, for an incoming one of 1, from the exponentials
     at hand.
     """
+    _check_kept("state", *buffers, *(() if memory is None else memory[1:]))
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
     empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
@@ -160,25 +164,25 @@ def gate(
     source = None
     if penalty is not None:
         penalty = penalty.contiguous()
-    if chance is not None:
-        available = _empty(*shape, dtype=torch.bool)
-        if settings.swap:
-            source = _empty(*shape, dtype=torch.int64)
+    if chance is not None and settings.swap:
+        source = _empty(*shape, dtype=torch.int64)
+    _check_kept("skill", skill)
+    if learnt is not None:
+        _check_kept("state", *learnt)
     _in_parts(
         _native.gate,
         problem,
-        (skill, learnt, available, source, chance, penalty, gates, scale),
+        (skill, learnt, source, chance, penalty, gates, scale),
         skill.data_ptr(),
         None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
         0 if penalty is None else penalty.data_ptr(),
-        0 if available is None else available.data_ptr(),
         0 if source is None else source.data_ptr(),
         settings,
         gates.data_ptr(),
         scale.data_ptr(),
     )
-    return Gating(gates, scale, available, source)
+    return Gating(gates, scale, source)
 
 
 def mix(
@@ -234,9 +238,7 @@ def _mix(
     gating: Gating,
     backward: bool,
 ) -> None:
-    gates, scale, available, _ = gating
-    if available is not None:
-        available = available.contiguous()
+    gates, scale, _ = gating
     _native.mix(
         [*map(_address, streams)],
         [*map(_address, logits)],
@@ -248,7 +250,6 @@ def _mix(
         0 if consensus is None else consensus.data_ptr(),
         scale.data_ptr(),
         gates.data_ptr(),
-        0 if available is None else available.data_ptr(),
         backward,
     )
 
@@ -261,6 +262,7 @@ def observe(
     window: float,
 ) -> None:
     """Take features into their running moments."""
+    _check_kept("moments", *moments)
     if available is not None:
         available = available.contiguous()
     _native.observe(
@@ -271,6 +273,13 @@ def observe(
         moments.total.shape[1],
         *map(_address, moments),
     )
+
+
+def _check_kept(name: str, *buffers: Tensor) -> None:
+    """Refuse what is kept from step to step unless it lies in memory as C takes it."""
+    if not all(map(_is_contiguous, buffers)) or {x.dtype for x in buffers} - _KEPT:
+        found = sorted({f"{x.dtype} with strides {x.stride()}" for x in buffers})
+        raise TypeError(f"{name}: expected contiguous float32 buffers, got {', '.join(found)}")
 
 
 class _Problem:

@@ -180,7 +180,6 @@ def gate(
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
-        available if chance is None else like.new_empty(shape, dtype=torch.bool),
         like.new_empty(shape, dtype=torch.int64) if chance is not None and settings.swap else None,
     )
     tile = _tile(batch, classes)
@@ -498,6 +497,10 @@ def _curriculum(
             )
             if skip:
                 kept = valid
+            if criterion.weight is not None:  # whose sum the mean is over
+                y = tl.load(criterion.target + i, mask=kept, other=0)
+                real = kept & (y >= 0) & (y < classes)
+                kept = real & (tl.load(criterion.weight + y, mask=real, other=0.0) > 0)
             left += kept.to(tl.int32)
         held_out = (memory.rows, tl.where(tl.sum(left, 0) > 0, below, 0))
     plane = tl.zeros([heads, samples], tl.float32)
@@ -822,7 +825,6 @@ def _gate(
                 row = tl.where(_has(available, m * batch + other, swapped), other, i)
                 tl.store(found.source + m * batch + i, row, mask=inside)
             here = here & (dropped == 0)
-            tl.store(found.available + m * batch + i, here, mask=inside)
         present += (here,)
         rows += (row,)
         weights += (tl.where(here, believed, 0.0),)
@@ -885,8 +887,8 @@ def _gate(
     top = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         apart, surest = conflicts[m]
-        conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1) * behind[m]
-        conflict = tl.where(conflict > 1, 1.0, conflict)
+        conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1)
+        conflict = tl.where(conflict <= 1, conflict, 1.0) * behind[m]  # 1 where it is NaN
         conflict = tl.where(present[m] & (number_left > 2), conflict, 0.0)
         evidence += (-settings.disagreement_slope * conflict,)
         top = tl.where(present[m], tl.maximum(top, evidence[m]), top)
