@@ -40,6 +40,7 @@ AHEAD = 2**22
 _KEPT = {torch.float32, torch.int64, torch.int32}
 
 _address = Tensor.data_ptr
+_dtype = attrgetter("dtype")
 _is_contiguous = Tensor.is_contiguous
 _requires_grad = attrgetter("requires_grad")
 
@@ -277,7 +278,7 @@ def observe(
 
 def _check_kept(name: str, *buffers: Tensor) -> None:
     """Refuse what is kept from step to step unless it lies in memory as C takes it."""
-    if not all(map(_is_contiguous, buffers)) or {x.dtype for x in buffers} - _KEPT:
+    if not (all(map(_is_contiguous, buffers)) and _KEPT.issuperset(map(_dtype, buffers))):
         found = sorted({f"{x.dtype} with strides {x.stride()}" for x in buffers})
         raise TypeError(f"{name}: expected contiguous float32 buffers, got {', '.join(found)}")
 
