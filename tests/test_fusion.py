@@ -602,11 +602,11 @@ def test_features_that_c_does_not_take_are_mixed_all_the_same(backend: str) -> N
 @pytest.mark.parametrize("spoil", [torch.Tensor.half, lambda x: x.repeat(2)[::2]])
 def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any) -> None:
     features, unimodal = inputs()
-    fusion = still()
+    fusion = still(backend="native")
     fusion.skill.data = spoil(fusion.skill)
     with pytest.raises(TypeError, match="skill: expected contiguous float32 buffers, got"):
         fusion(features, unimodal=unimodal)
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES, backend="native")
     criterion.state.skill.data = spoil(criterion.state.skill)
     logits, target = torch.randn(9, 4), torch.arange(9) % 4
     with pytest.raises(TypeError, match="state: expected contiguous float32 buffers, got"):
