@@ -206,16 +206,18 @@ def quality(log_quality: Tensor, num_classes: int) -> Tensor:
     return certain.add(log_quality, alpha=per_log_classes(num_classes)).clamp(0.0, 1.0)
 
 
-def redundancy(log_quality: Tensor, fused_quality: Tensor) -> Tensor:
+def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None = None) -> Tensor:
     """Share of what fusion has learnt that its modalities know on their own.
 
     ``quality_0 / (1 + HMIR)``: 0 before anything is learnt, small while fusion is far ahead
-    of all its modalities, towards 1 as it improves on some modality by nothing. Definition
-    chosen here.
+    of all its modalities, towards 1 as it improves on some modality by nothing. Modalities that
+    know the training set by heart look as good as a fusion that understands it: where skills are
+    known, at most the same of them, ``trust_0 / (1 + HMIR(log trust))``. Definition chosen here.
 
     Args:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
         fused_quality: ``[...]`` in [0, 1], what the fusion has learnt, see ``quality``.
+        skill: Of all heads, ``[M + 1]`` in [0, 1]; 0 for all as long as none is known.
 
     Returns:
         ``[...]`` in [0, 1].
@@ -224,10 +226,17 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor) -> Tensor:
         ValueError: There is no modality (M = 0).
 
     Example:
-        >>> redundancy(torch.tensor([0.8, 0.4, 0.4]).log(), torch.tensor(0.9))
+        >>> log_quality = torch.tensor([0.8, 0.4, 0.4]).log()
+        >>> redundancy(log_quality, torch.tensor(0.9))
         tensor(0.4500)
+        >>> redundancy(log_quality, torch.tensor(0.9), torch.tensor([0.8, 0.2, 0.2]))
+        tensor(0.2000)
     """
-    return fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    share = fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    if skill is None:
+        return share
+    shown = trust(skill)
+    return torch.minimum(share, shown[0] / (1.0 + harmonic_mean_improvement_rate(shown.log())))
 
 
 def skill(hit_rate: Tensor, num_classes: int) -> Tensor:

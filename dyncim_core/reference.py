@@ -293,15 +293,21 @@ def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
 
 
 def contradiction(
-    prediction: ArrayLike, target: ArrayLike, present: ArrayLike | None = None
+    prediction: ArrayLike,
+    nll: ArrayLike,
+    entropy: ArrayLike,
+    target: ArrayLike,
+    present: ArrayLike | None = None,
 ) -> Array:
     """How far all heads of a sample, two at least, contradict its target together.
 
-    ``max_c t_c - t_k`` where all predict class k, else 0; t is one-hot for a class.
-    Definition chosen here.
+    ``(max_c t_c - t_k) min_h 1 - exp(-max(0, nll_h - entropy_h))`` where all predict class k,
+    else 0; t is one-hot for a class. Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
+        nll: Of the target, in nats, ``[H, B]``.
+        entropy: Of the prediction, in nats, ``[H, B]``.
         target: Int ``[B]``, or class probabilities, ``[B, C]``.
         present: Bool ``[H, B]``.
 
@@ -309,16 +315,19 @@ def contradiction(
         ``[B]`` in [0, 1].
 
     Example:
-        >>> contradiction([[1, 1, 0], [1, 2, 0]], [0, 0, 0]).tolist()
-        [1.0, 0.0, 0.0]
+        >>> nll = np.log([[4.0, 4.0, 1.0]] * 2)
+        >>> contradiction([[1, 1, 0], [1, 2, 0]], nll, 0 * nll, [0, 0, 0]).round(4).tolist()
+        [0.75, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
+    doubt = 1.0 - np.exp(-np.maximum(np.asarray(nll) - np.asarray(entropy), 0.0))
     result = np.zeros(classes.shape[1])
     for i, t in enumerate(np.asarray(target)):
         votes = classes[mask[:, i], i]
         if len(votes) > 1 and len(set(votes)) == 1:
-            result[i] = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
+            wrong = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
+            result[i] = wrong * doubt[mask[:, i], i].min()
     return result
 
 
@@ -364,7 +373,7 @@ def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
     return np.asarray(np.asarray(contradicted, dtype=np.float64) * trust)
 
 
-def noise_pressure(label_noise: ArrayLike, full_at: float = 0.15) -> Array:
+def noise_pressure(label_noise: ArrayLike, full_at: float = 0.04) -> Array:
     """How much of the surprise weighting acts, ``min(1, label_noise / full_at)``.
 
     Definition chosen here.
@@ -378,7 +387,7 @@ def noise_pressure(label_noise: ArrayLike, full_at: float = 0.15) -> Array:
 
     Example:
         >>> noise_pressure([0.0, 0.03, 0.3]).round(4).tolist()
-        [0.0, 0.2, 1.0]
+        [0.0, 0.75, 1.0]
     """
     return np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)
 
@@ -591,14 +600,18 @@ def quality(log_quality: ArrayLike, num_classes: int) -> Array:
     return np.clip(1.0 + _in_log_classes(log_q, num_classes), 0.0, 1.0)
 
 
-def redundancy(log_quality: ArrayLike, fused_quality: ArrayLike) -> Array:
+def redundancy(
+    log_quality: ArrayLike, fused_quality: ArrayLike, skill: ArrayLike | None = None
+) -> Array:
     """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)``.
 
+    With skills, no more than the same of ``trust``, whose HMIR is that of its logarithms.
     Definition chosen here.
 
     Args:
         log_quality: ``[..., M + 1]``, fused head first.
         fused_quality: ``[...]`` in [0, 1].
+        skill: ``[M + 1]`` in [0, 1].
 
     Returns:
         ``[...]`` in [0, 1].
@@ -606,8 +619,15 @@ def redundancy(log_quality: ArrayLike, fused_quality: ArrayLike) -> Array:
     Example:
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(4).tolist()
         0.45
+        >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9, [0.8, 0.2, 0.2]).round(4).tolist()
+        0.2
     """
-    return np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    share = np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    if skill is not None:
+        shown = trust(skill)
+        of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(np.log(shown)))
+        share = np.minimum(share, of_shown)
+    return np.asarray(share)
 
 
 def skill(hit_rate: ArrayLike, num_classes: int) -> Array:

@@ -186,36 +186,50 @@ def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
     return (signal_weights.unsqueeze(1) * signals).sum(dim=0)
 
 
-def contradiction(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+def contradiction(
+    prediction: Tensor,
+    nll: Tensor,
+    entropy: Tensor,
+    target: Tensor,
+    present: Tensor | None = None,
+) -> Tensor:
     """How far all heads of a sample together contradict its target.
 
-    1 where every head predicts the same class, and not the target's, else 0. A target of
-    class probabilities, which may be unsure itself, is contradicted by as much as it
-    prefers its likeliest class to the predicted one.
+    Where every head predicts the same class, and not the target's, as far as the least sure of
+    them is surprised: ``min_h 1 - exp(-max(0, nll_h - entropy_h))``, else 0. A target of class
+    probabilities, which may be unsure itself, is contradicted by as much of that as it prefers
+    its likeliest class to the predicted one.
 
-    A hard sample confuses some heads, in different ways; a wrong label has all of them
-    agree on another class. The share of such samples is what the run itself shows of
-    label noise. One head alone agrees with nobody: 0 for a sample without any modality.
-    Definition chosen here.
+    A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
+    has all of them sure of another class. The share of such samples is what the run itself
+    shows of label noise. One head alone agrees with nobody: 0 for a sample without any
+    modality. Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
+        nll: Of the target under every head, in nats, ``[M + 1, B]``.
+        entropy: Of every head's prediction, in nats, ``[M + 1, B]``.
         target: Class of each sample, int64 ``[B]``, or class probabilities, ``[B, C]``.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[B]`` in [0, 1]; bool for classes.
+        ``[B]`` in [0, 1].
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 2, 0]])
-        >>> contradiction(prediction, torch.tensor([0, 0, 0]))
-        tensor([ True, False, False])
+        >>> nll, entropy = torch.tensor([[2.3, 2.3, 0.1]] * 2), torch.full((2, 3), 0.3)
+        >>> contradiction(prediction, nll, entropy, torch.tensor([0, 0, 0]))
+        tensor([0.8647, 0.0000, 0.0000])
     """
     agree = _agreement(prediction, present)
+    doubt = -torch.expm1((entropy - nll).clamp_max(0.0))
+    if present is not None:
+        doubt = torch.where(present, doubt, 1.0)
+    least = torch.where(agree, doubt.amin(dim=0), 0.0)
     if not target.is_floating_point():
-        return agree & (prediction[0] != target)
+        return torch.where(prediction[0] != target, least, 0.0)
     given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
-    return torch.where(agree, target.amax(dim=1) - given, 0.0)
+    return least * (target.amax(dim=1) - given)
 
 
 def held_out(index: Tensor, share: float) -> Tensor:
@@ -262,21 +276,21 @@ def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
     return contradicted * (4.0 * competence).clamp_max(1.0)
 
 
-def noise_pressure(label_noise: Tensor, full_at: float = 0.15) -> Tensor:
+def noise_pressure(label_noise: Tensor, full_at: float = 0.04) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
     Definition chosen here.
 
     Args:
-        label_noise: Share of labels that every head contradicts, in [0, 1].
+        label_noise: Mean ``contradiction``, in [0, 1].
         full_at: Share from which the weighting acts in full, > 0.
 
     Returns:
         Same shape, in [0, 1]: ``min(1, label_noise / full_at)``.
 
     Example:
-        >>> noise_pressure(torch.tensor([0.0, 0.05, 0.3]))
-        tensor([0.0000, 0.3333, 1.0000])
+        >>> noise_pressure(torch.tensor([0.0, 0.02, 0.3]))
+        tensor([0.0000, 0.5000, 1.0000])
     """
     return (label_noise / full_at).clamp(0.0, 1.0)
 

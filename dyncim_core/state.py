@@ -253,7 +253,7 @@ class CurriculumState(KeepsDtype):
             values["gmr"] = geometric_mean_ratio(self.log_quality)
             values["hmir"] = harmonic_mean_improvement_rate(self.log_quality)
             values["balance_factor"] = balance_factor(self.log_quality)
-            values["redundancy"] = redundancy(self.log_quality, self.quality[0])
+            values["redundancy"] = redundancy(self.log_quality, self.quality[0], self.skill)
             alpha = modality_weights(self.log_quality)
             for m, name in enumerate(self.modalities):
                 values[f"modality_weight/{name}"] = alpha[m]

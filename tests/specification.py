@@ -72,7 +72,8 @@ class Specification(SimpleNamespace):
                 held[:] = False
         valid, heard = counts & finite & ~held, finite & held
         weights, signals = self._weigh(found, mask, valid, settings)
-        doubted = ref.contradiction(found.prediction, np.where(counts, target, 0), mask)
+        said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
+        doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), mask)
         self._take_in(found.nll, mask & valid, weights, signals)
         if heard.any():
             self._listen(mask & heard, found.prediction == target, doubted)

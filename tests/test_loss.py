@@ -560,7 +560,9 @@ def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None
     criterion(logits, labels, unimodal=others, index=index)
     assert state.held_out_mass[0] > 0.0
     assert_allclose(
-        state.label_noise, wrong[held].float().mean() * min(1.0, 4.0 * float(state.skill[0]))
+        state.label_noise,
+        wrong[held].float().mean() * min(1.0, 4.0 * float(state.skill[0])),
+        rtol=1e-3,  # the heads are next to certain
     )
     before = state.label_noise.clone()
     for call in calls:

@@ -381,6 +381,22 @@ def test_redundancy_is_the_share_of_what_is_learnt_that_needs_no_fusion(
     assert_allclose(full, learnt / (1.0 + EPS), rtol=1e-12, atol=1e-300)
 
 
+@given(log_quality(), st.data())
+def test_what_is_known_by_heart_is_not_redundant(values: Array, data: st.DataObject) -> None:
+    learnt = data.draw(arrays(values.shape[:-1], reals(0, 1)))
+    shown = data.draw(arrays(values.shape[-1:], reals(0, 1)))
+    trained = redundancy(to_torch(values), to_torch(learnt))
+    share = redundancy(to_torch(values), to_torch(learnt), to_torch(shown))
+    assert_allclose(share, ref.redundancy(values, learnt, shown), rtol=1e-12, atol=1e-300)
+    assert (share <= trained).all()
+    unknown = redundancy(to_torch(values), to_torch(learnt), to_torch(0.0 * shown))
+    assert_allclose(unknown, trained.clamp_max(1.0 / (1.0 + EPS)), rtol=1e-12)
+    # Whatever the training set says: fusion alone has skill, so that nothing is redundant.
+    alone = torch.zeros(shown.shape, dtype=torch.float64)
+    alone[0] = 1.0
+    assert (redundancy(to_torch(values), to_torch(learnt), alone) <= 0.02 + 1e-12).all()
+
+
 @given(gains(), reals(0.125, 2))
 def test_redundancy_falls_as_the_fusion_gets_ahead(values: Array, step: float) -> None:
     ahead = values.copy()

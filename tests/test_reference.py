@@ -171,18 +171,23 @@ def test_contradiction() -> None:
     # nobody but the fused head is present.
     prediction = [[1, 0, 1, 1, 1], [1, 0, 1, 1, 2], [1, 0, 2, 2, 2]]
     present = [[True] * 5, [True, True, True, True, False], [True, True, True, False, False]]
-    expected = [True, False, False, True, False]
-    assert ref.contradiction(prediction, [0, 0, 0, 0, 0], present).tolist() == expected
-    assert ref.contradiction([[1], [1]], [1]).tolist() == [False]
-    assert ref.contradiction([[1]], [0]).tolist() == [False]
-    # Probabilities: by 0.6 - 0.3, by nothing, by nobody, who disagree.
+    # The least surprised is so by log 2 nats, the others by more, and the absent by nothing.
+    nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
+    calm = np.zeros((3, 5))
+    found = ref.contradiction(prediction, nll, calm, [0, 0, 0, 0, 0], present)
+    assert_allclose(found, [0.5, 0.0, 0.0, 0.5, 0.0], rtol=1e-14)
+    assert ref.contradiction([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]).tolist() == [0]
+    assert ref.contradiction([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
+    # As unsure as they are surprised.
+    assert ref.contradiction([[1], [1]], [[1.0], [2.0]], [[1.5], [2.0]], [0]).tolist() == [0]
+    # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
-    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], unsure)
-    assert_allclose(found, [0.3, 0.0, 0.0], rtol=1e-14)
+    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
+    assert_allclose(found, [0.15, 0.0, 0.0], rtol=1e-14)
 
 
 def test_noise_pressure() -> None:
-    assert_allclose(ref.noise_pressure([0.0, 0.075, 0.15, 0.6]), [0.0, 0.5, 1.0, 1.0], rtol=1e-14)
+    assert_allclose(ref.noise_pressure([0.0, 0.01, 0.04, 0.6]), [0.0, 0.25, 1.0, 1.0], rtol=1e-14)
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
 
 

@@ -258,7 +258,7 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     near_zero, moved = torch.tensor([0.0], dtype=torch.float64), torch.tensor([1e-3]).double()
     assert_allclose(relative_change(moved, near_zero), [1.0], rtol=1e-6)
     assert_allclose(relative_change(moved, near_zero), ref.relative_change([1e-3], [0.0]), 1e-6)
-    assert_allclose(noise_pressure(torch.tensor([0.075])), [0.5], rtol=1e-6)
+    assert_allclose(noise_pressure(torch.tensor([0.02])), [0.5], rtol=1e-6)
 
 
 def test_nothing_volatile_is_uniform() -> None:
@@ -388,50 +388,81 @@ def votes(draw: st.DrawFn) -> tuple[Array, Array, Array | None]:
     return prediction.astype(np.int64), label.astype(np.int64), present
 
 
-@given(votes(), arrays((4, 3), reals(0, 1)))
+@given(votes(), arrays((4, 3), reals(0, 1)), st.data())
 def test_contradiction_agrees_with_the_reference(
-    case: tuple[Array, Array, Array | None], likely: Array
+    case: tuple[Array, Array, Array | None], likely: Array, data: st.DataObject
 ) -> None:
     prediction, label, present = case
+    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, 8))) for _ in range(2))
     certain, unsure = np.eye(3)[label], likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
     for target in (label, certain, unsure):
         actual = contradiction(
             torch.from_numpy(prediction),
+            to_torch(nll),
+            to_torch(entropy),
             torch.from_numpy(target),
             None if present is None else torch.from_numpy(present),
         )
-        expected = ref.contradiction(prediction, target, present)
-        assert_allclose(actual.double(), expected, rtol=1e-12, atol=1e-15)
+        expected = ref.contradiction(prediction, nll, entropy, target, present)
+        assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
+        assert ((actual >= 0) & (actual <= 1)).all()
         if target is not unsure:  # a class is one-hot
-            assert actual.tolist() == ref.contradiction(prediction, label, present).tolist()
+            alike = ref.contradiction(prediction, nll, entropy, label, present)
+            assert_allclose(actual, alike, rtol=1e-12, atol=1e-15)
 
 
-@given(arrays((4, 3), st.integers(0, 2)), arrays((3, 3), st.booleans()), st.randoms())
+@given(
+    arrays((4, 3), st.integers(0, 2)),
+    arrays((4, 3), reals(0, 8)),
+    arrays((3, 3), st.booleans()),
+    st.randoms(),
+)
 def test_absent_votes_and_the_order_of_the_modalities_do_not_matter(
-    votes: Array, mask: Array, random: Any
+    votes: Array, excess: Array, mask: Array, random: Any
 ) -> None:
     prediction, label = torch.from_numpy(votes).long(), torch.tensor([0, 1, 2])
+    nll, calm = to_torch(excess), torch.zeros(4, 3, dtype=torch.float64)
     present = torch.cat([torch.ones(1, 3, dtype=torch.bool), torch.from_numpy(mask).bool()])
-    doubted = contradiction(prediction, label, present)
+    doubted = contradiction(prediction, nll, calm, label, present)
     garbage = torch.where(present, prediction, -1)
-    assert torch.equal(contradiction(garbage, label, present), doubted)
+    spoilt = torch.where(present, nll, math.nan)
+    assert torch.equal(contradiction(garbage, spoilt, calm, label, present), doubted)
     order = [0, *random.sample([1, 2, 3], 3)]
-    assert torch.equal(contradiction(prediction[order], label, present[order]), doubted)
+    again = contradiction(prediction[order], nll[order], calm, label, present[order])
+    assert torch.equal(again, doubted)
+
+
+@given(arrays((3, 4), reals(0, 8)), st.integers(0, 2), reals(0.125, 2))
+def test_the_least_surprised_head_limits_the_contradiction(
+    excess: Array, head: int, more: float
+) -> None:
+    prediction, label = torch.ones(3, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    calm = torch.zeros(3, 4, dtype=torch.float64)
+    doubted = contradiction(prediction, to_torch(excess), calm, label)
+    assert_allclose(doubted, 1 - np.exp(-excess.min(axis=0)), rtol=1e-12, atol=1e-15)
+    excess[head] = np.maximum(excess[head], excess.min(axis=0) + more)
+    others = np.delete(excess, head, axis=0).min(axis=0)
+    raised = contradiction(prediction, to_torch(excess), calm, label)
+    assert_allclose(raised, 1 - np.exp(-np.minimum(others, excess[head])), rtol=1e-12, atol=1e-15)
+    excess[head] = 0.0  # as unsure as it is surprised
+    assert not contradiction(prediction, to_torch(excess), calm, label).any()
 
 
 def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> None:
     # All wrong alike; all right; one dissents; the label is right only for the fused head.
     prediction = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 2, 1]])
-    doubted = contradiction(prediction, torch.tensor([0, 0, 0, 0]))
-    assert doubted.tolist() == [True, False, False, False]
+    sure = torch.full((3, 4), 2.0).log(), torch.zeros(3, 4)
+    doubted = contradiction(prediction, *sure, torch.tensor([0, 0, 0, 0]))
+    assert_allclose(doubted, [0.5, 0.0, 0.0, 0.0], rtol=1e-6)
 
 
 def test_one_head_alone_contradicts_nothing() -> None:
-    assert contradiction(torch.tensor([[1]]), torch.tensor([0])).tolist() == [False]
-    both = torch.tensor([[1], [1]])
+    one, calm = torch.ones(1, 1), torch.zeros(1, 1)
+    assert contradiction(torch.tensor([[1]]), one, calm, torch.tensor([0])).tolist() == [0]
+    both = torch.tensor([[1], [1]]), torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0])
     alone = torch.tensor([[True], [False]])
-    assert contradiction(both, torch.tensor([0])).tolist() == [True]
-    assert contradiction(both, torch.tensor([0]), alone).tolist() == [False]
+    assert contradiction(*both).item() > 0.5
+    assert contradiction(*both, alone).tolist() == [0]
 
 
 @given(arrays(3, reals(0, 1)), reals(2**-6, 1))

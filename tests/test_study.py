@@ -6,12 +6,13 @@ import csv
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncim_core
@@ -43,20 +44,25 @@ from benchmarks.study.train import run
 
 DATA = "uci:fou+zer+mor"
 FAST = "uci:fou+mor"
+LINEAR = partial(nn.Linear, out_features=4)
 
 
-def problem(modalities: int = 2, samples: int = 32) -> Problem:
+def problem(modalities: int = 2, samples: int = 32, hidden: int = 0) -> Problem:
     names = tuple(f"m{k}" for k in range(modalities))
 
     def network(fusion: methods.Fusion) -> Network:
         torch.manual_seed(0)
-        return Network(dict.fromkeys(names, torch.Size([5])), 4, fusion)
+        return Network(dict.fromkeys(names, torch.Size([5])), 4, fusion, hidden)
 
     def rehearse(make: object, epochs: int) -> Rehearsal:
         heads = torch.arange(1.0, modalities + 2)
         return Rehearsal((heads, heads / 4), (heads, heads / 2), heads / 10)
 
     return Problem(names, samples, epochs=4, steps=40, network=network, rehearse=rehearse)
+
+
+def redundancy_of(state: dyncim_core.CurriculumState) -> Tensor:
+    return dyncim_core.redundancy(state.log_quality, state.quality[0], state.skill)
 
 
 def batch(modalities: int = 2, samples: int = 32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -113,6 +119,15 @@ class TestOgmGe:
         heads = network(batch(3)[0])
         assert isinstance(network.fusion, Concatenation)
         torch.testing.assert_close(sum(network.fusion.parts(heads.features)), heads.fused)
+
+    def test_parts_of_a_deep_head_are_its_logits_where_the_others_are_absent(self) -> None:
+        network = methods.Joint(problem(3, hidden=8), 0.0).network
+        inputs = batch(3)[0]
+        assert isinstance(network.fusion, Concatenation)
+        parts = network.fusion.parts(network(inputs).features)
+        for m, part in enumerate(parts):
+            only = (torch.arange(3) == m).expand(32, 3)
+            torch.testing.assert_close(part, network(inputs, only).fused)
 
 
 class TestGradientBlending:
@@ -225,7 +240,7 @@ class TestLateAndSingle:
     def test_late_is_the_mean_of_what_is_present(self) -> None:
         unimodal = {"a": torch.tensor([[2.0, 0.0]] * 2), "b": torch.tensor([[0.0, 4.0]] * 2)}
         present = torch.tensor([[True, True], [True, False]])
-        fused = MeanOfLogits(("a", "b"), 2)({}, unimodal, present)
+        fused = MeanOfLogits(("a", "b"), LINEAR)({}, unimodal, present)
         assert fused.tolist() == [[1, 2], [2, 0]]
 
     def test_single_predicts_by_the_modality_best_on_held_out_data(self) -> None:
@@ -330,9 +345,7 @@ class TestDynCIM:
 
     def test_the_whole_drops_by_redundancy(self) -> None:
         method = self.learnt("dyncim")
-        share = 0.5 * float(
-            dyncim_core.redundancy(method.state.log_quality, method.state.quality[0])
-        )
+        share = 0.5 * float(redundancy_of(method.state))
         assert 0.05 < share < 0.45
         wanted = self.spread(share, method.state)
         assert self.missing(method) == pytest.approx(wanted, abs=0.004)
@@ -347,14 +360,18 @@ class TestDynCIM:
 
     def test_shifted_hmir_is_the_harmonic_mean_of_the_ratios(self) -> None:
         method = self.learnt("dyncim/shifted-hmir")
+        # Of skills 0.8 over 0.7, 0.6 and 0.1: less than the training qualities say.
+        of_skill = (0.7 + 0.6 + 0.1) / 3
+        assert methods.shifted_redundancy(method.state) == pytest.approx(of_skill, rel=1e-5)
+        assert self.missing(method) == pytest.approx(
+            self.spread(0.5 * of_skill, method.state), abs=0.004
+        )
+        # one modality is better than the fusion, so that the floor matters
+        method.state.skill.zero_()
         ratios = [math.exp(-0.4 + x) for x in (0.7, 0.3, 1.9)]
         harmonic = 3 / sum(1 / r for r in ratios)
         assert methods.shifted_redundancy(method.state) == pytest.approx(0.83 / harmonic, rel=1e-5)
-        wanted = self.spread(0.5 * 0.83 / harmonic, method.state)
-        assert self.missing(method) == pytest.approx(wanted, abs=0.004)
-        # one modality is better than the fusion, so that the floor matters
-        floored = float(dyncim_core.redundancy(method.state.log_quality, method.state.quality[0]))
-        assert abs(0.83 / harmonic - floored) > 0.05
+        assert abs(0.83 / harmonic - float(redundancy_of(method.state))) > 0.05
 
     @pytest.mark.parametrize("name", ["dyncim/no-modality-level", "dyncim/equal-losses"])
     def test_no_modality_level(self, name: str) -> None:
@@ -367,10 +384,10 @@ class TestDynCIM:
         state = self.learnt("dyncim").state
 
         def share(state: dyncim_core.CurriculumState) -> Tensor:
-            return 0.5 * dyncim_core.redundancy(state.log_quality, state.quality[0])
+            return 0.5 * redundancy_of(state)
 
-        inside = Gated(("m0", "m1", "m2"), 4, state=state).train()
-        outside = GatedUnderShare(("m0", "m1", "m2"), 4, state=state, share=share).train()
+        inside = Gated(("m0", "m1", "m2"), LINEAR, state=state).train()
+        outside = GatedUnderShare(("m0", "m1", "m2"), LINEAR, state=state, share=share).train()
         outside.load_state_dict(inside.state_dict())
         generator = torch.Generator().manual_seed(0)
         features = {f"m{k}": torch.randn(500, 64, generator=generator) for k in range(3)}
@@ -510,6 +527,12 @@ class TestData:
 
         assert hard(alone) > hard(joint) + 10  # starved
         assert hard(alone) > float(joint["score"])  # and it would have been better alone
+
+    def test_modalities_tell_together_what_neither_does_alone(self) -> None:
+        config = Config("together", "clean", "joint", 0.0, seed=300, epochs=20)
+        joint, alone = run(config), run(replace(config, method="late"))
+        assert float(alone["score"]) < 50  # of the two bits, no modality shows the second
+        assert float(joint["score"]) > float(alone["score"]) + 20
 
 
 class TestMeasures:

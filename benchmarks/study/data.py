@@ -17,8 +17,15 @@ REPOSITORY = Path(__file__).parents[2]
 UCI = REPOSITORY / "examples" / "data" / "uci_multiple_features.npz"
 SPOKEN = REPOSITORY.parent / "shared" / "data" / "free_spoken_digits.npz"
 # How often an epoch the test score is taken; where few epochs decide, more often.
-MARKS = {"uci": 1, "digits": 1, "starving": 4, "dominated": 1, "diabetes": 1}
-EPOCHS = {"uci": 40, "digits": 15, "starving": 40, "dominated": 40, "diabetes": 60}
+MARKS = {"uci": 1, "digits": 1, "starving": 4, "dominated": 1, "together": 1, "diabetes": 1}
+EPOCHS = {
+    "uci": 40,
+    "digits": 15,
+    "starving": 40,
+    "dominated": 40,
+    "together": 40,
+    "diabetes": 60,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Split:
         test_truth: Classes, or values of a regression.
         num_classes: Classes, or bins.
         centres: Of the bins of a regression.
+        hidden: Units of the hidden layer that the fused head needs; 0 for a linear one.
     """
 
     train: dict[str, Tensor]
@@ -43,6 +51,7 @@ class Split:
     test_truth: Tensor
     num_classes: int
     centres: Tensor | None = None
+    hidden: int = 0
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -73,7 +82,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
     """A task's split, in the data's own units.
 
     Args:
-        name: ``uci:VIEW+VIEW...``, ``digits``, ``starving``, ``dominated`` or ``diabetes``.
+        name: ``uci:VIEW+VIEW...``, ``digits``, ``starving``, ``dominated``,
+            ``together`` or ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -89,10 +99,12 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         return _starving(rng)
     if name == "dominated":
         return _dominated(rng)
+    if name == "together":
+        return _together(rng)
     if name == "diabetes":
         return _diabetes(rng)
     raise ValueError(
-        f"data: expected uci:VIEWS, digits, starving, dominated or diabetes, got {name!r}"
+        f"data: expected uci:VIEWS, digits, starving, dominated, together or diabetes, got {name!r}"
     )
 
 
@@ -181,6 +193,27 @@ def _dominated(rng: np.random.Generator) -> Split:
         inputs[name] = torch.from_numpy(x)
     truth = torch.from_numpy(label)
     return _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), 2)
+
+
+def _together(rng: np.random.Generator) -> Split:
+    """Two modalities tell together what neither does alone.
+
+    Four classes of two bits. Each modality shows the first, weakly; the second is whether a bit
+    that ``left`` shows well equals one that ``right`` does, so that each alone tells nothing of
+    it. The fused head needs a hidden layer.
+    """
+    size, width = 3000, 16
+    known, left, right = rng.integers(2, size=(3, size))
+    label = 2 * known + (left == right)
+    inputs = {}
+    for name, bit in (("left", left), ("right", right)):
+        x = rng.standard_normal((size, width)).astype(np.float32)
+        x[:, :4] += 2.0 * (2 * bit[:, None] - 1)
+        x[:, 4:8] += 0.6 * (2 * known[:, None] - 1)
+        inputs[name] = torch.from_numpy(x)
+    truth = torch.from_numpy(label)
+    split = _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), 4)
+    return replace(split, hidden=128)
 
 
 def _diabetes(rng: np.random.Generator) -> Split:

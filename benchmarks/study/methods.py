@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios
+from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, trust
 
 from .models import (
     AttentionPool,
@@ -467,7 +467,9 @@ def shifted_hmir(state: CurriculumState) -> Fusion:
 def shifted_redundancy(state: CurriculumState) -> Tensor:
     """``redundancy`` with the harmonic mean of the ratios for ``1 + HMIR``: without a floor."""
     ratios = improvement_ratios(state.log_quality)
-    return state.quality[0] * ratios.reciprocal().mean()
+    return torch.minimum(
+        state.quality[0] * ratios.reciprocal().mean(), trust(state.skill)[1:].mean()
+    )
 
 
 class OneSignal(DynCIM):

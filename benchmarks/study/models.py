@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Heads(NamedTuple):
         return [self.fused, *self.unimodal.values()]
 
 
-Fusion = Callable[[tuple[str, ...], int], nn.Module]
+Head = Callable[[int], nn.Module]  # logits from fused features of a width
+Fusion = Callable[[tuple[str, ...], Head], nn.Module]
 
 
 class Network(nn.Module):
@@ -39,13 +41,16 @@ class Network(nn.Module):
         num_classes: Number of classes.
         fusion: Makes the module that turns features, unimodal logits and the mask of
             present modalities into fused logits.
+        hidden: Units of the hidden layer of the fused head; 0 for a linear one.
     """
 
-    def __init__(self, shapes: dict[str, torch.Size], num_classes: int, fusion: Fusion) -> None:
+    def __init__(
+        self, shapes: dict[str, torch.Size], num_classes: int, fusion: Fusion, hidden: int = 0
+    ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict({name: _encoder(shape) for name, shape in shapes.items()})
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, num_classes) for name in shapes})
-        self.fusion = fusion(tuple(shapes), num_classes)
+        self.fusion = fusion(tuple(shapes), partial(_head, num_classes=num_classes, hidden=hidden))
 
     def forward(self, inputs: dict[str, Tensor], present: Tensor | None = None) -> Heads:
         """Logits of a batch; ``present``, bool ``[B, M]``, is for the fusion."""
@@ -55,11 +60,11 @@ class Network(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """A linear head over the features of all; zeros for what is absent."""
+    """A head over the features of all; zeros for what is absent."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+    def __init__(self, modalities: tuple[str, ...], head: Head) -> None:
         super().__init__()
-        self.head = nn.Linear(WIDTH * len(modalities), num_classes)
+        self.head = head(WIDTH * len(modalities))
 
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
@@ -72,7 +77,11 @@ class Concatenation(nn.Module):
         return fused
 
     def parts(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """What each modality adds to the logits; they sum to the fused ones."""
+        """The logits of each modality alone: of a linear head, they sum to the fused ones."""
+        if not isinstance(self.head, nn.Linear):
+            streams = list(features.values())
+            alone = torch.eye(len(streams)).repeat_interleave(WIDTH, dim=1)
+            return [self.head(torch.cat(streams, dim=1) * mask) for mask in alone]
         weights = torch.split(self.head.weight, WIDTH, dim=1)
         bias = self.head.bias / len(features)
         return [x @ w.t() + bias for x, w in zip(features.values(), weights, strict=True)]
@@ -81,7 +90,7 @@ class Concatenation(nn.Module):
 class MeanOfLogits(nn.Module):
     """Late fusion: the mean of the logits of the modalities that are present."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+    def __init__(self, modalities: tuple[str, ...], head: Head) -> None:
         super().__init__()
 
     def forward(
@@ -97,7 +106,7 @@ class MeanOfLogits(nn.Module):
 class OneModality(nn.Module):
     """No fusion: the logits of one modality; equal ones where it is absent."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int, *, position: int = 0) -> None:
+    def __init__(self, modalities: tuple[str, ...], head: Head, *, position: int = 0) -> None:
         super().__init__()
         self.position = position
 
@@ -110,12 +119,12 @@ class OneModality(nn.Module):
 
 
 class Gated(nn.Module):
-    """``GatedFusion`` with a linear head, as in the toolkit's README."""
+    """``GatedFusion`` with a head, as in the toolkit's README."""
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int, **options: Any) -> None:
+    def __init__(self, modalities: tuple[str, ...], head: Head, **options: Any) -> None:
         super().__init__()
         self.gates = GatedFusion(dict.fromkeys(modalities, WIDTH), **options)
-        self.head = nn.Linear(self.gates.out_features, num_classes)
+        self.head = head(self.gates.out_features)
 
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
@@ -129,10 +138,8 @@ class Gated(nn.Module):
 class Unskilled(Gated):
     """``Gated`` that does not hear of skills."""
 
-    def __init__(
-        self, modalities: tuple[str, ...], num_classes: int, *, state: CurriculumState
-    ) -> None:
-        super().__init__(modalities, num_classes, state=state)
+    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
+        super().__init__(modalities, head, state=state)
         self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
 
     @override
@@ -154,12 +161,12 @@ class GatedUnderShare(Gated):
     def __init__(
         self,
         modalities: tuple[str, ...],
-        num_classes: int,
+        head: Head,
         *,
         state: CurriculumState,
         share: Callable[[CurriculumState], float | Tensor],
     ) -> None:
-        super().__init__(modalities, num_classes, state=state, dropout=0.0)
+        super().__init__(modalities, head, state=state, dropout=0.0)
         self.share = share
         self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
 
@@ -185,18 +192,18 @@ class GatedUnderShare(Gated):
 
 
 class AttentionPool(nn.Module):
-    """The fusion layer of the package ``aecf``, with a linear head.
+    """The fusion layer of the package ``aecf``, with a head.
 
     Attributes:
         penalty: The entropy penalty of the last batch, for the loss.
     """
 
-    def __init__(self, modalities: tuple[str, ...], num_classes: int) -> None:
+    def __init__(self, modalities: tuple[str, ...], head: Head) -> None:
         super().__init__()
         from aecf import create_fusion_pool  # optional: pip install --no-deps aecf
 
         self.query, self.pool = create_fusion_pool(WIDTH, len(modalities))
-        self.head = nn.Linear(WIDTH, num_classes)
+        self.head = head(WIDTH)
         self.penalty = torch.zeros(())
 
     def forward(
@@ -215,6 +222,12 @@ class AttentionPool(nn.Module):
         self.penalty = masking.entropy_loss(info["entropy"])
         logits: Tensor = self.head(pooled.squeeze(1))
         return logits
+
+
+def _head(width: int, *, num_classes: int, hidden: int) -> nn.Module:
+    if not hidden:
+        return nn.Linear(width, num_classes)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
 
 def _encoder(shape: torch.Size) -> nn.Module:

@@ -61,8 +61,8 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "tuning": (Block(TUNING_DATA, TUNING_CONDITIONS, PEERS, TUNING_SEEDS),),
     "headline": (
         Block((PAIR, TRIPLE), ("clean", *NOISY), PEERS, range(10)),
-        Block(("starving", "diabetes"), ("clean",), PEERS, range(10)),
-        Block(("starving",), ("symmetric-40",), PEERS, range(10)),
+        Block(("starving", "together", "diabetes"), ("clean",), PEERS, range(10)),
+        Block(("starving", "together"), ("symmetric-40",), PEERS, range(10)),
     ),
     "breadth": (
         Block((*OTHERS, ALL), ("clean", "symmetric-40"), PEERS, range(5)),
@@ -74,7 +74,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
         Block((TRIPLE,), ("asymmetric-30",), ABLATIONS, range(5)),
-        Block(("diabetes", "dominated"), ("clean",), ABLATIONS, range(5)),
+        Block(("together", "diabetes", "dominated"), ("clean",), ABLATIONS, range(5)),
     ),
 }
 

@@ -22,7 +22,14 @@ from .models import Fusion, Heads, Network
 
 BATCH = 64
 # Training samples of an epoch. A condition with fewer takes as many steps nevertheless.
-EPOCH = {"uci": 1000, "digits": 1000, "starving": 1000, "dominated": 1000, "diabetes": 300}
+EPOCH = {
+    "uci": 1000,
+    "digits": 1000,
+    "starving": 1000,
+    "dominated": 1000,
+    "together": 1000,
+    "diabetes": 300,
+}
 
 Measures = dict[str, float | str]
 
@@ -78,7 +85,7 @@ def _problem(split: Split, seed: int, epochs: int, per_epoch: int) -> Problem:
 
     def network(fusion: Fusion) -> Network:
         torch.manual_seed(seed)
-        return Network(shapes, split.num_classes, fusion)
+        return Network(shapes, split.num_classes, fusion, split.hidden)
 
     return Problem(
         split.modalities,

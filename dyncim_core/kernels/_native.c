@@ -362,8 +362,8 @@ static int is_held_out(int64_t index, uint64_t below) {
 
 /* What valid samples say, summed up. */
 typedef struct {
-    int64_t count, contradicted, seen[MAX_HEADS], hits[MAX_HEADS];
-    double signal[SIGNALS], difficulty;
+    int64_t count, seen[MAX_HEADS], hits[MAX_HEADS];
+    double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
 /* Take in what heads say about samples that they were never trained on. */
@@ -401,7 +401,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
     double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
     double rho = o->surprise_strength * (1.0 - 1.0 / (double)p->classes) *
-                 clamp(noise / 0.15, 0.0, 1.0);
+                 clamp(noise / 0.04, 0.0, 1.0);
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
@@ -416,7 +416,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             next += work->rows;
         }
         int64_t y = p->target[i], present = 0, agreeing = 0, here = i - found->start;
-        double surprisal = 0.0, excess = 0.0, apart = 0.0;
+        double surprisal = 0.0, excess = 0.0, apart = 0.0, least = INFINITY;
         int finite = 1;
         for (int64_t h = 0; h < H; h++) {
             int64_t at = h * B + i, near = h * found->near + here;
@@ -425,7 +425,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             finite &= isfinite(more);
             present++;
             surprisal += nll[at];
-            excess += more > 0.0 ? more : 0.0;
+            more = more > 0.0 ? more : 0.0;
+            excess += more;
+            least = more < least ? more : least;
             apart += found->distance[near];
             agreeing += found->prediction[near] == found->prediction[here];
         }
@@ -449,7 +451,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             hard += share[k] * says[k];
         }
         t->count++;
-        t->contradicted += present > 1 && agreeing == present && found->prediction[here] != y;
+        if (present > 1 && agreeing == present && found->prediction[here] != y)
+            t->contradicted += 1.0 - expf((float)-least);
         exponent[i] = (float)(-rho * excess / (double)present);
         difficulty[i] = (float)hard;
         t->difficulty += hard;
@@ -587,13 +590,27 @@ typedef struct {
     double rates[MAX_HEADS]; /* how often it is disturbed */
 } Trust;
 
-/* From the skill that a fusion has kept; `learnt`, if not NULL, is what its state has of all heads,
- * [M + 1]: log quality and quality. */
+static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
+
+/* Share of what is learnt that modalities know on their own: of a state's log qualities, qualities
+ * and skills of all heads, [M + 1]. */
+static double redundancy_of(float *const *learnt, int64_t modalities) {
+    const float *skill = learnt[2];
+    double share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
+    float shown[MAX_HEADS], best = 0.0f;
+    for (int64_t h = 0; h <= modalities; h++) {
+        best = skill[h] > best ? skill[h] : best;
+        shown[h] = (float)log(trust_of(skill[h]));
+    }
+    if (best == 0.0f) memset(shown, 0, sizeof shown);
+    double of_shown = exp(shown[0]) / (1.0 + exp(log_hmir_of(shown, modalities)));
+    return share < of_shown ? share : of_shown;
+}
+
+/* From the skill that a fusion has kept, and, if not NULL, what its state has learnt. */
 static void trust_in(int64_t modalities, const float *skill, float *const *learnt, Trust *t) {
-    const double eps = 1e-3, least = 0.02;
-    double worst = INFINITY, best = 0.0, share = 1.0;
-    if (learnt)
-        share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
+    const double eps = 1e-3;
+    double worst = INFINITY, best = 0.0, share = learnt ? redundancy_of(learnt, modalities) : 1.0;
     for (int64_t m = 0; m < modalities; m++) {
         worst = skill[m] < worst ? skill[m] : worst;
         best = skill[m] > best ? skill[m] : best;
@@ -602,9 +619,9 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
         double vote = 1.0;
         t->believed[m] = 1.0;
         if (best > 0.0) {
-            t->believed[m] = skill[m] > least ? skill[m] : least;
+            t->believed[m] = trust_of(skill[m]);
             vote = clamp(2.0 * skill[m] / best, 0.0, 1.0);
-            vote = vote * vote > least ? vote * vote : least;
+            vote = trust_of(vote * vote);
         }
         t->log_votes[m] = log(vote);
         t->rates[m] = share * (1.0 - skill[m] + eps) / (1.0 - worst + eps);

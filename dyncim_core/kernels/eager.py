@@ -231,7 +231,7 @@ def weigh(
         valid=valid,
     )
 
-    doubted = contradiction(found.prediction, target, present)
+    doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
@@ -319,7 +319,8 @@ def listen(
     ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts.
     """
     kind, heads = buffers.skill.dtype, len(heard)
-    said = torch.cat([heard, heard & right, (heard[0] & contradicted).unsqueeze(0)])
+    doubted = torch.where(heard[:1], contradicted, 0.0)
+    said = torch.cat([heard, heard & right, doubted])
     shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
     some = shares[0].sign()  # 0 where nothing is heard
     rate = some * (1.0 - decay)
@@ -423,7 +424,7 @@ def disturbance_rates(learnt: Learnt | None, skill: Tensor) -> Tensor:
     rates = augmentation_rates(skill)
     if learnt is None:
         return rates
-    return redundancy(learnt.log_quality, learnt.quality[0]) * rates
+    return redundancy(learnt.log_quality, learnt.quality[0], learnt.skill) * rates
 
 
 def _disturb(

@@ -477,7 +477,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
-    rho = strengths[0] * (1.0 - 1.0 / classes) * tl.minimum(noise / 0.15, 1.0)
+    rho = strengths[0] * (1.0 - 1.0 / classes) * tl.minimum(noise / 0.04, 1.0)
     kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
     shares: tl.tuple = ()
     moved = 0.0
@@ -492,7 +492,7 @@ def _curriculum(
         left = tl.zeros([samples], tl.int32)
         for start in range(0, batch, samples):
             i = start + tl.arange(0, samples)
-            _, _, kept, valid, _, _, _, _, _ = _signals(
+            _, _, kept, valid, _, _, _, _, _, _ = _signals(
                 found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
             )
             if skip:
@@ -509,7 +509,7 @@ def _curriculum(
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, kept, valid, held, heard, signal, difficulty, _ = _signals(
+        nll, here, kept, valid, held, heard, signal, difficulty, _, doubt = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         summed: tl.tuple = ()
@@ -534,7 +534,7 @@ def _curriculum(
             asked = heard
             listened += (here & heard[None, :]).to(tl.float32)
             hits += (here & heard[None, :] & (prediction == y[None, :])).to(tl.float32)
-        contradicted += (asked & agree & (fused != y)).to(tl.float32)
+        contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
         heavy = zero + 1.0
         if criterion.weight is not None:
             real = kept & (y >= 0) & (y < classes)
@@ -553,7 +553,7 @@ def _curriculum(
     weighted = weights
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, _, valid, _, _, _, difficulty, surprise = _signals(
+        nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
@@ -629,7 +629,7 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         inside = i < batch
-        nll, here, _, valid, held, heard, _, difficulty, surprise = _signals(
+        nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
@@ -753,8 +753,10 @@ def _signals(
     difficulty = tl.zeros(i.shape, tl.float32)
     for k in tl.static_range(3):
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
-    surprise = tl.sum(tl.maximum(nll - entropy, 0.0), 0) / number
-    return nll, here, kept, valid, held, heard, signals, difficulty, surprise
+    excess = tl.maximum(nll - entropy, 0.0)
+    doubt = 1.0 - tl.exp(-tl.min(tl.where(here, excess, float("inf")), 0))
+    surprise = tl.sum(excess, 0) / number
+    return nll, here, kept, valid, held, heard, signals, difficulty, surprise, doubt
 
 
 @_jit
