@@ -47,9 +47,10 @@ class DynCIMLoss(nn.Module):
             ``modalities`` and ``num_samples``.
         surprise_strength: Strength of the weighting by surprise at full label noise,
             >= 0.
-        label_noise: Share of wrong labels in [0, 1], where it is known. When ``None``, the
-            run shows it: ``state.label_noise`` averages how often all heads contradict
-            a label together, from the first sample held out on of such ones alone. That
+        label_noise: Share of wrong labels in [0, 1], where it is known; the weighting acts in
+            full from 0.04 on. When ``None``, the run shows it: ``state.label_noise`` averages
+            how far all heads contradict a label together, from the first sample held out on of
+            such ones alone. That
             takes at least one modality's logits; without, the surprise weighting stays
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its

@@ -63,8 +63,8 @@ class CurriculumState(KeepsDtype):
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
-        label_noise: Scalar in [0, 1], share of labels that the model doubts: of samples held
-            out once there were any, before of those trained on.
+        label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: of
+            samples held out once there were any, before of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond guessing of the samples
             held out of training; 0 as long as there were none.
         held_out_mass, held_out_hits, held_out_doubt: What it and ``label_noise`` come from.
