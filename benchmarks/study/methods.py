@@ -23,6 +23,7 @@ from .models import (
     Concatenation,
     Fusion,
     Gated,
+    GatedDetached,
     GatedUnderShare,
     Heads,
     MeanOfLogits,
@@ -447,6 +448,11 @@ def no_novelty(state: CurriculumState) -> Fusion:
     return partial(Gated, state=state, novelty_slope=0.0)
 
 
+def detached_logits(state: CurriculumState) -> Fusion:
+    """Variant: the gated logits are added detached, so only its own loss trains a head."""
+    return partial(GatedDetached, state=state)
+
+
 def constant_gate(state: CurriculumState) -> Fusion:
     """Ablation: the fusion without the state: all modalities alike, half the full dropout."""
     return partial(Gated, dropout=DROPOUT / 2)
@@ -549,6 +555,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
+    "dyncim/detached-logits": Entry(partial(DynCIM, gate=detached_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

@@ -135,6 +135,18 @@ class Gated(nn.Module):
         return logits
 
 
+class GatedDetached(Gated):
+    """``Gated`` whose fused loss does not train the unimodal heads."""
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        unimodal = {name: x.detach() for name, x in unimodal.items()}
+        return super().forward(features, unimodal, present)
+
+
 class Unskilled(Gated):
     """``Gated`` that does not hear of skills."""
 
