@@ -405,6 +405,19 @@ class TestDynCIM:
     def test_no_gate_is_plain_concatenation(self) -> None:
         assert isinstance(self.learnt("dyncim/no-gate").network.fusion, Concatenation)
 
+    def test_detached_logits_are_trained_by_their_own_loss_alone(self) -> None:
+        features = {f"m{k}": torch.randn(5, 64) for k in range(3)}
+        unimodal = {f"m{k}": torch.randn(5, 4, requires_grad=True) for k in range(3)}
+        network = self.learnt("dyncim/detached-logits").network
+        fused = network.fusion(features, unimodal, None)
+        assert isinstance(network.fusion, Gated)
+        fused.sum().backward()
+        assert all(x.grad is None for x in unimodal.values())
+        with torch.no_grad():
+            network.eval()
+            whole = Gated.forward(network.fusion, features, unimodal, None)
+            torch.testing.assert_close(network.fusion(features, unimodal, None), whole)
+
     def test_full_dropout_is_the_toolkits(self) -> None:
         assert dyncim_core.GatedFusion([1, 1]).dropout == methods.DROPOUT
 
