@@ -449,7 +449,7 @@ def no_novelty(state: CurriculumState) -> Fusion:
 
 
 def detached_logits(state: CurriculumState) -> Fusion:
-    """Variant: the gated logits are added detached, so only its own loss trains a head."""
+    """Variant: gated logits are detached; a unimodal head learns from its own loss alone."""
     return partial(GatedDetached, state=state)
 
 
