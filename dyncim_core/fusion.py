@@ -13,7 +13,7 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Gating, Kernels, Learnt
+from dyncim_core.kernels.interface import Gate, Kernels, Learnt
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -30,9 +30,9 @@ class FusionOutput(NamedTuple):
     Attributes:
         fused: ``[B, sum D]`` or ``[B, T, sum D]``, in the features' dtype.
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities.
-        logits: ``[B, C]``, float32, mean of the unimodal logits, weighted by the gates,
-            to add to the logits of a head over ``fused``; ``None`` without unimodal
-            logits.
+        logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
+            features, to add to the logits of a head over ``fused``; ``None`` without
+            unimodal logits. It is detached: unimodal heads learn from their own losses.
     """
 
     fused: Tensor
@@ -178,6 +178,7 @@ class GatedFusion(KeepsDtype):
         if unimodal is not None:
             logits = _checks.as_list("unimodal", unimodal, self.modalities)
             _checks.check_unimodal(logits, self.modalities, batch, device)
+            logits = [x.detach() for x in logits]
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.skill, device)
         evidence = logits
@@ -208,12 +209,12 @@ class GatedFusion(KeepsDtype):
         by = "eager" if kernels is eager else None
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, by)
-        parts = streams if logits is None else [*streams, *logits]
-        if gating.source is not None:
-            rows = gating.source.repeat(len(parts) // len(streams), 1)
-            parts = [x[row] for x, row in zip(parts, rows, strict=True)]
-        fused, consensus = _mixed(select(by, streams), gating, self.widths, parts)
-        return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), consensus)
+        rows = gating.source
+        if rows is not None:
+            streams = [x[row] for x, row in zip(streams, rows, strict=True)]
+            logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
+        fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale)
+        return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:
         (state,) = self._state
@@ -235,37 +236,39 @@ class GatedFusion(KeepsDtype):
 
 
 def _mixed(
-    kernels: Kernels, gating: Gating, widths: Sequence[int], parts: Sequence[Tensor]
+    kernels: Kernels, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``Kernels.mix`` of streams and then logits, differentiable for these."""
+    """``Kernels.mix``, differentiable for streams."""
     if kernels is eager:
-        return eager.mix(parts[: len(widths)], parts[len(widths) :], gating)
+        return eager.mix(streams, logits, scale)
     found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
-        (kernels, gating, widths), *parts
+        (kernels, logits, scale), *streams
     )
     return found
 
 
 class _Mixed(torch.autograd.Function):
-    """``gating`` is this function's own: nobody changes it between forward and backward."""
+    """``scale`` is this function's own: nobody changes it between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, known: tuple[Any, ...], *parts: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernels, gating, widths = ctx.known = known
+    def forward(ctx: Any, known: tuple[Any, ...], *streams: Tensor) -> tuple[Tensor, Tensor | None]:
+        kernels, logits, scale = known
+        ctx.known = kernels, [x.shape[-1] for x in streams], scale
         ctx.set_materialize_grads(False)
-        fused, consensus = kernels.mix(parts[: len(widths)], parts[len(widths) :], gating)
-        needed = ctx.needs_input_grad[1:]
-        both = (fused, needed[: len(widths)]), (consensus, needed[len(widths) :])
-        ctx.mark_non_differentiable(*(x for x, of in both if x is not None and not any(of)))
-        return fused, consensus
+        fused, total = kernels.mix(streams, logits, scale)
+        if total is not None:
+            ctx.mark_non_differentiable(total)
+        return fused, total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernels, gating, widths = ctx.known
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        kernels, widths, scale = ctx.known
+        if grad is None:
+            return (None,) * (1 + len(widths))
         # With create_graph=True; and gradients in a batch, is_grads_batched=True, have no address.
-        if torch.is_grad_enabled() or any(map(_in_a_batch, filter(torch.is_tensor, grads))):
+        if torch.is_grad_enabled() or _in_a_batch(grad):
             kernels = eager
-        return (None, *kernels.unmix(grads, widths, gating))
+        return (None, *kernels.unmix(grad, widths, scale))
 
 
 # Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.

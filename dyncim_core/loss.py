@@ -218,7 +218,8 @@ class DynCIMLoss(nn.Module):
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
         settings = self._settings(state)
-        if memory is not None and unimodal is not None and self._holds_out(target):
+        indices = not target.is_floating_point()
+        if memory is not None and unimodal is not None and indices:
             settings = settings._replace(held_out=self.held_out)
         joint = kernels.curriculum(heads, present, read, averages, memory, settings)
         if plain:
@@ -228,10 +229,6 @@ class DynCIMLoss(nn.Module):
         return differentiable(
             joint.value, joint.coefficient, joint.normaliser, kernels, read, guard, heads
         )
-
-    def _holds_out(self, target: Tensor) -> bool:
-        asked_for = self.label_noise is None and self.surprise_strength > 0.0
-        return asked_for and not target.is_floating_point()
 
     def _generic(
         self,

@@ -25,7 +25,6 @@ from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import (
     Criterion,
     Gate,
-    Gating,
     Learnt,
     Moments,
     Settings,
@@ -216,7 +215,6 @@ def test_native_gates_are_those_of_eager(
     steps=st.sampled_from([None, 1, 3]),
     classes=st.sampled_from([None, 1, 5]),
     masked=st.booleans(),
-    asked=st.sampled_from([(True, True), (True, False), (False, True)]),
 )
 def test_native_mixes_as_eager_does(
     widths: list[int],
@@ -224,30 +222,23 @@ def test_native_mixes_as_eager_does(
     steps: int | None,
     classes: int | None,
     masked: bool,
-    asked: tuple[bool, bool],
 ) -> None:
     from dyncim_core.kernels import native
 
     shape, modalities = (batch, *(() if steps is None else (steps,))), len(widths)
     streams = [randn(*shape, 2 * width, seed=k)[..., ::2] for k, width in enumerate(widths)]
     logits = [randn(batch, classes, seed=k) for k in range(modalities)] if classes else []
-    gates, scale = randn(modalities, batch).abs(), randn(modalities, batch, seed=1).abs()
+    scale = randn(modalities, batch).abs()
     if masked and batch:
-        gates[0, 0] = scale[0, 0] = 0.0
+        scale[0, 0] = 0.0
         streams[0][0] = math.nan
         if logits:
             logits[0][0] = -math.inf
-    gating = Gating(gates, scale, None)
-    actual, expected = (b.mix(streams, logits, gating) for b in (native, eager))
-    grads = tuple(
-        torch.ones_like(x).mT.contiguous().mT if wanted and x is not None else None
-        for x, wanted in zip(expected, asked, strict=True)
-    )
+    grad = randn(*shape, 2 * sum(widths))[..., ::2]
     actual, expected = (
-        (*mixed, *b.unmix(grads, widths, gating))
-        for mixed, b in ((actual, native), (expected, eager))
+        (*b.mix(streams, logits, scale), *b.unmix(grad, widths, scale)) for b in (native, eager)
     )
-    assert len(actual) == len(expected) == 2 + 2 * modalities
+    assert len(actual) == len(expected) == 2 + modalities
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours is theirs is None or ours.shape == theirs.shape
         if ours is not None:
@@ -258,15 +249,15 @@ def test_native_mixes_as_eager_does(
 def test_what_torch_spreads_over_threads_is_left_to_it(
     native: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gating = Gating(torch.ones(2, 3), torch.ones(2, 3), None)
+    scale = torch.ones(2, 3)
     monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_mix", None)
     streams = [randn(3, 4), randn(3, 5)]
-    fused, _ = native.mix(streams, [], gating)
+    fused, _ = native.mix(streams, [], scale)
     assert torch.equal(fused, torch.cat(streams, dim=1))
-    found = native.unmix((fused, None), (4, 5), gating)
-    assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=False))
+    found = native.unmix(fused, (4, 5), scale)
+    assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=True))
 
 
 @needs_native

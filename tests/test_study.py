@@ -298,8 +298,10 @@ class TestDynCIM:
     def test_no_sample_level_weighs_all_samples_alike(self) -> None:
         whole = self.factors(methods.DynCIM(problem(3), 0.0))
         assert whole[0].max() > 1.05 * whole[0].min()
-        without = self.factors(methods.DynCIM(problem(3), 0.0, **methods.NO_SAMPLE_LEVEL))
-        torch.testing.assert_close(without[0], without[0, :1].expand(32), rtol=1e-2, atol=1e-5)
+        without = self.factors(methods.DynCIM(problem(3), 0.0, **methods.NO_SAMPLE_LEVEL))[0]
+        trained = without[without > 0]
+        assert 24 < len(trained) < 32  # some are held out
+        torch.testing.assert_close(trained, trained[:1].expand_as(trained), rtol=1e-2, atol=1e-5)
 
     @pytest.mark.parametrize("signal", [0, 1, 2])
     def test_one_signal_makes_the_difficulty(self, signal: int) -> None:
@@ -405,18 +407,18 @@ class TestDynCIM:
     def test_no_gate_is_plain_concatenation(self) -> None:
         assert isinstance(self.learnt("dyncim/no-gate").network.fusion, Concatenation)
 
-    def test_detached_logits_are_trained_by_their_own_loss_alone(self) -> None:
+    def test_attached_logits_only_let_the_gradient_through(self) -> None:
         features = {f"m{k}": torch.randn(5, 64) for k in range(3)}
         unimodal = {f"m{k}": torch.randn(5, 4, requires_grad=True) for k in range(3)}
-        network = self.learnt("dyncim/detached-logits").network
-        fused = network.fusion(features, unimodal, None)
-        assert isinstance(network.fusion, Gated)
-        fused.sum().backward()
+        fusion = self.learnt("dyncim/attached-logits").network.eval().fusion
+        assert isinstance(fusion, Gated)
+        whole = Gated.forward(fusion, features, unimodal, None)
+        whole.sum().backward()
         assert all(x.grad is None for x in unimodal.values())
-        with torch.no_grad():
-            network.eval()
-            whole = Gated.forward(network.fusion, features, unimodal, None)
-            torch.testing.assert_close(network.fusion(features, unimodal, None), whole)
+        fused = fusion(features, unimodal, None)
+        torch.testing.assert_close(fused, whole)
+        fused.sum().backward()
+        assert all(x.grad is not None for x in unimodal.values())
 
     def test_full_dropout_is_the_toolkits(self) -> None:
         assert dyncim_core.GatedFusion([1, 1]).dropout == methods.DROPOUT

@@ -23,7 +23,7 @@ from .models import (
     Concatenation,
     Fusion,
     Gated,
-    GatedDetached,
+    GatedAttached,
     GatedUnderShare,
     Heads,
     MeanOfLogits,
@@ -448,9 +448,9 @@ def no_novelty(state: CurriculumState) -> Fusion:
     return partial(Gated, state=state, novelty_slope=0.0)
 
 
-def detached_logits(state: CurriculumState) -> Fusion:
-    """Variant: gated logits are detached; a unimodal head learns from its own loss alone."""
-    return partial(GatedDetached, state=state)
+def attached_logits(state: CurriculumState) -> Fusion:
+    """Variant: gated logits are not detached; unimodal heads learn from the fused loss too."""
+    return partial(GatedAttached, state=state)
 
 
 def constant_gate(state: CurriculumState) -> Fusion:
@@ -555,7 +555,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
-    "dyncim/detached-logits": Entry(partial(DynCIM, gate=detached_logits)),
+    "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

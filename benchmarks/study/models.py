@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, GatedFusion, augmentation_rates
+from dyncim_core import CurriculumState, GatedFusion, augmentation_rates, relative_gates
 
 WIDTH = 64  # of every modality's features
 
@@ -135,16 +135,19 @@ class Gated(nn.Module):
         return logits
 
 
-class GatedDetached(Gated):
-    """``Gated`` whose fused loss does not train the unimodal heads."""
+class GatedAttached(Gated):
+    """``Gated`` whose fused loss trains the unimodal heads too."""
 
     @override
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
     ) -> Tensor:
         """Fused logits."""
-        unimodal = {name: x.detach() for name, x in unimodal.items()}
-        return super().forward(features, unimodal, present)
+        fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
+        scale = relative_gates(gates.t()).unsqueeze(2)
+        gated = (scale * torch.stack([*unimodal.values()])).sum(dim=0)
+        logits: Tensor = self.head(fused) + gated
+        return logits
 
 
 class Unskilled(Gated):

@@ -728,14 +728,13 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
         }
 }
 
-/* Logits, [B, C], times their factors, [M, B], added up; or what each got of the sum. */
+/* Logits, [B, C], times their factors, [M, B], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor, int backward) {
+                       const float *factor) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
             float *part = logits[m] + i * classes, f = factor[m * B + i];
-            if (backward) scale_into(part, sum, classes, f);
-            else if (m == 0) scale_into(sum, part, classes, f);
+            if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
         }
@@ -1022,10 +1021,10 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     return answer(failed, NULL);
 }
 
-/* With `backward`, streams and logits are what is written. */
+/* With `backward`, streams are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 11)) return NULL;
+    if (!arguments_are(count, 10)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1034,15 +1033,13 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
     for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++)
         width[m] = integer(PyList_GetItem(args[2], m));
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
-    float *fused = address(args[6]), *consensus = address(args[7]);
-    const float *scale = address(args[8]), *gates = address(args[9]);
-    int backward = PyObject_IsTrue(args[10]);
+    float *fused = address(args[6]), *sum = address(args[7]);
+    const float *scale = address(args[8]);
+    int backward = PyObject_IsTrue(args[9]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    if (fused)
-        mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (consensus)
-        mix_logits(logits, consensus, modalities, batch, classes, gates, backward);
+    mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -673,29 +673,18 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
-    fused = torch.cat(_scaled(streams, gating.scale), dim=-1)
+    """Streams, scaled and next to each other; logits, scaled and added up, if any."""
+    fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
-    gated = _scaled([x.float() for x in logits], gating.gates)
-    return fused, reduce(torch.add, gated)
+    return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
 
 
-def unmix(
-    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
-) -> list[Tensor | None]:
-    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
-    fused, consensus = grads
-    found: list[Tensor | None] = [None] * (2 * len(widths))
-    if fused is not None:
-        pieces = fused.split_with_sizes(list(widths), dim=-1)
-        found[: len(widths)] = _scaled(pieces, gating.scale)
-    if consensus is not None:
-        copies = [consensus] * len(widths)
-        found[len(widths) :] = _scaled(copies, gating.gates)
-    return found
+def unmix(grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:
+    """Gradients of the streams from that of what ``mix`` made of them."""
+    return _scaled(grad.split_with_sizes(list(widths), dim=-1), scale)
 
 
 def _scaled(streams: Sequence[Tensor], scale: Tensor) -> list[Tensor]:

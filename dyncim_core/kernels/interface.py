@@ -221,18 +221,16 @@ class Kernels(Protocol):
         """
 
     def mix(
-        self, streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+        self, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Streams, scaled and next to each other; logits, times the gates and added up, if any.
+        """Streams, scaled and next to each other; logits, scaled and added up, if any.
 
-        Streams are ``[B, D]`` or ``[B, T, D]``. Where a factor is 0, so is what it stands for,
-        whatever it holds; ``source`` counts as taken from already.
+        Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``. Where one
+        is 0, so is what it scales, whatever that holds.
         """
 
-    def unmix(
-        self, grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
-    ) -> list[Tensor | None]:
-        """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
+    def unmix(self, grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:
+        """Gradients of the streams from that of what ``mix`` made of them."""
 
     def observe(
         self,

@@ -187,37 +187,26 @@ def gate(
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], gating: Gating
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Streams, scaled and next to each other; logits, times the gates and added up, if any."""
+    """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     widths = [x.shape[-1] for x in streams]
     if _torch_spreads(sum(map(Tensor.numel, streams))):
-        return eager.mix(streams, logits, gating)
-    empty = gating.gates.new_empty
-    fused = empty((*streams[0].shape[:-1], sum(widths)))
-    consensus = empty(logits[0].shape) if logits else None
+        return eager.mix(streams, logits, scale)
+    fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
+    total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _mix(streams, logits, widths, fused, consensus, gating, backward=False)
-    return fused, consensus
+    _mix(streams, widths, fused, scale, logits, total)
+    return fused, total
 
 
-def unmix(
-    grads: Sequence[Tensor | None], widths: Sequence[int], gating: Gating
-) -> list[Tensor | None]:
-    """Gradients of all streams, then of all logits, from those of ``mix``'s results."""
-    fused, consensus = grads
-    if fused is not None and _torch_spreads(fused.numel()):
-        return eager.unmix(grads, widths, gating)
-    empty, streams, logits = gating.gates.new_empty, [], []
-    if fused is not None:
-        fused = _contiguous(fused)
-        streams = [empty((*fused.shape[:-1], width)) for width in widths]
-    if consensus is not None:
-        consensus = _contiguous(consensus)
-        logits = [empty(consensus.shape) for _ in widths]
-    _mix(streams, logits, widths, fused, consensus, gating, backward=True)
-    nothing: list[Tensor | None] = [None] * len(widths)
-    return [*(streams or nothing), *(logits or nothing)]
+def unmix(grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:
+    """Gradients of the streams from that of what ``mix`` made of them."""
+    if _torch_spreads(grad.numel()):
+        return eager.unmix(grad, widths, scale)
+    found = [scale.new_empty((*grad.shape[:-1], width)) for width in widths]
+    _mix(found, widths, _contiguous(grad), scale, backward=True)
+    return found
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -232,25 +221,23 @@ def _torch_spreads(numbers: int) -> bool:
 
 def _mix(
     streams: Sequence[Tensor],
-    logits: Sequence[Tensor],
     widths: Sequence[int],
-    fused: Tensor | None,
-    consensus: Tensor | None,
-    gating: Gating,
-    backward: bool,
+    fused: Tensor,
+    scale: Tensor,
+    logits: Sequence[Tensor] = (),
+    total: Tensor | None = None,
+    backward: bool = False,
 ) -> None:
-    gates, scale, _ = gating
     _native.mix(
         [*map(_address, streams)],
         [*map(_address, logits)],
         [*widths],
-        gates.shape[1],
-        1 if fused is None or fused.dim() == 2 else fused.shape[1],
-        0 if consensus is None else consensus.shape[1],
-        0 if fused is None else fused.data_ptr(),
-        0 if consensus is None else consensus.data_ptr(),
+        scale.shape[1],
+        1 if fused.dim() == 2 else fused.shape[1],
+        0 if total is None else total.shape[1],
+        fused.data_ptr(),
+        0 if total is None else total.data_ptr(),
         scale.data_ptr(),
-        gates.data_ptr(),
         backward,
     )
 
