@@ -17,6 +17,14 @@ class KeepsDtype(nn.Module):
     Averages in half precision would stall, and kernels take their addresses.
     """
 
+    _at_first_1: tuple[str, ...] = ()  # names of those that do not start at 0
+
+    def reset_parameters(self) -> None:
+        """Forget everything: what ``to_empty`` takes after a start on the meta device."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.fill_(name in self._at_first_1)
+
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     "check_count",
     "check_device",
     "check_features",
+    "check_first_pass",
     "check_heads",
     "check_index",
     "check_present",
@@ -38,7 +40,7 @@ def check_range(
 
 def check_count(name: str, value: int) -> None:
     """A whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -80,7 +82,7 @@ def check_unimodal(
     logits: Sequence[Tensor], names: Sequence[str], batch: int, device: torch.device
 ) -> None:
     """One ``[B, C]`` tensor of logits per modality, alike in shape."""
-    if _all_alike(logits) and len(logits[0]) == batch and logits[0].device == device:
+    if _all_alike(logits) and logits[0].shape[0] == batch and logits[0].device == device:
         return  # this runs at every step: look for the culprit only then
     for head, modality in zip(logits, names, strict=True):
         name = f"unimodal logits of {modality}"
@@ -108,6 +110,16 @@ def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
                 )
             check_device(name, head, heads[0].device)
     _check_target(target, heads[0])
+
+
+def check_first_pass(name: str) -> None:
+    """No call from within a backward, where the state has moved on since the forward."""
+    # What torch.utils.checkpoint asks itself; -1 outside of a backward.
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name}: expected one call for each backward, got another from within it, as "
+            "torch.utils.checkpoint does; leave it outside of what is checkpointed"
+        )
 
 
 def check_savable(heads: Sequence[Tensor], target: Tensor) -> None:

@@ -139,12 +139,32 @@ class GatedFusion(KeepsDtype):
         self.swap = swap
         self.dropout = dropout
         self.backend = check_backend(backend)
+        self.follow(state)
+        self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
+        self.moments = FeatureMoments(widths) if novelty_slope else None
+
+    def follow(self, state: CurriculumState | None) -> None:
+        """Read another ``state`` from now on.
+
+        For a model that was copied without its criterion, whose copy reads a copy of the state
+        that nobody writes to.
+
+        Args:
+            state: The criterion's; all modalities count alike when ``None``.
+
+        Raises:
+            ValueError: It was made for other modalities.
+
+        Example:
+            >>> state = CurriculumState(["audio", "image"])
+            >>> fusion = GatedFusion({"audio": 3, "image": 2}, state=state)
+            >>> copied = copy.deepcopy(fusion)
+            >>> copied.follow(state)
+        """
         if state is not None:
             state.settle_modalities(self.modalities)
         # In a tuple, so that the loss's state is not saved and moved a second time.
         self._state = (state,)
-        self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
-        self.moments = FeatureMoments(widths) if novelty_slope else None
 
     @override
     def forward(
@@ -169,7 +189,8 @@ class GatedFusion(KeepsDtype):
         Raises:
             TypeError: An argument is not a tensor of the dtype described.
             ValueError: Modalities, shapes or devices do not fit.
-            RuntimeError: The backend asked for does not take the logits.
+            RuntimeError: The backend asked for does not take the logits; or, in training, it
+                is called again in the backward, as ``torch.utils.checkpoint`` does.
         """
         streams = _checks.as_list("features", features, self.modalities)
         _checks.check_features(streams, self.widths, self.modalities)
@@ -190,6 +211,7 @@ class GatedFusion(KeepsDtype):
             there = present.t().clone(memory_format=_IN_ORDER)
         learnt = chance = penalty = None
         if self.training:
+            _checks.check_first_pass("GatedFusion")
             learnt = self._learnt()
             if self.swap or self.dropout:
                 chance = torch.rand((3, batch), dtype=torch.float32, device=device)

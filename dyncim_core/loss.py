@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +137,6 @@ class DynCIMLoss(nn.Module):
         self.nonfinite = nonfinite
         self.reduction: Reduction = reduction
         self.backend = check_backend(backend)
-        self._neutral = not surprise_strength and not pacing_strength and nonfinite == "propagate"
-        # The same criterion without reduction: a shallow copy shares parameters and
-        # buffers; in a tuple, so that they are not registered twice.
-        unreduced = criterion
-        if hasattr(criterion, "reduction"):
-            unreduced = copy.copy(criterion)
-            unreduced.reduction = "none"
-        self._unreduced = (unreduced,)
 
     @override
     def forward(
@@ -168,7 +159,8 @@ class DynCIMLoss(nn.Module):
             present: Modalities that each sample has, bool ``[B, M]``; all when
                 ``None``. Logits of absent ones may hold anything and get no gradient.
             index: Position of each sample in the training set, int64 ``[B]`` without
-                repeats, to feed the per-sample memory and to hold some of them out.
+                repeats (how often these count is left open), to feed the per-sample memory and
+                to hold some of them out.
 
         Returns:
             A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
@@ -179,17 +171,21 @@ class DynCIMLoss(nn.Module):
             ValueError: Shapes, devices or modalities do not fit.
             IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
                 assertion, or from Triton's kernels a loss of NaN and no memory).
-            RuntimeError: The backend asked for does not take the tensors.
+            RuntimeError: The backend asked for does not take the tensors; or, in training, it
+                is called again in the backward, as ``torch.utils.checkpoint`` does.
         """
         # Where Module.__getattr__, which is slow, would find them.
         state = cast(CurriculumState, self._modules["state"])
         criterion = self._modules.get("criterion") or self.criterion
-        heads = [logits]
+        heads, names = [logits], state.modalities
         if unimodal is not None:
-            heads += _checks.as_list("unimodal", unimodal, state.modalities)
+            names = state.names_of(unimodal)
+            heads += _checks.as_list("unimodal", unimodal, names)
         _checks.check_heads(heads, target)
         if present is not None:
-            _checks.check_present(present, (len(logits), len(heads) - 1), logits.device)
+            if unimodal is None and present.numel():
+                raise ValueError("present: expected None without unimodal logits, got a tensor")
+            _checks.check_present(present, (logits.shape[0], len(heads) - 1), logits.device)
         if index is not None:
             _checks.check_index(index, state.num_samples, logits)
         averages = state.averages()
@@ -203,18 +199,19 @@ class DynCIMLoss(nn.Module):
             read = Criterion(target, weight, criterion.ignore_index, criterion.label_smoothing)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
+        _checks.check_first_pass("DynCIMLoss")
         _checks.check_savable(heads, target)
 
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
         kernels = select(self.backend, heads, target)
-        if unimodal is not None and state.modalities is None:
+        if unimodal is not None and names is None:
             self._settle(unimodal, kernels, heads, target, index)
             averages = state.averages()
         memory = None if index is None else state.memory(index)
         if read is None:
             return self._generic(heads, target, present, kernels, memory)
-        plain = self._neutral and unimodal is None
+        plain = self._is_neutral() and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
         settings = self._settings(state)
@@ -240,7 +237,7 @@ class DynCIMLoss(nn.Module):
     ) -> Tensor:
         """The joint objective of any criterion that gives one loss per sample."""
         settings = self._settings(self.state)
-        criterion = Criterion(target)
+        criterion = Criterion(target, ignore_index=self._ignore_index())
         found = kernels.statistics(heads, present, criterion)
         usable = present
         if settings.skip_nonfinite:
@@ -255,7 +252,7 @@ class DynCIMLoss(nn.Module):
                 losses.append(torch.where(usable[h], loss, 0.0))
         classes, averages = heads[0].shape[1], self.state.averages()
         coefficient = eager.weigh(found, present, criterion, classes, averages, memory, settings)
-        if self._neutral and len(heads) == 1:
+        if self._is_neutral() and len(heads) == 1:
             return self._plain(heads[0], target)
         return eager.combine(coefficient, torch.stack(losses), settings)
 
@@ -268,12 +265,9 @@ class DynCIMLoss(nn.Module):
         index: Tensor | None,
     ) -> None:
         """Take the modalities from the first call, unless that call is to be rejected."""
-        criterion, ignore_index = self.criterion, -100
-        if _is_cross_entropy(criterion):
-            ignore_index = criterion.ignore_index
-        else:
+        if not _is_cross_entropy(self.criterion):
             self._per_sample(heads[0].detach(), target)
-        kernels.statistics(heads, None, Criterion(target, ignore_index=ignore_index))
+        kernels.statistics(heads, None, Criterion(target, ignore_index=self._ignore_index()))
         if index is not None:
             eager.recall(self.state.memory(index))
         self.state.settle_modalities(
@@ -292,8 +286,17 @@ class DynCIMLoss(nn.Module):
             self.reduction,
         )
 
+    def _is_neutral(self) -> bool:
+        """Whether the fused loss is the criterion's, bit for bit."""
+        weighs = self.surprise_strength or self.pacing_strength
+        return not weighs and self.nonfinite == "propagate"
+
+    def _ignore_index(self) -> int:
+        ignore_index: int | None = getattr(self.criterion, "ignore_index", None)
+        return -100 if ignore_index is None else ignore_index
+
     def _check_soft_target(self) -> None:
-        ignore_index = getattr(self.criterion, "ignore_index", -100)
+        ignore_index = self._ignore_index()
         if ignore_index >= 0:
             raise ValueError(
                 "target: expected class indices, since the criterion has "
@@ -307,20 +310,30 @@ class DynCIMLoss(nn.Module):
         return self._reduce(self._per_sample(logits, target), target, self._kept(target))
 
     def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
-        (criterion,) = self._unreduced
-        loss = criterion(logits, target)
+        loss: Tensor
+        criterion: Any = self.criterion
+        reduction = getattr(criterion, "reduction", "none")
+        if reduction == "none":
+            loss = criterion(logits, target)
+        else:  # a copy without would miss what is changed later
+            criterion.reduction = "none"
+            try:
+                loss = criterion(logits, target)
+            finally:
+                criterion.reduction = reduction
         if loss.shape != logits.shape[:1]:
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
-                f'{list(loss.shape)}; construct it with reduction="none"'
+                f'{list(loss.shape)}; construct it with reduction="none", and pass '
+                'reduction="mean" to DynCIMLoss'
             )
         return loss
 
     def _kept(self, target: Tensor) -> Tensor:
         """Samples that the criterion does not ignore, bool ``[B]``."""
-        if target.is_floating_point() or not _is_cross_entropy(self.criterion):
+        if target.is_floating_point():
             return torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
-        return target != self.criterion.ignore_index
+        return target != self._ignore_index()
 
     def _reduce(self, losses: Tensor, target: Tensor, kept: Tensor) -> Tensor:
         if self.reduction == "none":

@@ -52,7 +52,8 @@ class CurriculumState(KeepsDtype):
     Args:
         modalities: Names of the modalities, or their number. When ``None``, the first
             call with unimodal predictions, or a loaded checkpoint, settles it; give it
-            when you compile or capture a graph.
+            when you compile, capture a graph, average weights, load into a model in use, or
+            order the modalities anew: a checkpoint does not hold their names.
         num_samples: Size of the training set, to keep the memory that ``suspects``
             ranks: ``8 M + 12`` bytes a sample.
         decay: Of the running averages over steps, in [0, 1).
@@ -102,6 +103,8 @@ class CurriculumState(KeepsDtype):
     memory_visits: Tensor
     memory_weight: Tensor
 
+    _at_first_1 = ("effective_share", "memory_weight")
+
     def __init__(
         self,
         modalities: int | Sequence[str] | None = None,
@@ -119,6 +122,7 @@ class CurriculumState(KeepsDtype):
         self.memory_decay = memory_decay
         self.num_samples = num_samples
         self.modalities = None if modalities is None else _checks.modality_names(modalities)
+        self._numbered = False  # settled by a checkpoint, which does not know their names
 
         heads = 1 + len(self.modalities or ())
         self.register_buffer("log_quality", torch.zeros(heads, dtype=torch.float32))
@@ -131,7 +135,7 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("held_out_mass", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("effective_share", torch.ones((), dtype=torch.float32))
+        self.register_buffer("effective_share", torch.zeros((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         if num_samples is not None:
@@ -139,7 +143,8 @@ class CurriculumState(KeepsDtype):
             self.register_buffer(
                 "memory_visits", torch.zeros(num_samples, heads, dtype=torch.int32)
             )
-            self.register_buffer("memory_weight", torch.ones(num_samples, dtype=torch.float32))
+            self.register_buffer("memory_weight", torch.zeros(num_samples, dtype=torch.float32))
+        self.reset_parameters()
 
     def settle_modalities(self, modalities: int | Sequence[str]) -> None:
         """Fix number and names of the modalities of a state that was made without.
@@ -157,10 +162,19 @@ class CurriculumState(KeepsDtype):
                 fused = getattr(self, name)
                 rest = fused.new_zeros((*fused.shape[:-1], len(names)))
                 setattr(self, name, torch.cat([fused, rest], dim=-1))
+        elif self._numbered and len(names) == len(self.modalities):
+            self.modalities = names
         elif self.modalities != names:
             raise ValueError(
                 f"modalities: expected {list(self.modalities)} as settled before, got {list(names)}"
             )
+        self._numbered = False
+
+    def names_of(self, values: Mapping[str, object] | Sequence[object]) -> tuple[str, ...] | None:
+        """The modalities that values by name or by position must be of; any when ``None``."""
+        if self._numbered and isinstance(values, Mapping):
+            return None
+        return self.modalities
 
     def averages(self) -> Buffers:
         """The running averages, for the kernels that update them in place."""
@@ -281,6 +295,7 @@ class CurriculumState(KeepsDtype):
         saved = state_dict.get(f"{prefix}log_quality")
         if self.modalities is None and saved is not None and saved.numel() > 1:
             self.settle_modalities(saved.numel() - 1)
+            self._numbered = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @override

@@ -273,6 +273,43 @@ def test_compiles_without_a_break(training: bool) -> None:
     assert_allclose(actual.gates.sum(dim=1).detach(), 1.0, rtol=1e-5)
 
 
+def test_the_fusion_of_inference_is_exported_for_any_batch() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fusion = GatedFusion(WIDTHS)
+
+        def forward(self, features: dict[str, Tensor], unimodal: dict[str, Tensor]) -> Any:
+            return self.fusion(features, unimodal=unimodal)
+
+    model = Model().eval()
+    shapes = {name: {0: torch.export.Dim("batch", min=2)} for name in NAMES}
+    exported = torch.export.export(
+        model, inputs(4), dynamic_shapes={"features": shapes, "unimodal": shapes}
+    )
+    found = exported.module()(*inputs(7, seed=1))
+    for x, y in zip(found, model(*inputs(7, seed=1)), strict=True):
+        assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_follows_the_state_that_it_is_told_to() -> None:
+    state = CurriculumState(NAMES)
+    copied = copy.deepcopy(still(state=state))
+    state.skill.copy_(torch.tensor([0.9, 0.8, 0.7, 0.0]))
+    features, unimodal = inputs()
+    copied(features, unimodal=unimodal)
+    assert not copied.skill.any()
+    copied.follow(state)
+    copied(features, unimodal=unimodal)
+    assert torch.equal(copied.skill, state.skill[1:])
+    with pytest.raises(ValueError, match="modalities: expected"):
+        copied.follow(CurriculumState(["a", "b"]))
+    copied.follow(None)
+    state.skill.zero_()
+    copied(features, unimodal=unimodal)
+    assert copied.skill.any()
+
+
 FEATURES, UNIMODAL = inputs()
 
 

@@ -257,10 +257,11 @@ class Focal(nn.Module):
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
         self.reduction = reduction
+        self.gamma = 2.0
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         nll = F.cross_entropy(logits, target, reduction="none")
-        loss = (1 - (-nll).exp()) ** 2 * nll
+        loss = (1 - (-nll).exp()) ** self.gamma * nll
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
 
@@ -316,10 +317,71 @@ def test_reduction_overrides_the_criterion() -> None:
 def test_parameters_of_the_criterion_move_with_it() -> None:
     criterion = nn.CrossEntropyLoss(weight=torch.ones(CLASSES))
     wrapped = copy.deepcopy(DynCIMLoss(criterion)).double()
-    (unreduced,) = wrapped._unreduced
     assert wrapped.criterion.weight.dtype == torch.float64
-    assert unreduced.weight is wrapped.criterion.weight
     assert wrapped.state.log_quality.dtype == torch.float32
+
+
+@pytest.mark.parametrize("unimodal", [False, True])
+def test_a_criterion_changed_later_is_followed(unimodal: bool) -> None:
+    fused, others, target = batch()
+    focal = Focal()
+    given = {"unimodal": others} if unimodal else {}
+    wrapped = DynCIMLoss(focal, reduction="sum", unimodal_strength=0.0, **PLAIN)
+    for gamma in (2.0, 0.0):
+        focal.gamma = gamma
+        expected = 12 * focal(fused, target)
+        assert_allclose(wrapped(fused, target, **given).detach(), expected.detach(), rtol=1e-5)
+    wrapped.criterion = nn.CrossEntropyLoss()
+    assert_allclose(wrapped(fused, target, **given).detach(), expected.detach(), rtol=1e-5)
+
+
+def test_strengths_changed_later_count() -> None:
+    fused, _, target = batch()
+    plain = F.cross_entropy(fused, target)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), **PLAIN)
+    assert torch.equal(criterion(fused, target), plain)
+    criterion.pacing_strength = 0.5
+    paced = criterion(fused, target)
+    assert not torch.equal(paced, plain)
+    criterion.pacing_strength = 0.0
+    assert torch.equal(criterion(fused, target), plain)
+
+
+def test_a_criterion_that_fails_keeps_its_reduction() -> None:
+    criterion = Focal()
+    criterion.register_forward_pre_hook(lambda *_: pytest.fail(criterion.reduction))
+    with pytest.raises(pytest.fail.Exception, match="none"):
+        DynCIMLoss(criterion)(*batch()[::2])
+    assert criterion.reduction == "mean"
+
+
+class Subclass(nn.CrossEntropyLoss):
+    """One that may compute anything: nobody can tell from outside."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().forward(logits, target)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 255])
+@pytest.mark.parametrize("options", [{}, PLAIN], ids=["weighted", "plain"])
+def test_any_criterion_may_ignore_an_index(ignore_index: int, options: dict[str, float]) -> None:
+    fused, others, target = batch()
+    target[:4] = ignore_index
+    found = []
+    for make in (nn.CrossEntropyLoss, Subclass):
+        criterion = DynCIMLoss(make(ignore_index=ignore_index), **options)
+        train(criterion, 2)
+        found.append(criterion(fused, target, unimodal=others).detach())
+        found[-1] = torch.stack([found[-1], criterion(fused, target).detach()])
+    assert_allclose(*found, rtol=1e-5)
+
+
+def test_no_index_to_ignore_is_the_usual_one() -> None:
+    fused, others, target = batch()
+    focal = Focal()
+    expected = DynCIMLoss(focal)(fused, target, unimodal=others)
+    focal.ignore_index = None
+    assert torch.equal(DynCIMLoss(focal)(fused, target, unimodal=others), expected)
 
 
 def test_the_curriculum_rests_in_evaluation_and_without_gradients() -> None:
@@ -711,7 +773,7 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
     "present without modalities": (
         lambda c: c(FUSED, TARGET, present=torch.ones(12, 2, dtype=torch.bool)),
         ValueError,
-        r"present: expected shape \[12, 0\], got \[12, 2\]",
+        "present: expected None without unimodal logits, got a tensor",
     ),
     "index of another length": (
         lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(3)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, head_statistics, kernels
 
@@ -51,6 +52,32 @@ def test_class_weights_of_another_length_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"weight: expected shape \[5\], got \[2\]"):
         criterion(logits[0], target, unimodal=logits[1:])
     assert criterion.state.step == 0
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", ["loss", "fusion"])
+def test_a_second_forward_by_a_checkpoint_is_refused(
+    backend: str, reentrant: bool, inside: str
+) -> None:
+    logits, target = heads()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend=backend)
+    fusion = GatedFusion([5, 5], state=criterion.state, backend=backend)
+
+    def block(*x: Tensor) -> Tensor:
+        if inside == "loss":
+            loss: Tensor = criterion(x[0], target, unimodal=x[1:])
+            return loss
+        return fusion(x[1:], unimodal=x[1:]).fused.square().sum()
+
+    both = nn.ModuleList([criterion, fusion])
+    loss = checkpoint(block, *logits, use_reentrant=reentrant)
+    before = {name: x.clone() for name, x in both.state_dict().items()}
+    with pytest.raises(RuntimeError, match="expected one call for each backward"):
+        loss.backward()
+    assert all(torch.equal(x, before[name]) for name, x in both.state_dict().items())
+    both.eval()  # when nothing moves
+    checkpoint(block, *logits, use_reentrant=reentrant).backward()
 
 
 @each_backend

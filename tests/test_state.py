@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from numpy import int64
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
-from dyncim_core import CurriculumState, DynCIMLoss
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
 from dyncim_core.kernels import eager
 
 SAMPLES = 40
@@ -45,12 +46,49 @@ def test_a_saved_state_continues_bit_for_bit(modalities: list[str] | None) -> No
     file.seek(0)
     resumed = DynCIMLoss(nn.CrossEntropyLoss(), modalities=modalities, num_samples=SAMPLES)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    if modalities is None:  # names are not saved: positions take their place
-        resumed.state.modalities = ("a", "b")
     for seed in range(6, 12):
         assert torch.equal(step(criterion, seed), step(resumed, seed))
     for name, value in criterion.state.named_buffers():
         assert torch.equal(resumed.state.get_buffer(name), value), name
+
+
+def test_names_that_a_checkpoint_does_not_hold_are_told_once() -> None:
+    saved = CurriculumState(["a", "b"]).state_dict()
+    state = CurriculumState()
+    state.load_state_dict(saved)
+    assert state.modalities == ("0", "1")
+    with pytest.raises(ValueError, match=r"expected \['0', '1'\] as settled before, got \['a'\]"):
+        state.settle_modalities(["a"])
+    state.settle_modalities(2)  # by a fusion over positions
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=CurriculumState())
+    criterion.state.load_state_dict(saved)
+    logits, target = torch.zeros(3, 4), torch.arange(3)
+    criterion(logits, target, unimodal={"a": logits, "b": logits})
+    assert criterion.state.modalities == ("a", "b")
+    for other in ({"b": logits, "c": logits}, {"a": logits}):
+        with pytest.raises(ValueError, match=r"expected the modalities \['a', 'b'\]"):
+            criterion(logits, target, unimodal=other)
+
+
+def test_a_state_made_on_the_meta_device_starts_as_any() -> None:
+    with torch.device("meta"):
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=3)
+        model = nn.ModuleList([criterion, GatedFusion([4, 5], state=criterion.state)])
+    for module in model.to_empty(device="cpu").modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    plain = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=3)
+    expected = nn.ModuleList([plain, GatedFusion([4, 5], state=plain.state)])
+    expected, found = expected.state_dict(), model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_reset_parameters_forgets() -> None:
+    state = trained().state
+    state.reset_parameters()
+    fresh = CurriculumState(["a", "b"], num_samples=SAMPLES)
+    assert all(torch.equal(x, y) for x, y in zip(state.buffers(), fresh.buffers(), strict=True))
 
 
 def test_all_state_is_in_buffers() -> None:
@@ -255,6 +293,11 @@ def test_suspects_out_of_range(
 def test_one_modality_has_no_other_to_be_compared_with() -> None:
     with pytest.raises(ValueError, match="modality: expected another modality"):
         CurriculumState(["a"], num_samples=3).suspects(modality="a")
+
+
+def test_numpy_counts_are_whole_numbers() -> None:
+    state = CurriculumState(1, num_samples=int64(5))
+    assert state.memory_weight.shape == (5,)
 
 
 def test_suspects_need_a_memory() -> None:

@@ -81,7 +81,9 @@ def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = 
         return cast(Kernels, module)
     if asked is None:
         return eager
-    raise RuntimeError(f"backend: {asked!r} does not take {reason}; leave backend=None")
+    raise RuntimeError(
+        f"backend: {asked!r} does not take {reason}; leave backend=None and {_VARIABLE} unset"
+    )
 
 
 def _fastest(logits: Tensor) -> str:

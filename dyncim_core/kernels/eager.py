@@ -408,7 +408,7 @@ def gate(
         probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
         conflict = disagreement(probs, skill, available)
     else:  # nobody is outvoted
-        conflict = skill.new_zeros((len(logits), len(logits[0])))
+        conflict = skill.new_zeros((len(logits), logits[0].shape[0]))
     evidence = -settings.disagreement_slope * conflict
     kept = reliability_gates(evidence, available, settings.threshold) > 0
     evidence = evidence + votes(skill).log().unsqueeze(1)
