@@ -24,6 +24,7 @@ __all__ = [
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
+    "logit_shares",
     "modality_coefficients",
     "modality_weights",
     "quality",
@@ -306,6 +307,31 @@ def votes(skill: Tensor) -> Tensor:
     share = skill / torch.where(best > 0.0, best, 1.0)
     counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
     return torch.where(best > 0.0, counts, 1.0)
+
+
+def logit_shares(skill: Tensor) -> Tensor:
+    """What each modality's logits count next to those of the fused head.
+
+    ``min(1, 2 s_m / s_0)^2``: in full from half of the fused head's skill on, and next to
+    nothing where fusion tells what its modalities do not. Definition chosen here.
+
+    Args:
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0, 1]; all 1 as long as the fused head has no skill.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> logit_shares(torch.tensor([0.8, 0.9, 0.2, 0.0]))
+        tensor([1.0000, 0.2500, 0.0000])
+    """
+    _check_modalities(skill.shape[-1] - 1)
+    fused, own = skill[..., :1], skill[..., 1:]
+    share = own / torch.where(fused > 0.0, fused, 1.0)
+    return torch.where(fused > 0.0, (2.0 * share).clamp_max(1.0).square(), 1.0)
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:

@@ -34,6 +34,7 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
+    "logit_shares",
     "modality_coefficients",
     "modality_weights",
     "noise_pressure",
@@ -690,6 +691,28 @@ def votes(skill: ArrayLike) -> Array:
     if not s.max() > 0:
         return np.ones_like(s)
     return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
+
+
+def logit_shares(skill: ArrayLike) -> Array:
+    """What each modality's logits count next to the fused head's, ``min(1, 2 s_m / s_0)^2``.
+
+    Definition chosen here.
+
+    Args:
+        skill: ``[M + 1]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0, 1]; 1 for all where ``s_0`` is 0.
+
+    Example:
+        >>> logit_shares([0.8, 0.9, 0.2, 0.0]).round(4).tolist()
+        [1.0, 0.25, 0.0]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    _require_modalities(len(s) - 1)
+    if s[0] == 0:
+        return np.ones(len(s) - 1)
+    return np.asarray(np.minimum(1.0, 2.0 * (s[1:] / s[0])) ** 2)
 
 
 def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:

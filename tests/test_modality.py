@@ -21,6 +21,7 @@ from dyncim_core.modality import (
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
+    logit_shares,
     modality_coefficients,
     modality_weights,
     quality,
@@ -474,6 +475,30 @@ def test_votes_silence_only_who_has_next_to_nothing_to_say(skills: Array) -> Non
     assert (np.diff(found[np.argsort(skills)]) >= 0).all()  # never less for more skill
     if skills.max() > 1e-3:
         assert_allclose(votes(to_torch(0.5 * skills)), found, rtol=1e-9)
+
+
+@given(arrays((4,), reals(0, 1)), st.booleans())
+def test_logits_count_as_far_as_modalities_know_what_fusion_does(
+    skills: Array, hopeless: bool
+) -> None:
+    if hopeless:
+        skills[0] = 0.0
+    found = logit_shares(to_torch(skills)).numpy()
+    assert_allclose(found, ref.logit_shares(skills), rtol=1e-12)
+    assert found.min() >= 0
+    assert (found[2 * skills[1:] >= skills[0]] == 1).all()
+    assert (np.diff(found[np.argsort(skills[1:])]) >= 0).all()  # never less for more skill
+    if hopeless:
+        assert (found == 1).all()
+    elif skills[0] > 1e-3:
+        assert (found[skills[1:] == 0] == 0).all()
+        assert_allclose(logit_shares(to_torch(0.5 * skills)), found, rtol=1e-9)
+
+
+def test_logit_shares_need_a_modality() -> None:
+    for shares in (ref.logit_shares, logit_shares):
+        with pytest.raises(ValueError, match="at least 1 modality"):
+            shares(torch.ones(1))
 
 
 def test_votes_need_a_modality() -> None:

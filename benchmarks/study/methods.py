@@ -23,12 +23,12 @@ from .models import (
     Concatenation,
     Fusion,
     Gated,
-    GatedAttached,
     GatedUnderShare,
     Heads,
     MeanOfLogits,
     Network,
     OneModality,
+    OtherLogits,
     Unskilled,
 )
 
@@ -450,7 +450,12 @@ def no_novelty(state: CurriculumState) -> Fusion:
 
 def attached_logits(state: CurriculumState) -> Fusion:
     """Variant: gated logits are not detached; unimodal heads learn from the fused loss too."""
-    return partial(GatedAttached, state=state)
+    return partial(OtherLogits, state=state, attached=True)
+
+
+def whole_logits(state: CurriculumState) -> Fusion:
+    """Variant: gated logits count in full, whatever fusion knows beyond its modalities."""
+    return partial(OtherLogits, state=state, whole=True)
 
 
 def constant_gate(state: CurriculumState) -> Fusion:
@@ -556,6 +561,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
+    "dyncim/whole-logits": Entry(partial(DynCIM, gate=whole_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

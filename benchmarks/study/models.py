@@ -135,8 +135,20 @@ class Gated(nn.Module):
         return logits
 
 
-class GatedAttached(Gated):
-    """``Gated`` whose fused loss trains the unimodal heads too."""
+class OtherLogits(Gated):
+    """``Gated`` whose gated logits let the fused loss through (``attached``), or all count."""
+
+    def __init__(
+        self,
+        modalities: tuple[str, ...],
+        head: Head,
+        *,
+        attached: bool = False,
+        whole: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(modalities, head, **options)
+        self.attached, self.whole = attached, whole
 
     @override
     def forward(
@@ -145,8 +157,10 @@ class GatedAttached(Gated):
         """Fused logits."""
         fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
         scale = relative_gates(gates.t()).unsqueeze(2)
-        gated = (scale * torch.stack([*unimodal.values()])).sum(dim=0)
-        logits: Tensor = self.head(fused) + gated
+        if not self.whole:
+            scale = scale * self.gates.logit_share.view(-1, 1, 1)
+        own = torch.stack([x if self.attached else x.detach() for x in unimodal.values()])
+        logits: Tensor = self.head(fused) + (scale * own).sum(dim=0)
         return logits
 
 

@@ -628,6 +628,14 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
     }
 }
 
+/* What each modality's logits count next to those of the fused head, whose skill comes first. */
+static void share_logits(int64_t modalities, const float *skill, float *share) {
+    for (int64_t m = 0; m < modalities; m++) {
+        double part = skill[0] > 0.0f ? clamp(2.0 * skill[1 + m] / skill[0], 0.0, 1.0) : 1.0;
+        share[m] = (float)(part * part);
+    }
+}
+
 /* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
 typedef struct {
     const float *chance;
@@ -728,12 +736,12 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
         }
 }
 
-/* Logits, [B, C], times their factors, [M, B], added up. */
+/* Logits, [B, C], times their factors, [M, B] and [M], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor) {
+                       const float *factor, const float *share) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
-            float *part = logits[m] + i * classes, f = factor[m * B + i];
+            float *part = logits[m] + i * classes, f = factor[m * B + i] * share[m];
             if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
@@ -1001,7 +1009,8 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    float *skill = address(args[0]), *learnt[MAX_HEADS];
+    float *kept[MAX_HEADS], *learnt[MAX_HEADS];
+    addresses(args[0], kept);
     if (args[1] != Py_None) addresses(args[1], learnt);
     const float *penalty = address(args[3]);
     Disturbance d = {address(args[2]), address(args[4])};
@@ -1010,13 +1019,16 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[5], k));
     float *gates = address(args[6]), *scale = address(args[7]);
     if (PyErr_Occurred()) return NULL;
-    const float *now = args[1] == Py_None ? skill : learnt[2] + 1;
+    int takes_up = args[1] != Py_None;
     Trust t;
-    trust_in(p.heads, now, args[1] == Py_None ? NULL : learnt, &t);
+    trust_in(p.heads, takes_up ? learnt[2] + 1 : kept[0], takes_up ? learnt : NULL, &t);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = gate(&p, &o, &d, &t, penalty, gates, scale);
-    if (now != skill && p.start == 0) memcpy(skill, now, (size_t)p.heads * sizeof *skill);
+    if (takes_up && p.start == 0) {
+        memcpy(kept[0], learnt[2] + 1, (size_t)p.heads * sizeof *kept[0]);
+        share_logits(p.heads, learnt[2], kept[1]);
+    }
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }
@@ -1024,7 +1036,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
 /* With `backward`, streams are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 10)) return NULL;
+    if (!arguments_are(count, 11)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1034,12 +1046,12 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
         width[m] = integer(PyList_GetItem(args[2], m));
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *sum = address(args[7]);
-    const float *scale = address(args[8]);
-    int backward = PyObject_IsTrue(args[9]);
+    const float *scale = address(args[8]), *share = address(args[9]);
+    int backward = PyObject_IsTrue(args[10]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, share);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

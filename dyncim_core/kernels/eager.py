@@ -17,6 +17,7 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
+    Kept,
     Learnt,
     Memory,
     Moments,
@@ -26,6 +27,7 @@ from dyncim_core.kernels.interface import (
 )
 from dyncim_core.modality import (
     augmentation_rates,
+    logit_shares,
     modality_coefficients,
     quality,
     redundancy,
@@ -386,7 +388,7 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    skill: Tensor,
+    kept: Kept,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -394,8 +396,8 @@ def gate(
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, times their votes."""
-    if learnt is not None:
-        skill.copy_(learnt.skill[1:])
+    take_up(learnt, kept)
+    skill = kept.skill
     source = None
     if chance is not None:
         rates = disturbance_rates(learnt, skill).unsqueeze(1)
@@ -410,12 +412,20 @@ def gate(
     else:  # nobody is outvoted
         conflict = skill.new_zeros((len(logits), logits[0].shape[0]))
     evidence = -settings.disagreement_slope * conflict
-    kept = reliability_gates(evidence, available, settings.threshold) > 0
+    uncut = reliability_gates(evidence, available, settings.threshold) > 0
     evidence = evidence + votes(skill).log().unsqueeze(1)
     if penalty is not None:
         evidence = evidence - penalty
-    gates = reliability_gates(evidence, kept)
+    gates = reliability_gates(evidence, uncut)
     return Gating(gates, relative_gates(gates), source)
+
+
+@torch.no_grad()
+def take_up(learnt: Learnt | None, kept: Kept) -> None:
+    """Keep what the state knows now, if there is one."""
+    if learnt is not None:
+        kept.skill.copy_(learnt.skill[1:])
+        kept.logit_share.copy_(logit_shares(learnt.skill))
 
 
 @torch.no_grad()
@@ -673,13 +683,14 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
-    return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
+    scaled = _scaled([x.float() for x in logits], scale * share.unsqueeze(1))
+    return fused, reduce(torch.add, scaled)
 
 
 def unmix(grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:

@@ -20,13 +20,14 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import per_log_classes
-from dyncim_core.kernels.eager import disturbance_rates, mix, observe, unmix
+from dyncim_core.kernels.eager import disturbance_rates, mix, observe, take_up, unmix
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
     Curriculum,
     Gate,
     Gating,
+    Kept,
     Learnt,
     Memory,
     Normaliser,
@@ -163,7 +164,7 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    skill: Tensor,
+    kept: Kept,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -173,10 +174,9 @@ def gate(
     """Gates of the modalities from their logits, times their votes."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
-    shape, like = (len(logits), batch), skill
-    if learnt is not None:
-        skill.copy_(learnt.skill[1:])
-    rates = None if chance is None else disturbance_rates(learnt, skill)
+    shape, like = (len(logits), batch), kept.skill
+    take_up(learnt, kept)
+    rates = None if chance is None else disturbance_rates(learnt, kept.skill)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
@@ -187,7 +187,7 @@ def gate(
         _gate[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
-            skill,
+            kept.skill,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
             rates,
