@@ -483,7 +483,8 @@ for criterion, mask, memory, known, chance in (
     args = torch.ones(()), joint.coefficient, joint.normaliser, logits, criterion
     kernel.gradients(*args, mask is not None)
     penalty = None if chance is None else torch.ones(3, 4)
-    kernel.gate(logits, Kept(*torch.ones(2, 3)), None, mask, chance, penalty, Gate(1.5, 0.05, 0.1, 0.1))
+    gate = Gate(1.5, 0.05, 0.1, 0.1)
+    kernel.gate(logits, Kept(*torch.ones(2, 3)), None, mask, chance, penalty, gate)
 settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
 kernel.curriculum(
     logits, None, Criterion(target), state.averages(), state.memory(target), settings
