@@ -392,7 +392,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 4));
     if (!scratch) return -1;
     float *exponent = scratch, *difficulty = scratch + B;
-    uint8_t *kept = (uint8_t *)(scratch + 2 * B), *valid = kept + B, *held = valid + B;
+    uint8_t *trained = (uint8_t *)(scratch + 2 * B), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
@@ -431,14 +431,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             apart += found->distance[near];
             agreeing += found->prediction[near] == found->prediction[here];
         }
-        kept[i] = y != p->ignore_index;
-        valid[i] = kept[i] && finite;
-        held[i] = kept[i] && holds_out && is_held_out(s->index[i], below);
+        trained[i] = y != p->ignore_index;
+        weighed[i] = trained[i] && finite;
+        held[i] = trained[i] && holds_out && is_held_out(s->index[i], below);
         heard[i] = 0;
-        nonfinite += kept[i] && !finite;
-        left += !held[i] && (o->skip_nonfinite ? valid[i] : kept[i]) &&
+        nonfinite += trained[i] && !finite;
+        left += !held[i] && (o->skip_nonfinite ? weighed[i] : trained[i]) &&
                 (!p->weight || p->weight[y] > 0.0f);
-        if (!valid[i]) continue;
+        if (!weighed[i]) continue;
         double says[SIGNALS] = {
             1.0 - expf((float)(-surprisal / (double)present)),
             present > 1 ? apart / (double)(present - 1) : 0.0,
@@ -473,30 +473,30 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t i = 0; holds_out && i < B; i++) {
         held[i] = held[i] && left;
         if (!held[i]) continue;
-        heard[i] = valid[i];
-        kept[i] = valid[i] = 0;
+        heard[i] = weighed[i];
+        trained[i] = weighed[i] = 0;
     }
 
-    /* Their weights, mean 1 over the valid ones: a softmax. */
+    /* Their weights, mean 1 over the weighed ones: a softmax. */
     int64_t count = trained->count;
     double some = count ? (double)count : 1.0, spread = 0.0, top = -INFINITY, total = 0.0;
     double mean_difficulty = trained->difficulty / some;
     for (int64_t i = 0; i < B; i++)
-        if (valid[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
+        if (weighed[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
     spread = sqrt(spread / some);
     spread = spread > 1e-4 ? spread : 1e-4;
     for (int64_t i = 0; i < B; i++)
-        if (valid[i]) {
+        if (weighed[i]) {
             exponent[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
             top = exponent[i] > top ? exponent[i] : top;
         }
     float *weight = exponent;
     for (int64_t i = 0; i < B; i++)
-        weight[i] = valid[i] ? (float)(exponent[i] - top) : 0.0f;
+        weight[i] = weighed[i] ? (float)(exponent[i] - top) : 0.0f;
     rows_of.exp_row(weight, B);
     for (int64_t i = 0; i < B; i++)
-        if (valid[i]) total += weight[i];
-    for (int64_t i = 0; i < B; i++) weight[i] = valid[i] ? (float)(count / total * weight[i]) : 1.0f;
+        if (weighed[i]) total += weight[i];
+    for (int64_t i = 0; i < B; i++) weight[i] = weighed[i] ? (float)(count / total * weight[i]) : 1.0f;
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
@@ -504,7 +504,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t h = 0; h < H; h++) {
         double sum = 0.0, sum_of_nll = 0.0, sum_of_squares = 0.0;
         for (int64_t i = 0; i < B; i++)
-            if (valid[i] && (!p->present || p->present[h * B + i])) {
+            if (weighed[i] && (!p->present || p->present[h * B + i])) {
                 sum += weight[i];
                 sum_of_nll += (double)weight[i] * nll[h * B + i];
                 sum_of_squares += (double)weight[i] * weight[i];
@@ -542,7 +542,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
-            if ((valid[i] || heard[i]) && (!p->present || p->present[h * B + i])) {
+            if ((weighed[i] || heard[i]) && (!p->present || p->present[h * B + i])) {
                 float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
                 int32_t *visits = s->memory_visits + row * s->heads + h;
                 average(mean, now, *visits == 0, o->memory_decay);
@@ -559,7 +559,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     if (o->reduction == REDUCE_MEAN) {
         double counted = 0.0;
         for (int64_t i = 0; i < B; i++)
-            if (o->skip_nonfinite ? valid[i] : kept[i])
+            if (o->skip_nonfinite ? weighed[i] : trained[i])
                 counted += p->weight ? p->weight[p->target[i]] : 1.0;
         scale = 1.0 / counted;
     }
@@ -567,7 +567,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t h = 0; h < H; h++)
         for (int64_t i = 0; i < B; i++) {
             int64_t at = h * B + i;
-            int skipped = held[i] || (o->skip_nonfinite && !valid[i]);
+            int skipped = held[i] || (o->skip_nonfinite && !weighed[i]);
             int absent = p->present && !p->present[at];
             double c = absent ? 0.0 : (skipped ? 0.0 : factor[h] * weight[i]) * scale;
             double term = may_skip && c == 0.0 ? 0.0 : c * loss[at];

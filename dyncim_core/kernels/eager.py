@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,6 +184,36 @@ def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:
     return joint.sum(dim=0) if settings.reduction == "none" else joint.sum()
 
 
+class _Roles(NamedTuple):
+    """What part each sample of a batch plays, bool ``[B]``; of bools, ``a > b`` is a and not b."""
+
+    counts: Tensor  # its target is not ignored
+    finite: Tensor  # and so are its statistics
+    held: Tensor | None  # not trained on, so that heads can be asked about it
+    trained: Tensor  # in the loss
+    weighed: Tensor  # in the loss, and finite: what the state learns from
+
+
+def _roles(
+    found: Statistics, criterion: Criterion, memory: Memory | None, settings: Settings
+) -> _Roles:
+    target = criterion.target
+    if target.is_floating_point():
+        counts = torch.ones_like(target[:, 0], dtype=torch.bool)
+    else:
+        counts = target != criterion.ignore_index
+    total = found.rows[1:3].sum(dim=(0, 1))
+    finite = counts & (total - total == 0)  # in fewer operators than isfinite
+    if memory is None or settings.held_out == 0.0:
+        return _Roles(counts, finite, None, counts, finite)
+    asked = counts & held_out(memory.rows, settings.held_out)
+    left = (finite if settings.skip_nonfinite else counts) > asked
+    if criterion.weight is not None:  # whose sum the mean is over
+        left &= criterion.weight[torch.where(counts, target, 0)] > 0
+    held = asked & left.any()  # never a batch as a whole
+    return _Roles(counts, finite, held, counts > held, finite > held)
+
+
 @torch.no_grad()
 def weigh(
     found: Statistics,
@@ -195,21 +226,8 @@ def weigh(
 ) -> Tensor:
     """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers."""
     target = criterion.target
-    if target.is_floating_point():
-        counts = torch.ones_like(target[:, 0], dtype=torch.bool)
-    else:
-        counts = target != criterion.ignore_index
-    total = found.rows[1:3].sum(dim=(0, 1))
-    finite = counts & (total - total == 0)  # in fewer operators than isfinite
-    kept, valid, held = counts, finite, None
-    if memory is not None and settings.held_out > 0.0:
-        asked = counts & held_out(memory.rows, settings.held_out)
-        left = (finite if settings.skip_nonfinite else counts) > asked
-        if criterion.weight is not None:  # whose sum the mean is over
-            left &= criterion.weight[torch.where(counts, target, 0)] > 0
-        held = asked & left.any()
-        kept, valid = counts ^ held, finite > held
-    number, count = kept.sum(), valid.sum()
+    counts, finite, held, trained, weighed = _roles(found, criterion, memory, settings)
+    number, count = trained.sum(), weighed.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
     if memory is not None:
@@ -230,14 +248,15 @@ def weigh(
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
-        valid=valid,
+        valid=weighed,
     )
 
     doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
-        signals, counted = torch.where(valid, signals, 0.0), remembered > held
+        signals = torch.where(weighed, signals, 0.0)
+        counted = remembered > held  # and not held
         heard = remembered & held
         right = found.prediction == target
         listen(heard, right, doubted, num_classes, buffers, settings.decay)
@@ -248,7 +267,7 @@ def weigh(
     take_in(
         nll,
         signals,
-        None if held is not None else doubted * valid,
+        None if held is not None else doubted * weighed,
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
@@ -262,15 +281,17 @@ def weigh(
 
     modalities = found.rows.shape[1] - 1
     if settings.skip_nonfinite:
-        kept, number = valid, count
-        weights = torch.where(kept, weights, 0.0)
+        trained, number = weighed, count
+        weights = torch.where(trained, weights, 0.0)
     elif held is not None:
         weights = torch.where(held, 0.0, weights)
     if settings.reduction == "mean":
         mass = number
         if criterion.weight is not None and not target.is_floating_point():
             # the mean of cross-entropy is over class weights
-            mass = torch.where(kept, criterion.weight[torch.where(kept, target, 0)], 0.0).sum()
+            mass = torch.where(
+                trained, criterion.weight[torch.where(trained, target, 0)], 0.0
+            ).sum()
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality)
