@@ -456,6 +456,45 @@ def test_every_method_trains_on_classes_and_on_probabilities(name: str, tmp_path
         assert (predicted == target).float().mean() > 0.8
 
 
+class TestSpecialists:
+    def method(self, modalities: int = 3) -> methods.UniformSpecialists:
+        return methods.UniformSpecialists(problem(modalities))
+
+    def test_each_is_asked_for_what_it_was_trained_for(self) -> None:
+        network = self.method().network.eval()
+        for k, lacking in enumerate(network.lacking):
+            torch.nn.init.constant_(lacking.fusion.head.bias, float(k + 1))
+        inputs, _, _ = batch(3)
+        present = torch.ones(32, 3, dtype=torch.bool)
+        present[torch.arange(30), torch.arange(30) % 3] = False
+        found = network(inputs, present)
+        whole = network(inputs)
+        torch.testing.assert_close(found.fused[30:], whole.fused[30:])
+        assert torch.equal(whole.fused, network.whole(inputs).fused)
+        for k, (lacking, mask) in enumerate(network.each(32)):
+            assert mask[0].tolist() == [m != k for m in range(3)]
+            rows = torch.arange(k, 30, 3)
+            torch.testing.assert_close(found.fused[rows], lacking(inputs, mask).fused[rows])
+
+    def test_what_is_absent_leaves_no_trace(self) -> None:
+        method = self.method()
+        inputs, target, index = batch(3)
+        method.backward(inputs, target, index)
+        head = method.network.lacking[1].fusion.head.weight.grad.split(64, dim=1)
+        assert [bool(x.any()) for x in head] == [True, False, True]
+        alone = methods.Uniform(problem(3))
+        alone.backward(inputs, target, index)
+        for x, y in zip(alone.network.parameters(), method.network.whole.parameters(), strict=True):
+            torch.testing.assert_close(x.grad, y.grad)
+
+    def test_the_report_says_how_far_it_is(self) -> None:
+        scores = {"dyncim": 81.0, "uniform": 80.0, methods.CEILING: 81.5}
+        cell = Cell("uci:a+b+c", "absent-100", True, {k: {0: v} for k, v in scores.items()})
+        found = next(b for b in bars.bars({}, [cell]) if b.name.startswith("swap and absent"))
+        assert "+1.0" in found.cases
+        assert "(uniform; 1.5 to networks trained for what is present)" in found.cases
+
+
 class TestConditions:
     def test_clean_is_the_data(self) -> None:
         split = prepare(DATA, "clean", seed=3)

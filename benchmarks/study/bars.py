@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .methods import CEILING
 from .results import Cell, Runs, epochs_to_baseline, measure, probes
 from .statistics import Estimate, Scores, best, difference, estimate, ranks
 
@@ -60,6 +61,11 @@ def bars(found: Found, all_cells: list[Cell]) -> list[Bar]:
     trained = [cell for cell in all_cells if not cell.tested]
     clean = [cell for cell in trained if cell.condition == "clean"]
     most = {cell.data: highest(peers(cell)) for cell in clean if peers(cell)}
+    ceilings = {
+        (cell.data, cell.condition): estimate(cell.scores[CEILING]).mean
+        for cell in all_cells
+        if CEILING in cell.scores and cell.condition.startswith("absent")
+    }
     return [
         Bar(
             "mean rank first over all conditions",
@@ -75,12 +81,15 @@ def bars(found: Found, all_cells: list[Cell]) -> list[Bar]:
             "40% symmetric and 30% asymmetric label noise: +5 over the best other",
             (cell for cell in trained if cell.condition in NOISY and cell.data != "diabetes"),
             lambda gap: gap.mean >= 5,
-            most,
+            lambda cell: most.get(cell.data),
+            "the best clean score",
         ),
         _leads(
             "swap and absent with three or more modalities: +3 over the best other",
             (c for c in all_cells if c.tested and c.condition in MISSING and c.data.count("+") > 1),
             lambda gap: gap.mean >= 3,
+            lambda cell: ceilings.get((cell.data, cell.condition)),
+            "networks trained for what is present",
         ),
         _probes(found),
         _convergence(found),
@@ -93,18 +102,20 @@ def _leads(
     name: str,
     chosen: Iterable[Cell],
     reached: Callable[[Estimate], bool],
-    most: Mapping[str, float] | None = None,
+    most: Callable[[Cell], float | None] = lambda cell: None,
+    of: str = "",
 ) -> Bar:
-    """With the best clean score of each task, say how far the best other is from it."""
+    """Where there is a most that one can hope for, say how far the best other is from it."""
     cases = []
     for cell in chosen:
         found = lead(cell)
         if found is not None:
             other, gap = found
             note = other
-            if most and cell.data in most:
-                room = most[cell.data] - estimate(cell.scores[other]).mean
-                note += f"; {room:.1f} to the best clean score"
+            limit = most(cell)
+            if limit is not None:
+                room = limit - estimate(cell.scores[other]).mean
+                note += f"; {room:.1f} to {of}"
             text = f"{cell.data} {cell.title} {gap.mean:+.1f} ± {gap.half:.1f} ({note})"
             cases.append((reached(gap), text))
     return _bar(name, cases)

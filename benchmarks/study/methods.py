@@ -29,6 +29,7 @@ from .models import (
     Network,
     OneModality,
     OtherLogits,
+    Specialists,
     Unskilled,
 )
 
@@ -160,6 +161,23 @@ class Uniform(Method):
         """Fused loss and weighted unimodal ones."""
         fused, *unimodal = head_losses(heads, target)
         return fused + self.weight * torch.stack(unimodal).sum()
+
+
+class UniformSpecialists(Uniform):
+    """How far one can get where one modality is absent: by networks that know which."""
+
+    network: Specialists
+
+    def __init__(self, problem: Problem, weight: float = 1.0) -> None:
+        super().__init__(problem, weight)
+        lacking = [problem.network(self.fusion) for _ in problem.modalities]
+        self.network = Specialists(self.network, lacking)
+
+    @override
+    def backward(self, inputs: dict[str, Tensor], target: Tensor, index: Tensor) -> None:
+        super().backward(inputs, target, index)
+        for network, mask in self.network.each(len(target)):
+            torch.autograd.backward(self.loss(network(inputs, mask), target, index))
 
 
 class OgmGe(Joint):
@@ -539,11 +557,14 @@ class Entry:
 _DECAY = ("weight decay", (0.0, 1e-4, 1e-3))
 NO_SAMPLE_LEVEL: dict[str, Any] = {"surprise_strength": 0.0, "pacing_strength": 0.0}
 
+CEILING = "uniform/specialists"
+
 METHODS: dict[str, Entry] = {
     "single": Entry(Single, *_DECAY),
     "late": Entry(Late, *_DECAY),
     "joint": Entry(Joint, *_DECAY),
     "uniform": Entry(Uniform, "weight of each unimodal loss", (0.5, 1.0, 2.0)),
+    CEILING: Entry(UniformSpecialists),
     "ogm_ge": Entry(OgmGe, "alpha", (0.1, 0.3, 0.8)),
     "gblend": Entry(GBlend, "epochs of the estimate", (5.0, 10.0, 20.0)),
     "mmpareto": Entry(MMPareto, "scale", (1.0, 1.5, 2.0)),
@@ -575,5 +596,5 @@ METHODS: dict[str, Entry] = {
 
 
 def peers() -> Iterator[str]:
-    """Names of the methods that are no ablation."""
+    """Names of the methods that are no ablation and no ceiling."""
     return (name for name in METHODS if "/" not in name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,32 @@ class Network(nn.Module):
         features = {name: encode(inputs[name]) for name, encode in self.encoders.items()}
         unimodal = {name: head(features[name]) for name, head in self.heads.items()}
         return Heads(self.fusion(features, unimodal, present), unimodal, features)
+
+
+class Specialists(Network):
+    """A network for what has every modality, and one of its own for what lacks each."""
+
+    def __init__(self, whole: Network, lacking: list[Network]) -> None:
+        nn.Module.__init__(self)
+        self.whole = whole
+        self.lacking = nn.ModuleList(lacking)
+
+    @override
+    def forward(self, inputs: dict[str, Tensor], present: Tensor | None = None) -> Heads:
+        """Heads of the first; fused logits of whichever was trained for what is present."""
+        heads: Heads = self.whole(inputs)
+        if present is None:
+            return heads
+        fused = heads.fused
+        for m, (without, mask) in enumerate(self.each(len(present))):
+            found = without(inputs, mask).fused
+            fused = torch.where(present[:, m : m + 1], fused, found)
+        return heads._replace(fused=fused)
+
+    def each(self, size: int) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The networks for what lacks one modality, and their masks, bool ``[size, M]``."""
+        for m, network in enumerate(self.lacking):
+            yield network, torch.arange(len(self.lacking)).ne(m).expand(size, -1)
 
 
 class Concatenation(nn.Module):

@@ -125,8 +125,8 @@ def _row(scores: Mapping[str, Scores], methods: Sequence[str]) -> list[str]:
 
 def _ablation(everything: list[Cell]) -> str:
     """Each variant minus the whole; the mean is over accuracies, as in the bar."""
-    chosen = [c for c in everything if OURS in c.scores and any("/" in m for m in c.scores)]
-    methods = list(dict.fromkeys(m for c in chosen for m in c.scores if "/" in m))
+    chosen = [c for c in everything if OURS in c.scores and any(map(_is_variant, c.scores))]
+    methods = list(dict.fromkeys(m for c in chosen for m in c.scores if _is_variant(m)))
     means: dict[str, list[float]] = {name: [] for name in methods}
     lines = []
     for cell in chosen:
@@ -141,6 +141,10 @@ def _ablation(everything: list[Cell]) -> str:
         lines.append(["mean of accuracies", "", "", *texts])
     short = [name.partition("/")[2] for name in methods]
     return table(("data", "condition", "whole", *short), lines)
+
+
+def _is_variant(method: str) -> bool:
+    return method.startswith(f"{OURS}/")
 
 
 def _probes(found: Found) -> str:
