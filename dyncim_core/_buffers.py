@@ -21,9 +21,11 @@ class KeepsDtype(nn.Module):
 
     def reset_parameters(self) -> None:
         """Forget everything: what ``to_empty`` takes after a start on the meta device."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                buffer.fill_(name in self._at_first_1)
+        for module in self.modules():
+            if isinstance(module, KeepsDtype):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        buffer.fill_(name in module._at_first_1)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

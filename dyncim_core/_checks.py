@@ -38,7 +38,7 @@ def check_range(
         raise ValueError(f"{name}: expected a value in [{low:g}, {high:g}{bracket}, got {value!r}")
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: object) -> None:
     """A whole number >= 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
@@ -54,9 +54,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
     """Names, made up from positions where only a number is given."""
-    if isinstance(modalities, int):
+    if isinstance(modalities, (int, Integral)):
         check_count("modalities", modalities)
-        return tuple(str(m) for m in range(modalities))
+        return tuple(str(m) for m in range(int(modalities)))
     names = tuple(modalities)
     if isinstance(modalities, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"modalities: expected a number or a sequence of names, got {modalities!r}")

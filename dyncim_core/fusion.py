@@ -145,20 +145,23 @@ class GatedFusion(KeepsDtype):
         self.swap = swap
         self.dropout = dropout
         self.backend = check_backend(backend)
-        self.follow(state)
+        # In a tuple, so that the loss's state is not saved and moved a second time.
+        self._state: tuple[CurriculumState | None] = (None,)
+        if state is not None:
+            self.follow(state)
         for name in Kept._fields:
             self.register_buffer(name, torch.zeros(len(widths), dtype=torch.float32))
         self.reset_parameters()
         self.moments = FeatureMoments(widths) if novelty_slope else None
 
-    def follow(self, state: CurriculumState | None) -> None:
+    def follow(self, state: CurriculumState) -> None:
         """Read another ``state`` from now on.
 
         For a model that was copied without its criterion, whose copy reads a copy of the state
         that nobody writes to.
 
         Args:
-            state: The criterion's; all modalities count alike when ``None``.
+            state: The criterion's.
 
         Raises:
             ValueError: It was made for other modalities.
@@ -170,9 +173,7 @@ class GatedFusion(KeepsDtype):
             >>> copied = copy.deepcopy(fusion)
             >>> copied.follow(state)
         """
-        if state is not None:
-            state.settle_modalities(self.modalities)
-        # In a tuple, so that the loss's state is not saved and moved a second time.
+        state.settle_modalities(self.modalities)
         self._state = (state,)
 
     @override

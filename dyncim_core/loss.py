@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, cast
 
@@ -176,15 +177,18 @@ class DynCIMLoss(nn.Module):
         """
         # Where Module.__getattr__, which is slow, would find them.
         state = cast(CurriculumState, self._modules["state"])
-        criterion = self._modules.get("criterion") or self.criterion
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = self._modules.get("criterion")
+        if criterion is None:
+            criterion = self.criterion
         heads, names = [logits], state.modalities
         if unimodal is not None:
             names = state.names_of(unimodal)
             heads += _checks.as_list("unimodal", unimodal, names)
         _checks.check_heads(heads, target)
         if present is not None:
-            if unimodal is None and present.numel():
-                raise ValueError("present: expected None without unimodal logits, got a tensor")
+            if unimodal is None and not (isinstance(present, Tensor) and present.numel() == 0):
+                kind = type(present).__name__
+                raise ValueError(f"present: expected None without unimodal logits, got {kind}")
             _checks.check_present(present, (logits.shape[0], len(heads) - 1), logits.device)
         if index is not None:
             _checks.check_index(index, state.num_samples, logits)
@@ -315,12 +319,14 @@ class DynCIMLoss(nn.Module):
         reduction = getattr(criterion, "reduction", "none")
         if reduction == "none":
             loss = criterion(logits, target)
-        else:  # a copy without would miss what is changed later
+        elif torch.compiler.is_compiling():  # which takes no copies of modules
             criterion.reduction = "none"
-            try:
-                loss = criterion(logits, target)
-            finally:
-                criterion.reduction = reduction
+            loss = criterion(logits, target)
+            criterion.reduction = reduction
+        else:  # a copy of now: another thread may be calling the criterion itself
+            criterion = copy.copy(getattr(criterion, "_orig_mod", criterion))
+            criterion.reduction = "none"
+            loss = criterion(logits, target)
         if loss.shape != logits.shape[:1]:
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "

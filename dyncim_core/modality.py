@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
+_SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
 
 
 def improvement_ratios(log_quality: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ def skill(hit_rate: Tensor, num_classes: int) -> Tensor:
         num_classes: Number of classes C.
 
     Returns:
-        Same shape, in [0, 1]; 0 when C = 1.
+        Same shape, in [0, 1]; 0 when C = 1, and for less than 1e-4.
 
     Example:
         >>> skill(torch.tensor([0.25, 0.5, 1.0]), num_classes=4)
@@ -260,7 +261,8 @@ def skill(hit_rate: Tensor, num_classes: int) -> Tensor:
     guessing = error_of_guessing(num_classes)
     if guessing == 0.0:
         return torch.zeros_like(hit_rate)
-    return (1.0 - (1.0 - hit_rate) / guessing).clamp(0.0, 1.0)
+    found = (1.0 - (1.0 - hit_rate) / guessing).clamp(0.0, 1.0)
+    return torch.where(found > _SMALLEST_SKILL, found, 0.0)
 
 
 def trust(skill: Tensor) -> Tensor:

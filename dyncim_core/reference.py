@@ -641,7 +641,7 @@ def skill(hit_rate: ArrayLike, num_classes: int) -> Array:
         num_classes: C.
 
     Returns:
-        In [0, 1]; 0 when C = 1.
+        In [0, 1]; 0 when C = 1, and for less than 1e-4.
 
     Example:
         >>> skill([0.25, 0.5, 1.0], num_classes=4).round(4).tolist()
@@ -650,7 +650,8 @@ def skill(hit_rate: ArrayLike, num_classes: int) -> Array:
     h = np.asarray(hit_rate, dtype=np.float64)
     if num_classes == 1:
         return np.zeros_like(h)
-    return np.asarray(np.clip((num_classes * h - 1.0) / (num_classes - 1.0), 0.0, 1.0))
+    found = np.clip((num_classes * h - 1.0) / (num_classes - 1.0), 0.0, 1.0)
+    return np.where(found > 1e-4, found, 0.0)
 
 
 def trust(skill: ArrayLike) -> Array:

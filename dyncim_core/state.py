@@ -172,9 +172,10 @@ class CurriculumState(KeepsDtype):
 
     def names_of(self, values: Mapping[str, object] | Sequence[object]) -> tuple[str, ...] | None:
         """The modalities that values by name or by position must be of; any when ``None``."""
-        if self._numbered and isinstance(values, Mapping):
+        names = self.modalities
+        if self._numbered and isinstance(values, Mapping) and len(values) == len(names or ()):
             return None
-        return self.modalities
+        return names
 
     def averages(self) -> Buffers:
         """The running averages, for the kernels that update them in place."""

@@ -347,12 +347,27 @@ def test_strengths_changed_later_count() -> None:
     assert torch.equal(criterion(fused, target), plain)
 
 
-def test_a_criterion_that_fails_keeps_its_reduction() -> None:
-    criterion = Focal()
-    criterion.register_forward_pre_hook(lambda *_: pytest.fail(criterion.reduction))
-    with pytest.raises(pytest.fail.Exception, match="none"):
-        DynCIMLoss(criterion)(*batch()[::2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_criterion_keeps_its_reduction_while_it_is_called(compiled: bool) -> None:
+    fused, others, target = batch()
+    criterion, seen = Focal(), []
+    called = torch.compile(criterion, backend="eager") if compiled else criterion
+    criterion.register_forward_hook(lambda *_: seen.append(criterion.reduction))
+    DynCIMLoss(called)(fused, target, unimodal=others)
+    assert len(seen) >= 3
+    assert set(seen) == {"mean"}
     assert criterion.reduction == "mean"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_compiled_it_calls_any_criterion_without_its_reduction(reduction: str) -> None:
+    fused, others, target = batch()
+    whole = DynCIMLoss(Focal(reduction), modalities=2)
+    compiled = torch.compile(copy.deepcopy(whole), fullgraph=True, backend="aot_eager")
+    loss = compiled(fused, target, unimodal=others)
+    expected = whole(fused, target, unimodal=others)
+    assert_allclose(loss.detach(), expected.detach(), rtol=1e-5)
+    assert compiled.criterion.reduction == reduction
 
 
 class Subclass(nn.CrossEntropyLoss):
@@ -773,7 +788,7 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
     "present without modalities": (
         lambda c: c(FUSED, TARGET, present=torch.ones(12, 2, dtype=torch.bool)),
         ValueError,
-        "present: expected None without unimodal logits, got a tensor",
+        "present: expected None without unimodal logits, got Tensor",
     ),
     "index of another length": (
         lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(3)),

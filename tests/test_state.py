@@ -65,6 +65,10 @@ def test_names_that_a_checkpoint_does_not_hold_are_told_once() -> None:
     logits, target = torch.zeros(3, 4), torch.arange(3)
     criterion(logits, target, unimodal={"a": logits, "b": logits})
     assert criterion.state.modalities == ("a", "b")
+    numbered = DynCIMLoss(nn.CrossEntropyLoss())
+    numbered.state.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"expected the modalities \['0', '1'\]"):
+        numbered.eval()(logits, target, unimodal=dict.fromkeys("abc", logits))
     for other in ({"b": logits, "c": logits}, {"a": logits}):
         with pytest.raises(ValueError, match=r"expected the modalities \['a', 'b'\]"):
             criterion(logits, target, unimodal=other)
@@ -74,9 +78,10 @@ def test_a_state_made_on_the_meta_device_starts_as_any() -> None:
     with torch.device("meta"):
         criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=3)
         model = nn.ModuleList([criterion, GatedFusion([4, 5], state=criterion.state)])
-    for module in model.to_empty(device="cpu").modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    for buffer in model.to_empty(device="cpu").buffers():
+        buffer.copy_(torch.full_like(buffer, 7))  # anything
+    criterion.state.reset_parameters()
+    model[1].reset_parameters()
     plain = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=3)
     expected = nn.ModuleList([plain, GatedFusion([4, 5], state=plain.state)])
     expected, found = expected.state_dict(), model.state_dict()
@@ -296,7 +301,8 @@ def test_one_modality_has_no_other_to_be_compared_with() -> None:
 
 
 def test_numpy_counts_are_whole_numbers() -> None:
-    state = CurriculumState(1, num_samples=int64(5))
+    state = CurriculumState(int64(2), num_samples=int64(5))
+    assert state.modalities == ("0", "1")
     assert state.memory_weight.shape == (5,)
 
 

@@ -26,6 +26,7 @@
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
 #define LANES_OF_SUM 8 /* numbers that are added up side by side */
+#define SMALLEST_SKILL 1e-4 /* what is less is rounding */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
@@ -375,6 +376,7 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
         double missed = 1.0 - s->held_out_hits[h] / (double)s->held_out_mass[h];
         double skill = guessing > 0.0 ? clamp(1.0 - missed / guessing, 0.0, 1.0) : 0.0;
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
+        if (skill <= SMALLEST_SKILL) skill = 0.0;
         s->skill[h] = s->held_out_mass[h] > 0.0f ? (float)skill : s->skill[0];
     }
     average(s->held_out_doubt, heard->contradicted / batch, 0, decay);
@@ -463,12 +465,12 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             }
     }
     /* Where nothing would be left to train on, all is trained on. */
-    Tally *trained = tally;
+    Tally *rest = tally;
     if (!left) {
-        trained->count += tally[1].count;
-        trained->contradicted += tally[1].contradicted;
-        trained->difficulty += tally[1].difficulty;
-        for (int k = 0; k < SIGNALS; k++) trained->signal[k] += tally[1].signal[k];
+        rest->count += tally[1].count;
+        rest->contradicted += tally[1].contradicted;
+        rest->difficulty += tally[1].difficulty;
+        for (int k = 0; k < SIGNALS; k++) rest->signal[k] += tally[1].signal[k];
     }
     for (int64_t i = 0; holds_out && i < B; i++) {
         held[i] = held[i] && left;
@@ -478,9 +480,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     }
 
     /* Their weights, mean 1 over the weighed ones: a softmax. */
-    int64_t count = trained->count;
+    int64_t count = rest->count;
     double some = count ? (double)count : 1.0, spread = 0.0, top = -INFINITY, total = 0.0;
-    double mean_difficulty = trained->difficulty / some;
+    double mean_difficulty = rest->difficulty / some;
     for (int64_t i = 0; i < B; i++)
         if (weighed[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
     spread = sqrt(spread / some);
@@ -517,14 +519,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         double effective = squares * some > 1e-12 ? squares * some : 1e-12;
         average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
         for (int k = 0; k < SIGNALS; k++) {
-            double now = trained->signal[k] / some, before = s->signal_mean[k];
+            double now = rest->signal[k] / some, before = s->signal_mean[k];
             double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
             average(s->volatility + k, change, second, o->decay);
             average(s->signal_mean + k, now, first, o->decay);
         }
         /* Once any was held out, those trained on, known by heart, are not asked for it. */
         if (!holds_out && s->held_out_mass[0] == 0.0f)
-            average(s->label_noise, trained->contradicted / some, 0, o->decay);
+            average(s->label_noise, rest->contradicted / some, 0, o->decay);
     }
     if (left && tally[1].count) listen(p, tally + 1, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {

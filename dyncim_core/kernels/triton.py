@@ -228,6 +228,7 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
     return {"group": group, "lanes": lanes, "num_warps": group * lanes // 32, **_OPTIONS}
 
 
+_SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
@@ -687,7 +688,7 @@ def _listen(
     doubt = before[2] + rate * (found[2] / batch - before[2])
     positive = tl.maximum(mass, 1e-30)
     skill = 1.0 - (1.0 - hits / positive) / (1.0 - 1.0 / tl.maximum(classes, 2))
-    skill = tl.where(classes > 1, tl.minimum(tl.maximum(skill, 0.0), 1.0), 0.0)
+    skill = tl.where((classes > 1) & (skill > _SMALLEST_SKILL), tl.minimum(skill, 1.0), 0.0)
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
