@@ -209,7 +209,7 @@ class DynCIMLoss(nn.Module):
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
         kernels = select(self.backend, heads, target)
-        if unimodal is not None and names is None:
+        if unimodal is not None and names is None:  # this call gives them their names
             self._settle(unimodal, kernels, heads, target, index)
             averages = state.averages()
         memory = None if index is None else state.memory(index)
