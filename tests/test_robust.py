@@ -14,7 +14,14 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, head_statistics, kernels
+from dyncim_core import (
+    CurriculumState,
+    DynCIMLoss,
+    GatedFusion,
+    head_statistics,
+    held_out,
+    kernels,
+)
 
 BACKENDS = [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -52,6 +59,26 @@ def test_class_weights_of_another_length_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"weight: expected shape \[5\], got \[2\]"):
         criterion(logits[0], target, unimodal=logits[1:])
     assert criterion.state.step == 0
+
+
+@each_backend
+@pytest.mark.parametrize("classes", range(2, 12))
+def test_hits_of_chance_are_no_skill_whatever_they_round_to(backend: str, classes: int) -> None:
+    state = CurriculumState(2, num_samples=200)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.5, backend=backend)
+    fusion = GatedFusion([2, 2], state=state, dropout=0.0, backend=backend)
+    held = held_out(torch.arange(200), 0.5)
+    index = torch.cat([held.nonzero()[:classes], (~held).nonzero()[:classes]]).squeeze(1)
+    target = torch.arange(classes).repeat(2)
+    guess = torch.zeros(2 * classes, classes)
+    guess[:, 0] = 1.0  # right once among all classes
+    for _ in range(5):
+        criterion(guess, target, unimodal=[guess, guess], index=index)
+        assert (state.held_out_hits > 0).all()
+        assert (state.skill == 0).all()
+    gates = fusion([guess[:, :1].expand(-1, 2)] * 2, unimodal=[guess, guess]).gates
+    assert_allclose(gates, 0.5)
+    assert (fusion.logit_share == 1).all()
 
 
 @each_backend
