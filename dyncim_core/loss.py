@@ -28,9 +28,10 @@ class DynCIMLoss(nn.Module):
     the fused prediction and heads 1 to M the unimodal ones. The sample weights ``w``
     (mean 1) are small for labels that confident heads contradict, as far as the run
     itself shows label noise, and favour easy samples while the model is incompetent.
-    The modality coefficients ``c`` (mean 1) favour modalities that lag behind the
-    fusion. Both are detached. The paper (arXiv 2503.06456) names these parts; the
-    formulas are definitions chosen here.
+    The modality coefficients ``c`` favour modalities that lag behind the fusion, and
+    count those little that show on held-out samples next to nothing of what it knows.
+    Both are detached. The paper (arXiv 2503.06456) names these parts; the formulas are
+    definitions chosen here.
 
     The curriculum acts, and its state moves, in training mode with gradients enabled;
     otherwise the call returns exactly what the criterion returns for the fused logits,

@@ -25,6 +25,7 @@ __all__ = [
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
     "logit_shares",
+    "loss_shares",
     "modality_coefficients",
     "modality_weights",
     "quality",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
+_LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
 _SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
 
 
@@ -330,10 +332,29 @@ def logit_shares(skill: Tensor) -> Tensor:
         >>> logit_shares(torch.tensor([0.8, 0.9, 0.2, 0.0]))
         tensor([1.0000, 0.2500, 0.0000])
     """
-    _check_modalities(skill.shape[-1] - 1)
-    fused, own = skill[..., :1], skill[..., 1:]
-    share = own / torch.where(fused > 0.0, fused, 1.0)
-    return torch.where(fused > 0.0, (2.0 * share).clamp_max(1.0).square(), 1.0)
+    return _of_the_fused(skill, factor=2.0)
+
+
+def loss_shares(skill: Tensor) -> Tensor:
+    """What each modality's own loss counts: less, the more fusion tells that it does not.
+
+    ``max(0.1, min(1, s_m / s_0)^2)``. An encoder is not to be trained for what its modality
+    cannot tell on its own, but for what fusion makes of it. Definition chosen here.
+
+    Args:
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0.1, 1]; all 1 as long as the fused head has no skill.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> loss_shares(torch.tensor([0.8, 0.9, 0.4, 0.0]))
+        tensor([1.0000, 0.2500, 0.1000])
+    """
+    return _of_the_fused(skill).clamp_min(_LEAST_LOSS)
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
@@ -359,6 +380,14 @@ def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
     _check_modalities(skill.shape[-1])
     errors = 1.0 - skill + eps
     return errors / errors.amax(dim=-1, keepdim=True)
+
+
+def _of_the_fused(skill: Tensor, factor: float = 1.0) -> Tensor:
+    """Square of each modality's share of the fused head's skill, 1 at most."""
+    _check_modalities(skill.shape[-1] - 1)
+    fused, own = skill[..., :1], skill[..., 1:]
+    share = own / torch.where(fused > 0.0, fused, 1.0)
+    return torch.where(fused > 0.0, (factor * share).clamp_max(1.0).square(), 1.0)
 
 
 def _log_ratios(log_quality: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ __all__ = [
     "held_out",
     "improvement_ratios",
     "logit_shares",
+    "loss_shares",
     "modality_coefficients",
     "modality_weights",
     "noise_pressure",
@@ -714,6 +715,28 @@ def logit_shares(skill: ArrayLike) -> Array:
     if s[0] == 0:
         return np.ones(len(s) - 1)
     return np.asarray(np.minimum(1.0, 2.0 * (s[1:] / s[0])) ** 2)
+
+
+def loss_shares(skill: ArrayLike) -> Array:
+    """What each modality's own loss counts, ``max(0.1, min(1, s_m / s_0)^2)``.
+
+    Definition chosen here.
+
+    Args:
+        skill: ``[M + 1]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0.1, 1]; 1 for all where ``s_0`` is 0.
+
+    Example:
+        >>> loss_shares([0.8, 0.9, 0.4, 0.0]).round(4).tolist()
+        [1.0, 0.25, 0.1]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    _require_modalities(len(s) - 1)
+    if s[0] == 0:
+        return np.ones(len(s) - 1)
+    return np.asarray(np.maximum(0.1, np.minimum(1.0, s[1:] / s[0]) ** 2))
 
 
 def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:

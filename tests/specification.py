@@ -85,7 +85,9 @@ class Specification(SimpleNamespace):
             self._remember(index, found.nll, mask & (valid | heard), weights)
 
         kept = counts & ~held & (valid | (not settings.skip_nonfinite))
-        factor = np.append(1.0, ref.modality_coefficients(self.log_quality))
+        factor = np.append(
+            1.0, ref.modality_coefficients(self.log_quality) * ref.loss_shares(self.skill)
+        )
         factor[1:] *= settings.unimodal_strength
         trained = ~held & (valid | (not settings.skip_nonfinite))
         coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask

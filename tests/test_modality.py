@@ -22,6 +22,7 @@ from dyncim_core.modality import (
     harmonic_mean_improvement_rate,
     improvement_ratios,
     logit_shares,
+    loss_shares,
     modality_coefficients,
     modality_weights,
     quality,
@@ -495,8 +496,28 @@ def test_logits_count_as_far_as_modalities_know_what_fusion_does(
         assert_allclose(logit_shares(to_torch(0.5 * skills)), found, rtol=1e-9)
 
 
-def test_logit_shares_need_a_modality() -> None:
-    for shares in (ref.logit_shares, logit_shares):
+@given(arrays((4,), reals(0, 1)), st.booleans())
+def test_losses_count_as_far_as_modalities_know_what_fusion_does(
+    skills: Array, hopeless: bool
+) -> None:
+    if hopeless:
+        skills[0] = 0.0
+    found = loss_shares(to_torch(skills)).numpy()
+    assert_allclose(found, ref.loss_shares(skills), rtol=1e-12)
+    assert found.min() >= 0.1
+    assert (found[skills[1:] >= skills[0]] == 1).all()
+    assert (np.diff(found[np.argsort(skills[1:])]) >= 0).all()  # never less for more skill
+    if hopeless:
+        assert (found == 1).all()
+    elif skills[0] > 1e-3:
+        assert_allclose(found[skills[1:] == 0], 0.1)
+        assert_allclose(loss_shares(to_torch(0.5 * skills)), found, rtol=1e-9)
+        # The logits of a modality count no less than its loss, but for what the latter keeps.
+        assert (logit_shares(to_torch(skills)).numpy() >= np.where(found > 0.1, found, 0)).all()
+
+
+def test_shares_need_a_modality() -> None:
+    for shares in (ref.logit_shares, logit_shares, ref.loss_shares, loss_shares):
         with pytest.raises(ValueError, match="at least 1 modality"):
             shares(torch.ones(1))
 

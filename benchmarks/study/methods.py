@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, trust
+from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, loss_shares, trust
 
 from .models import (
     AttentionPool,
@@ -431,7 +431,7 @@ class EqualModalities(DynCIM):
 
     @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
-        """The joint objective, each sample's factors of its modalities averaged."""
+        """The joint objective, by other factors."""
         logits = [x.detach().requires_grad_() for x in heads.all()]
         unimodal = dict(zip(heads.unimodal, logits[1:], strict=True))
         objective = super().loss(heads._replace(fused=logits[0], unimodal=unimodal), target, index)
@@ -443,9 +443,22 @@ class EqualModalities(DynCIM):
             own = x.detach().softmax(dim=1) - truth  # the gradient of its loss, times a factor
             factors.append((gradient * own).sum(dim=1) / own.square().sum(dim=1).clamp_min(1e-12))
         weights = torch.stack(factors)
-        weights[1:] = weights[1:].mean(dim=0)
+        weights[1:] = self.change(weights[1:])
         losses = [F.cross_entropy(x, target, reduction="none") for x in heads.all()]
         return (weights * torch.stack(losses)).sum()
+
+    def change(self, weights: Tensor) -> Tensor:
+        """Of each modality and sample, ``[M, B]``: averaged over its modalities."""
+        return weights.mean(dim=0)
+
+
+class WholeLosses(EqualModalities):
+    """Ablation: the losses of a modality count whatever its skill."""
+
+    @override
+    def change(self, weights: Tensor) -> Tensor:
+        """Of each modality and sample, ``[M, B]``: without the share that skill leaves."""
+        return weights / loss_shares(self.objective.state.skill).unsqueeze(1)
 
 
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
@@ -577,6 +590,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-sample-level": Entry(partial(DynCIM, **NO_SAMPLE_LEVEL)),
     "dyncim/no-modality-level": Entry(partial(EqualModalities, gate=constant_gate)),
     "dyncim/equal-losses": Entry(EqualModalities),
+    "dyncim/whole-losses": Entry(WholeLosses),
     "dyncim/constant-dropout": Entry(partial(DynCIM, gate=constant_dropout)),
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),

@@ -353,6 +353,12 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
         out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
 }
 
+/* What a modality's own loss counts, by its skill and that of the fused head. */
+static double loss_share(double skill, double fused) {
+    double part = fused > 0.0 ? clamp(skill / fused, 0.0, 1.0) : 1.0;
+    return part * part > 0.1 ? part * part : 0.1;
+}
+
 /* Whether a sample is to be kept out of training: lowbias32 of its index is below that. */
 static int is_held_out(int64_t index, uint64_t below) {
     uint32_t bits = (uint32_t)((uint64_t)index + 0x9E3779B9u);
@@ -557,7 +563,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double factor[MAX_HEADS] = {1.0}, scale = 1.0, sum = 0.0;
     int may_skip = holds_out || o->skip_nonfinite;
     if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
-    for (int64_t h = 1; h < H; h++) factor[h] *= o->unimodal_strength;
+    for (int64_t h = 1; h < H; h++)
+        factor[h] *= o->unimodal_strength * loss_share(s->skill[h], s->skill[0]);
     if (o->reduction == REDUCE_MEAN) {
         double counted = 0.0;
         for (int64_t i = 0; i < B; i++)

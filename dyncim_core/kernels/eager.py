@@ -29,6 +29,7 @@ from dyncim_core.kernels.interface import (
 from dyncim_core.modality import (
     augmentation_rates,
     logit_shares,
+    loss_shares,
     modality_coefficients,
     quality,
     redundancy,
@@ -294,7 +295,7 @@ def weigh(
             ).sum()
         weights = weights / mass
     if modalities:
-        ahead = modality_coefficients(buffers.log_quality)
+        ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
         if settings.unimodal_strength != 1.0:
             ahead = ahead * settings.unimodal_strength
         coefficient = torch.outer(F.pad(ahead, (1, 0), value=1.0), weights)

@@ -230,6 +230,7 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
 
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
+_LEAST_LOSS = tl.constexpr(0.1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -591,8 +592,9 @@ def _curriculum(
         # Once any was held out, those trained on, known by heart, are not asked for it.
         doubt_rate = tl.where(tl.sum(tl.where(head == 0, held_mass, 0.0), 0) > 0, 0.0, rate)
         _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
+        skill = tl.load(buffers.skill + head, mask=head < known, other=0.0).to(tl.float32)
     else:
-        _listen(
+        skill = _listen(
             buffers,
             (held_mass, held_hits, held_doubt),
             (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(contradicted, 0)),
@@ -623,6 +625,9 @@ def _curriculum(
     factor = tl.full([heads], 1.0, tl.float32)
     if count > 1:
         ahead = _modality_coefficients(fused - log_quality, head, count)
+        best = tl.sum(tl.where(head == 0, skill, 0.0), 0)
+        part = tl.where(best > 0, tl.minimum(skill / tl.where(best > 0, best, 1.0), 1.0), 1.0)
+        ahead *= tl.maximum(part * part, _LEAST_LOSS)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
         factor /= tl.sum(mass, 0)
@@ -679,8 +684,8 @@ def _listen(
     head: tl.tensor,
     known: tl.constexpr,
     classes: tl.tensor,
-) -> None:
-    """Take in what heads say about samples that they were never trained on."""
+) -> tl.tensor:
+    """Take in what heads say about samples that they were never trained on; their skills."""
     some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
     rate = tl.where(some, rate, 0.0)
     mass = before[0] + rate * (found[0] / batch - before[0])
@@ -699,6 +704,7 @@ def _listen(
     # A modality never heard counts as equal to the fusion, which favours neither side.
     skill = tl.where(mass > 0, skill, fused)
     tl.store(buffers.skill + head, skill, mask=head < known)
+    return skill
 
 
 @_jit
