@@ -383,11 +383,10 @@ def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
 
 
 def _of_the_fused(skill: Tensor, factor: float = 1.0) -> Tensor:
-    """Square of each modality's share of the fused head's skill, 1 at most."""
+    """Square of each modality's share of the fused head's skill, 1 at most; of none, all."""
     _check_modalities(skill.shape[-1] - 1)
-    fused, own = skill[..., :1], skill[..., 1:]
-    share = own / torch.where(fused > 0.0, fused, 1.0)
-    return torch.where(fused > 0.0, (factor * share).clamp_max(1.0).square(), 1.0)
+    known = skill + torch.finfo(skill.dtype).tiny  # so that 0 of 0 is all, in few operators
+    return (factor * known[..., 1:] / known[..., :1]).clamp_max(1.0).square()
 
 
 def _log_ratios(log_quality: Tensor) -> Tensor:
