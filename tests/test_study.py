@@ -295,6 +295,20 @@ class TestDynCIM:
         equal = self.factors(self.ungated(methods.EqualModalities))
         torch.testing.assert_close(equal[1:], equal[1:2].expand(3, -1), rtol=1e-2, atol=1e-5)
 
+    def test_whole_losses_are_without_the_shares_of_skill(self) -> None:
+        found = []
+        for make in (methods.DynCIM, methods.WholeLosses):
+            method = self.ungated(make)
+            method.state.held_out_mass.fill_(1.0)
+            method.state.held_out_hits.copy_(torch.tensor([0.9, 0.4, 0.7, 0.9]))
+            found.append(self.factors(method, steps=0))
+        shares = dyncim_core.loss_shares(method.state.skill)
+        assert shares.min() < 0.2
+        assert shares.max() > 0.8
+        whole, without = found
+        torch.testing.assert_close(without[0], whole[0])
+        torch.testing.assert_close(without[1:] * shares.unsqueeze(1), whole[1:])
+
     def test_no_sample_level_weighs_all_samples_alike(self) -> None:
         whole = self.factors(methods.DynCIM(problem(3), 0.0))
         assert whole[0].max() > 1.05 * whole[0].min()
