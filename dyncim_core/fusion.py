@@ -13,7 +13,7 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Kept, Kernels, Learnt
+from dyncim_core.kernels.interface import Gate, Kernels, Learnt
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import CurriculumState
 
@@ -31,9 +31,8 @@ class FusionOutput(NamedTuple):
         fused: ``[B, sum D]`` or ``[B, T, sum D]``, in the features' dtype.
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features and by its ``logit_share``, to add to the logits of a head over
-            ``fused``; ``None`` without unimodal logits. It is detached: unimodal heads learn
-            from their own losses.
+            features, to add to the logits of a head over ``fused``; ``None`` without unimodal
+            logits. It is detached: unimodal heads learn from their own losses.
     """
 
     fused: Tensor
@@ -61,9 +60,8 @@ class GatedFusion(KeepsDtype):
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
-            count, and which to swap or drop the less, and whose ``redundancy`` tells how often;
-            what their logits count next to those of the fused head, ``logit_shares``. What was
-            last seen in training is kept for inference. All modalities count alike, and
+            count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
+            What was last seen in training is kept for inference. All modalities count alike, and
             disturbances in full, when ``None``.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
@@ -85,7 +83,6 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
-        logit_share: Buffer ``[M]`` in [0, 1], likewise; 1 as long as nothing is known.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -105,9 +102,6 @@ class GatedFusion(KeepsDtype):
     """
 
     skill: Tensor
-    logit_share: Tensor
-
-    _at_first_1 = ("logit_share",)
 
     def __init__(
         self,
@@ -149,8 +143,7 @@ class GatedFusion(KeepsDtype):
         self._state: tuple[CurriculumState | None] = (None,)
         if state is not None:
             self.follow(state)
-        for name in Kept._fields:
-            self.register_buffer(name, torch.zeros(len(widths), dtype=torch.float32))
+        self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
         self.reset_parameters()
         self.moments = FeatureMoments(widths) if novelty_slope else None
 
@@ -230,7 +223,7 @@ class GatedFusion(KeepsDtype):
 
         gating = kernels.gate(
             evidence,
-            Kept(self.skill, self.logit_share),
+            self.skill,
             learnt,
             there,
             chance,
@@ -245,9 +238,7 @@ class GatedFusion(KeepsDtype):
         if rows is not None:
             streams = [x[row] for x, row in zip(streams, rows, strict=True)]
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
-        fused, total = _mixed(
-            select(by, streams), streams, logits or (), gating.scale, self.logit_share
-        )
+        fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale)
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:
@@ -270,17 +261,13 @@ class GatedFusion(KeepsDtype):
 
 
 def _mixed(
-    kernels: Kernels,
-    streams: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    scale: Tensor,
-    share: Tensor,
+    kernels: Kernels, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """``Kernels.mix``, differentiable for streams."""
     if kernels is eager:
-        return eager.mix(streams, logits, scale, share)
+        return eager.mix(streams, logits, scale)
     found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
-        (kernels, logits, scale, share), *streams
+        (kernels, logits, scale), *streams
     )
     return found
 
@@ -290,10 +277,10 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *streams: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernels, logits, scale, share = known
+        kernels, logits, scale = known
         ctx.known = kernels, [x.shape[-1] for x in streams], scale
         ctx.set_materialize_grads(False)
-        fused, total = kernels.mix(streams, logits, scale, share)
+        fused, total = kernels.mix(streams, logits, scale)
         if total is not None:
             ctx.mark_non_differentiable(total)
         return fused, total

@@ -24,7 +24,6 @@ __all__ = [
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
-    "logit_shares",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
@@ -313,28 +312,6 @@ def votes(skill: Tensor) -> Tensor:
     return torch.where(best > 0.0, counts, 1.0)
 
 
-def logit_shares(skill: Tensor) -> Tensor:
-    """What each modality's logits count next to those of the fused head.
-
-    ``min(1, 2 s_m / s_0)^2``: in full from half of the fused head's skill on, and next to
-    nothing where fusion tells what its modalities do not. Definition chosen here.
-
-    Args:
-        skill: Of all heads, ``[M + 1]`` in [0, 1].
-
-    Returns:
-        ``[M]`` in [0, 1]; all 1 as long as the fused head has no skill.
-
-    Raises:
-        ValueError: There is no modality (M = 0).
-
-    Example:
-        >>> logit_shares(torch.tensor([0.8, 0.9, 0.2, 0.0]))
-        tensor([1.0000, 0.2500, 0.0000])
-    """
-    return _of_the_fused(skill, factor=2.0)
-
-
 def loss_shares(skill: Tensor) -> Tensor:
     """What each modality's own loss counts: less, the more fusion tells that it does not.
 
@@ -354,7 +331,9 @@ def loss_shares(skill: Tensor) -> Tensor:
         >>> loss_shares(torch.tensor([0.8, 0.9, 0.4, 0.0]))
         tensor([1.0000, 0.2500, 0.1000])
     """
-    return _of_the_fused(skill).clamp_min(_LEAST_LOSS)
+    _check_modalities(skill.shape[-1] - 1)
+    known = skill + torch.finfo(skill.dtype).tiny  # so that 0 of 0 is all, in few operators
+    return (known[..., 1:] / known[..., :1]).clamp_max(1.0).square().clamp_min(_LEAST_LOSS)
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
@@ -380,13 +359,6 @@ def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
     _check_modalities(skill.shape[-1])
     errors = 1.0 - skill + eps
     return errors / errors.amax(dim=-1, keepdim=True)
-
-
-def _of_the_fused(skill: Tensor, factor: float = 1.0) -> Tensor:
-    """Square of each modality's share of the fused head's skill, 1 at most; of none, all."""
-    _check_modalities(skill.shape[-1] - 1)
-    known = skill + torch.finfo(skill.dtype).tiny  # so that 0 of 0 is all, in few operators
-    return (factor * known[..., 1:] / known[..., :1]).clamp_max(1.0).square()
 
 
 def _log_ratios(log_quality: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
-    "logit_shares",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
@@ -695,24 +694,6 @@ def votes(skill: ArrayLike) -> Array:
     return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
 
 
-def logit_shares(skill: ArrayLike) -> Array:
-    """What each modality's logits count next to the fused head's, ``min(1, 2 s_m / s_0)^2``.
-
-    Definition chosen here.
-
-    Args:
-        skill: ``[M + 1]`` in [0, 1].
-
-    Returns:
-        ``[M]`` in [0, 1]; 1 for all where ``s_0`` is 0.
-
-    Example:
-        >>> logit_shares([0.8, 0.9, 0.2, 0.0]).round(4).tolist()
-        [1.0, 0.25, 0.0]
-    """
-    return np.asarray(np.minimum(1.0, 2.0 * _of_the_fused(skill)) ** 2)
-
-
 def loss_shares(skill: ArrayLike) -> Array:
     """What each modality's own loss counts, ``max(0.1, min(1, s_m / s_0)^2)``.
 
@@ -728,7 +709,11 @@ def loss_shares(skill: ArrayLike) -> Array:
         >>> loss_shares([0.8, 0.9, 0.4, 0.0]).round(4).tolist()
         [1.0, 0.25, 0.1]
     """
-    return np.asarray(np.maximum(0.1, np.minimum(1.0, _of_the_fused(skill)) ** 2))
+    s = np.asarray(skill, dtype=np.float64)
+    _require_modalities(len(s) - 1)
+    if not s[0] > 0:
+        return np.ones(len(s) - 1)
+    return np.asarray(np.maximum(0.1, np.minimum(1.0, s[1:] / s[0]) ** 2))
 
 
 def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:
@@ -958,13 +943,6 @@ def _shares(values: Array) -> Array:
     """Values divided by their sum over axis 0; 0 where the sum is 0."""
     total = values.sum(axis=0)
     return values / np.where(total > 0, total, 1.0)
-
-
-def _of_the_fused(skill: ArrayLike) -> Array:
-    """Skill of each modality over that of the fused head; 1 where that has none."""
-    s = np.asarray(skill, dtype=np.float64)
-    _require_modalities(len(s) - 1)
-    return np.asarray(s[1:] / s[0]) if s[0] > 0 else np.ones(len(s) - 1)
 
 
 def _require_modalities(count: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels, redundancy
 from dyncim_core import reference as ref
-from dyncim_core.kernels.interface import Gate, Kept
+from dyncim_core.kernels.interface import Gate
 
 NAMES = ["audio", "image", "text"]
 WIDTHS = {"audio": 3, "image": 5, "text": 2}
@@ -44,7 +44,6 @@ def test_without_logits_it_is_plain_concatenation() -> None:
 def test_gates_are_those_of_the_reference() -> None:
     fusion = still(threshold=0.1)
     fusion.skill.copy_(torch.tensor([0.5, 0.9, 0.45]))
-    fusion.logit_share.copy_(torch.tensor([0.0, 0.3, 1.0]))
     features, unimodal = inputs()
     present = torch.ones(9, 3, dtype=torch.bool)
     present[2, 0] = present[5, 1:] = present[7] = False
@@ -59,8 +58,7 @@ def test_gates_are_those_of_the_reference() -> None:
     scale = (gates / largest).split(1, dim=1)
     pieces = [scale[m] * features[name] for m, name in enumerate(NAMES)]
     assert_allclose(fused.detach(), torch.cat(pieces, dim=1).detach(), rtol=1e-5, atol=1e-6)
-    shares = fusion.logit_share.tolist()
-    total = sum(shares[m] * scale[m] * unimodal[name] for m, name in enumerate(NAMES))
+    total = sum(scale[m] * unimodal[name] for m, name in enumerate(NAMES))
     assert logits is not None
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
@@ -221,14 +219,9 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.skill, [0.36, 0.6, 0.7])
-    assert_allclose(fusion.logit_share, [0.64, 1.0, 1.0], rtol=1e-6)
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert {name.partition(".")[0] for name in fusion.state_dict()} == {
-        "logit_share",
-        "moments",
-        "skill",
-    }
+    assert {name.partition(".")[0] for name in fusion.state_dict()} == {"moments", "skill"}
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
     criterion.state.skill.zero_()
@@ -563,8 +556,7 @@ def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> Non
     kernel = kernels.select(backend, rows)
     penalty = torch.tensor([[2.0], [0.0], [0.0]])
     settings = Gate(3.0, 0.2, 0.0, 0.0)
-    kept = Kept(fusion.skill, fusion.logit_share)
-    found = kernel.gate(rows, kept, None, None, None, penalty, settings)
+    found = kernel.gate(rows, fusion.skill, None, None, None, penalty, settings)
     expected = ref.reliability_gates(evidence - penalty.numpy())
     assert_allclose(found.gates, expected, rtol=1e-4)
     assert_allclose(found.scale, ref.relative_gates(expected), rtol=1e-4)
@@ -578,14 +570,12 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     fusion = GatedFusion(WIDTHS, state=state, dropout=0.0, threshold=0.0, backend=backend)
     _, gates, logits = fusion(features, unimodal=unimodal)
     assert torch.equal(fusion.skill, state.skill[1:])
-    shares = ref.logit_shares(state.skill.numpy())
-    assert_allclose(fusion.logit_share, shares, rtol=1e-6)
     probs = torch.stack([x.double() for x in unimodal.values()]).softmax(dim=-1)
     apart = ref.disagreement(probs.detach().numpy(), [0.8, 0.3, 0.0])
     votes = np.log(ref.votes([0.8, 0.3, 0.0]))[:, None]
     expected = ref.reliability_gates(-2.0 * apart + votes)
     assert_allclose(gates, expected.T, rtol=1e-4, atol=1e-6)
-    scale = shares[:, None] * ref.relative_gates(expected)
+    scale = ref.relative_gates(expected)
     total = sum(s[:, None] * x.numpy() for s, x in zip(scale, unimodal.values(), strict=True))
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
@@ -597,7 +587,7 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion = still()
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
-    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill", "logit_share"]
+    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill"]
 
 
 @each_backend

@@ -25,7 +25,6 @@ from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import (
     Criterion,
     Gate,
-    Kept,
     Learnt,
     Moments,
     Settings,
@@ -196,13 +195,12 @@ def test_native_gates_are_those_of_eager(
         quality = torch.linspace(0.9, 0.1, 1 + modalities)
         learnt = Learnt(quality.log(), quality, skill * torch.linspace(1.0, 0.0, 1 + modalities))
     settings = Gate(slope, 0.05, swap, dropout)
-    ours, theirs = (Kept(*torch.linspace(0.0, 0.9, modalities).repeat(2, 1)) for _ in range(2))
+    ours, theirs = torch.linspace(0.0, 0.9, modalities).repeat(2, 1)
     actual, expected = (
-        backend.gate(logits, kept, learnt, present, chance, penalty, settings)
-        for backend, kept in ((native, ours), (eager, theirs))
+        backend.gate(logits, skills, learnt, present, chance, penalty, settings)
+        for backend, skills in ((native, ours), (eager, theirs))
     )
-    assert torch.equal(ours.skill, theirs.skill)
-    assert_allclose(ours.logit_share, theirs.logit_share, rtol=1e-6)
+    assert torch.equal(ours, theirs)
     for ours, theirs in zip(actual[2:], expected[2:], strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
@@ -229,7 +227,7 @@ def test_native_mixes_as_eager_does(
     shape, modalities = (batch, *(() if steps is None else (steps,))), len(widths)
     streams = [randn(*shape, 2 * width, seed=k)[..., ::2] for k, width in enumerate(widths)]
     logits = [randn(batch, classes, seed=k) for k in range(modalities)] if classes else []
-    scale, share = randn(modalities, batch).abs(), torch.linspace(1.0, 0.0, modalities)
+    scale = randn(modalities, batch).abs()
     if masked and batch:
         scale[0, 0] = 0.0
         streams[0][0] = math.nan
@@ -237,8 +235,7 @@ def test_native_mixes_as_eager_does(
             logits[0][0] = -math.inf
     grad = randn(*shape, 2 * sum(widths))[..., ::2]
     actual, expected = (
-        (*b.mix(streams, logits, scale, share), *b.unmix(grad, widths, scale))
-        for b in (native, eager)
+        (*b.mix(streams, logits, scale), *b.unmix(grad, widths, scale)) for b in (native, eager)
     )
     assert len(actual) == len(expected) == 2 + modalities
     for ours, theirs in zip(actual, expected, strict=True):
@@ -256,7 +253,7 @@ def test_what_torch_spreads_over_threads_is_left_to_it(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_mix", None)
     streams = [randn(3, 4), randn(3, 5)]
-    fused, _ = native.mix(streams, [], scale, scale[:, 0])
+    fused, _ = native.mix(streams, [], scale)
     assert torch.equal(fused, torch.cat(streams, dim=1))
     found = native.unmix(fused, (4, 5), scale)
     assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=True))

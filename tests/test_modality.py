@@ -21,7 +21,6 @@ from dyncim_core.modality import (
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
-    logit_shares,
     loss_shares,
     modality_coefficients,
     modality_weights,
@@ -478,36 +477,26 @@ def test_votes_silence_only_who_has_next_to_nothing_to_say(skills: Array) -> Non
         assert_allclose(votes(to_torch(0.5 * skills)), found, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("shares", "reference", "factor", "least"),
-    [(logit_shares, ref.logit_shares, 2, 0.0), (loss_shares, ref.loss_shares, 1, 0.1)],
-    ids=["logits", "losses"],
-)
 @given(arrays((4,), reals(0, 1)), st.booleans())
-def test_modalities_count_as_far_as_they_know_what_fusion_does(
-    shares: Callable[..., Tensor],
-    reference: Callable[..., Array],
-    factor: int,
-    least: float,
-    skills: Array,
-    hopeless: bool,
+def test_losses_count_as_far_as_modalities_know_what_fusion_does(
+    skills: Array, hopeless: bool
 ) -> None:
     if hopeless:
         skills[0] = 0.0
-    found = shares(to_torch(skills)).numpy()
-    assert_allclose(found, reference(skills), rtol=1e-12)
-    assert found.min() >= least
-    assert (found[factor * skills[1:] >= skills[0]] == 1).all()
+    found = loss_shares(to_torch(skills)).numpy()
+    assert_allclose(found, ref.loss_shares(skills), rtol=1e-12)
+    assert found.min() >= 0.1
+    assert (found[skills[1:] >= skills[0]] == 1).all()
     assert (np.diff(found[np.argsort(skills[1:])]) >= 0).all()  # never less for more skill
     if hopeless:
         assert (found == 1).all()
     elif skills[0] > 1e-3:
-        assert (found[skills[1:] == 0] == least).all()
-        assert_allclose(shares(to_torch(0.5 * skills)), found, rtol=1e-9)
+        assert (found[skills[1:] == 0] == 0.1).all()
+        assert_allclose(loss_shares(to_torch(0.5 * skills)), found, rtol=1e-9)
 
 
-def test_shares_need_a_modality() -> None:
-    for shares in (ref.logit_shares, logit_shares, ref.loss_shares, loss_shares):
+def test_loss_shares_need_a_modality() -> None:
+    for shares in (ref.loss_shares, loss_shares):
         with pytest.raises(ValueError, match="at least 1 modality"):
             shares(torch.ones(1))
 

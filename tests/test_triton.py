@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Settings
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -392,13 +392,12 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)
     skill = torch.linspace(0.0, 0.9, modalities, device=DEVICE)
-    kept = [Kept(skill.clone(), skill.clone()) for _ in range(2)]
+    kept = [skill.clone() for _ in range(2)]
     ours, theirs = (
         b.gate(c.logits, of, learnt, c.present, chance, penalty, settings)
         for b, of in zip((kernel, eager), kept, strict=True)
     )
-    for x, y in zip(*kept, strict=True):
-        assert torch.equal(x, y)
+    assert torch.equal(*kept)
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
     close(ours.gates, theirs.gates)
@@ -467,7 +466,7 @@ JITFunction.run = compile_only
 
 from dyncim_core import CurriculumState
 from dyncim_core.kernels import triton as kernel
-from dyncim_core.kernels.interface import Criterion, Gate, Kept, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Settings
 
 target, present = torch.zeros(4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
 logits = [torch.zeros(4, 40), torch.zeros(4, 40).bfloat16(), torch.zeros(4, 40).half()]
@@ -484,7 +483,7 @@ for criterion, mask, memory, known, chance in (
     kernel.gradients(*args, mask is not None)
     penalty = None if chance is None else torch.ones(3, 4)
     gate = Gate(1.5, 0.05, 0.1, 0.1)
-    kernel.gate(logits, Kept(*torch.ones(2, 3)), None, mask, chance, penalty, gate)
+    kernel.gate(logits, torch.ones(3), None, mask, chance, penalty, gate)
 settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
 kernel.curriculum(
     logits, None, Criterion(target), state.averages(), state.memory(target), settings

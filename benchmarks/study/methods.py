@@ -19,8 +19,10 @@ from typing_extensions import override
 from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, loss_shares, trust
 
 from .models import (
+    AttachedLogits,
     AttentionPool,
     Concatenation,
+    FeaturesAlone,
     Fusion,
     Gated,
     GatedUnderShare,
@@ -28,7 +30,6 @@ from .models import (
     MeanOfLogits,
     Network,
     OneModality,
-    OtherLogits,
     Specialists,
     Unskilled,
 )
@@ -481,12 +482,12 @@ def no_novelty(state: CurriculumState) -> Fusion:
 
 def attached_logits(state: CurriculumState) -> Fusion:
     """Variant: gated logits are not detached; unimodal heads learn from the fused loss too."""
-    return partial(OtherLogits, state=state, attached=True)
+    return partial(AttachedLogits, state=state)
 
 
-def whole_logits(state: CurriculumState) -> Fusion:
-    """Variant: gated logits count in full, whatever fusion knows beyond its modalities."""
-    return partial(OtherLogits, state=state, whole=True)
+def no_logits(state: CurriculumState) -> Fusion:
+    """Ablation: the fused head alone, without gated logits."""
+    return partial(FeaturesAlone, state=state)
 
 
 def constant_gate(state: CurriculumState) -> Fusion:
@@ -596,7 +597,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
-    "dyncim/whole-logits": Entry(partial(DynCIM, gate=whole_logits)),
+    "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
     "dyncim/no-pacing": Entry(partial(DynCIM, pacing_strength=0.0)),
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),

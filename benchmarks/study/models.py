@@ -161,20 +161,8 @@ class Gated(nn.Module):
         return logits
 
 
-class OtherLogits(Gated):
-    """``Gated`` whose gated logits let the fused loss through (``attached``), or all count."""
-
-    def __init__(
-        self,
-        modalities: tuple[str, ...],
-        head: Head,
-        *,
-        attached: bool = False,
-        whole: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(modalities, head, **options)
-        self.attached, self.whole = attached, whole
+class AttachedLogits(Gated):
+    """``Gated`` whose gated logits let the fused loss through."""
 
     @override
     def forward(
@@ -183,10 +171,21 @@ class OtherLogits(Gated):
         """Fused logits."""
         fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
         scale = relative_gates(gates.t()).unsqueeze(2)
-        if not self.whole:
-            scale = scale * self.gates.logit_share.view(-1, 1, 1)
-        own = torch.stack([x if self.attached else x.detach() for x in unimodal.values()])
+        own = torch.stack(list(unimodal.values()))
         logits: Tensor = self.head(fused) + (scale * own).sum(dim=0)
+        return logits
+
+
+class FeaturesAlone(Gated):
+    """``Gated`` without gated logits."""
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        fused: Tensor = self.gates(features, unimodal=unimodal, present=present).fused
+        logits: Tensor = self.head(fused)
         return logits
 
 

@@ -637,14 +637,6 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
     }
 }
 
-/* What each modality's logits count next to those of the fused head, whose skill comes first. */
-static void share_logits(int64_t modalities, const float *skill, float *share) {
-    for (int64_t m = 0; m < modalities; m++) {
-        double part = skill[0] > 0.0f ? clamp(2.0 * skill[1 + m] / skill[0], 0.0, 1.0) : 1.0;
-        share[m] = (float)(part * part);
-    }
-}
-
 /* Uniform numbers in [0, 1), [3, B], or NULL; where modality m of sample i comes from. */
 typedef struct {
     const float *chance;
@@ -745,12 +737,12 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
         }
 }
 
-/* Logits, [B, C], times their factors, [M, B] and [M], added up. */
+/* Logits, [B, C], times their factors, [M, B], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor, const float *share) {
+                       const float *factor) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
-            float *part = logits[m] + i * classes, f = factor[m * B + i] * share[m];
+            float *part = logits[m] + i * classes, f = factor[m * B + i];
             if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
@@ -1018,8 +1010,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    float *kept[MAX_HEADS], *learnt[MAX_HEADS];
-    addresses(args[0], kept);
+    float *skill = address(args[0]), *learnt[MAX_HEADS];
     if (args[1] != Py_None) addresses(args[1], learnt);
     const float *penalty = address(args[3]);
     Disturbance d = {address(args[2]), address(args[4])};
@@ -1030,14 +1021,11 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (PyErr_Occurred()) return NULL;
     int takes_up = args[1] != Py_None;
     Trust t;
-    trust_in(p.heads, takes_up ? learnt[2] + 1 : kept[0], takes_up ? learnt : NULL, &t);
+    trust_in(p.heads, takes_up ? learnt[2] + 1 : skill, takes_up ? learnt : NULL, &t);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = gate(&p, &o, &d, &t, penalty, gates, scale);
-    if (takes_up && p.start == 0) {
-        memcpy(kept[0], learnt[2] + 1, (size_t)p.heads * sizeof *kept[0]);
-        share_logits(p.heads, learnt[2], kept[1]);
-    }
+    if (takes_up && p.start == 0) memcpy(skill, learnt[2] + 1, (size_t)p.heads * sizeof *skill);
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }
@@ -1045,7 +1033,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
 /* With `backward`, streams are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 11)) return NULL;
+    if (!arguments_are(count, 10)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1055,12 +1043,12 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
         width[m] = integer(PyList_GetItem(args[2], m));
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *sum = address(args[7]);
-    const float *scale = address(args[8]), *share = address(args[9]);
-    int backward = PyObject_IsTrue(args[10]);
+    const float *scale = address(args[8]);
+    int backward = PyObject_IsTrue(args[9]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, share);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

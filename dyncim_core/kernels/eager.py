@@ -18,7 +18,6 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
-    Kept,
     Learnt,
     Memory,
     Moments,
@@ -28,7 +27,6 @@ from dyncim_core.kernels.interface import (
 )
 from dyncim_core.modality import (
     augmentation_rates,
-    logit_shares,
     loss_shares,
     modality_coefficients,
     quality,
@@ -410,7 +408,7 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    kept: Kept,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -418,8 +416,7 @@ def gate(
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, times their votes."""
-    take_up(learnt, kept)
-    skill = kept.skill
+    take_up(learnt, skill)
     source = None
     if chance is not None:
         rates = disturbance_rates(learnt, skill).unsqueeze(1)
@@ -443,11 +440,10 @@ def gate(
 
 
 @torch.no_grad()
-def take_up(learnt: Learnt | None, kept: Kept) -> None:
+def take_up(learnt: Learnt | None, skill: Tensor) -> None:
     """Keep what the state knows now, if there is one."""
     if learnt is not None:
-        kept.skill.copy_(learnt.skill[1:])
-        kept.logit_share.copy_(logit_shares(learnt.skill))
+        skill.copy_(learnt.skill[1:])
 
 
 @torch.no_grad()
@@ -705,14 +701,13 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, share: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
-    scaled = _scaled([x.float() for x in logits], scale * share.unsqueeze(1))
-    return fused, reduce(torch.add, scaled)
+    return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
 
 
 def unmix(grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:

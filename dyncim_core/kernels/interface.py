@@ -14,7 +14,6 @@ __all__ = [
     "Curriculum",
     "Gate",
     "Gating",
-    "Kept",
     "Kernels",
     "Learnt",
     "Memory",
@@ -130,13 +129,6 @@ class Learnt(NamedTuple):
     skill: Tensor
 
 
-class Kept(NamedTuple):
-    """What a ``GatedFusion`` keeps for inference of each modality, ``[M]``, updated in place."""
-
-    skill: Tensor
-    logit_share: Tensor
-
-
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
@@ -214,7 +206,7 @@ class Kernels(Protocol):
     def gate(
         self,
         logits: Sequence[Tensor],
-        kept: Kept,
+        skill: Tensor,
         learnt: Learnt | None,
         available: Tensor | None,
         chance: Tensor | None,
@@ -223,18 +215,18 @@ class Kernels(Protocol):
     ) -> Gating:
         """Gates of the modalities from their logits, times their votes.
 
-        ``kept`` takes up ``learnt`` first.
-        ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops one modality of some samples;
-        ``penalty``, ``[M, B]``, comes off the gates' logits.
+        ``skill``, ``[M]``, of the fusion takes up what is ``learnt`` first. ``chance``, uniform
+        in [0, 1), ``[3, B]``, swaps or drops one modality of some samples; ``penalty``,
+        ``[M, B]``, comes off the gates' logits.
         """
 
     def mix(
-        self, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, share: Tensor
+        self, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Streams, scaled and next to each other; logits, scaled and added up, if any.
 
-        Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``, of logits
-        times ``share``, ``[M]``. Where one is 0, so is what it scales, whatever that holds.
+        Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``. Where one is
+        0, so is what it scales, whatever that holds.
         """
 
     def unmix(self, grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:

@@ -20,7 +20,6 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
-    Kept,
     Learnt,
     Memory,
     Moments,
@@ -151,7 +150,7 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    kept: Kept,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -168,14 +167,14 @@ def gate(
         penalty = penalty.contiguous()
     if chance is not None and settings.swap:
         source = _empty(*shape, dtype=torch.int64)
-    _check_kept("fusion", *kept)
+    _check_kept("fusion", skill)
     if learnt is not None:
         _check_kept("state", *learnt)
     _in_parts(
         _native.gate,
         problem,
-        (kept, learnt, source, chance, penalty, gates, scale),
-        [*map(_address, kept)],
+        (skill, learnt, source, chance, penalty, gates, scale),
+        skill.data_ptr(),
         None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
         0 if penalty is None else penalty.data_ptr(),
@@ -188,16 +187,16 @@ def gate(
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, share: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     widths = [x.shape[-1] for x in streams]
     if _torch_spreads(sum(map(Tensor.numel, streams))):
-        return eager.mix(streams, logits, scale, share)
+        return eager.mix(streams, logits, scale)
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _mix(streams, widths, fused, scale, logits, total, share)
+    _mix(streams, widths, fused, scale, logits, total)
     return fused, total
 
 
@@ -227,7 +226,6 @@ def _mix(
     scale: Tensor,
     logits: Sequence[Tensor] = (),
     total: Tensor | None = None,
-    share: Tensor | None = None,
     backward: bool = False,
 ) -> None:
     _native.mix(
@@ -240,7 +238,6 @@ def _mix(
         fused.data_ptr(),
         0 if total is None else total.data_ptr(),
         scale.data_ptr(),
-        0 if share is None else share.data_ptr(),
         backward,
     )
 

@@ -27,7 +27,6 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
-    Kept,
     Learnt,
     Memory,
     Normaliser,
@@ -164,7 +163,7 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    kept: Kept,
+    skill: Tensor,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -174,9 +173,9 @@ def gate(
     """Gates of the modalities from their logits, times their votes."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
-    shape, like = (len(logits), batch), kept.skill
-    take_up(learnt, kept)
-    rates = None if chance is None else disturbance_rates(learnt, kept.skill)
+    shape, like = (len(logits), batch), skill
+    take_up(learnt, skill)
+    rates = None if chance is None else disturbance_rates(learnt, skill)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
         like.new_empty(shape, dtype=torch.float32),
@@ -187,7 +186,7 @@ def gate(
         _gate[(triton.cdiv(batch, tile["group"]),)](
             logits,
             strides,
-            kept.skill,
+            skill,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
             rates,
