@@ -159,7 +159,7 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
 
 
 def modality_coefficients(log_quality: Tensor) -> Tensor:
-    """Factor of each modality's loss in the joint objective.
+    """Factor of each modality's loss in the joint objective, of which ``loss_shares`` remain.
 
     ``(1 - lambda) + lambda * M * alpha_m`` with the balance factor and the modality
     weights: all 1 when the modalities are balanced. Definition chosen here.
@@ -332,8 +332,8 @@ def loss_shares(skill: Tensor) -> Tensor:
         tensor([1.0000, 0.2500, 0.1000])
     """
     _check_modalities(skill.shape[-1] - 1)
-    known = skill + torch.finfo(skill.dtype).tiny  # so that 0 of 0 is all, in few operators
-    return (known[..., 1:] / known[..., :1]).clamp_max(1.0).square().clamp_min(_LEAST_LOSS)
+    share = (skill[..., 1:] / skill[..., :1]).nan_to_num(nan=1.0)  # of no skill, all
+    return share.clamp_max(1.0).square().clamp_min(_LEAST_LOSS)
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:

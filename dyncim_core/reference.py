@@ -559,7 +559,7 @@ def modality_weights(log_quality: ArrayLike, temperature: float = 1.0, cap: floa
 
 
 def modality_coefficients(log_quality: ArrayLike) -> Array:
-    """Factor of each modality's loss, ``(1 - lambda) + lambda * M * alpha_m``.
+    """Factor of a modality's loss before its share, ``(1 - lambda) + lambda * M * alpha_m``.
 
     Definition chosen here.
 
