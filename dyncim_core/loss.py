@@ -62,8 +62,8 @@ class DynCIMLoss(nn.Module):
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
-            the samples that have any, their gradient included. Neither lets them into
-            the state.
+            the samples whose loss or entropy they make so, their gradient included (a class
+            ruled out by minus infinity does not). Neither lets them into the state.
         reduction: "mean" (over samples, or over class weights as cross-entropy does),
             "sum" or "none"; the criterion's own when ``None``.
         backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
@@ -223,9 +223,10 @@ class DynCIMLoss(nn.Module):
         indices = not target.is_floating_point()
         if memory is not None and unimodal is not None and indices:
             settings = settings._replace(held_out=self.held_out)
+        value = self._plain(logits, target) if plain else None  # first, since it may be rejected
         joint = kernels.curriculum(heads, present, read, averages, memory, settings)
-        if plain:
-            return self._plain(logits, target)
+        if value is not None:
+            return value
         # What is masked, skipped or held out has no gradient, whatever it holds.
         guard = present is not None or settings.skip_nonfinite or settings.held_out > 0.0
         return differentiable(

@@ -403,8 +403,8 @@ def sample_weights(
 ) -> Array:
     """Weight of each sample, mean 1 over the valid ones.
 
-    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over its mean.
-    Definition chosen here; the paper names a curriculum over samples.
+    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over its mean,
+    1e-18 at least. Definition chosen here; the paper names a curriculum over samples.
 
     Args:
         surprise: ``[B]``, >= 0.
@@ -428,7 +428,8 @@ def sample_weights(
     if mask.any():
         z = (d[mask] - d[mask].mean()) / max(float(d[mask].std()), 1e-4)
         exponent = -surprise_strength * s[mask] - pacing_strength * z
-        weights[mask] = mask.sum() * _shares(np.exp(exponent - exponent.max()))
+        shares = _shares(np.exp(exponent - exponent.max()))
+        weights[mask] = np.maximum(mask.sum() * shares, 1e-18)
     return weights
 
 

@@ -36,6 +36,8 @@ SIGNALS = ("deviation", "consistency", "stability")
 _32_BITS = 2**32 - 1
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
+# Of a sample: next to no gradient, and yet means over such samples alone are right.
+_LEAST_WEIGHT = 1e-18
 
 
 def prediction_deviation(nll: Tensor, present: Tensor | None = None) -> Tensor:
@@ -306,8 +308,8 @@ def sample_weights(
     """Weight of each sample: less for surprising labels, and easy samples first.
 
     ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))``, scaled to
-    mean 1 over the valid samples; ``z`` standardises over them. The paper names a
-    curriculum that reweights samples; this definition is chosen here.
+    mean 1 over the valid samples, 1e-18 at least; ``z`` standardises over them. The paper
+    names a curriculum that reweights samples; this definition is chosen here.
 
     Args:
         surprise: ``[B]``, >= 0.
@@ -334,7 +336,7 @@ def sample_weights(
     # A softmax is the stable form of exp(.) / mean(exp(.)).
     lowest = torch.finfo(exponent.dtype).min
     weights = count * torch.where(valid, exponent, lowest).softmax(dim=0)
-    return torch.where(valid, weights, 1.0)
+    return torch.where(valid, weights.clamp_min(_LEAST_WEIGHT), 1.0)
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:

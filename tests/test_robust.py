@@ -226,3 +226,73 @@ def test_a_negated_incoming_gradient_keeps_its_sign(backend: str) -> None:
     negated = torch.autograd.grad(loss, logits, torch._neg_view(torch.tensor(1.0)))
     for x, y in zip(plain, negated, strict=True):
         assert_allclose(x, y, rtol=1e-6, atol=1e-8)
+
+
+@each_backend
+@pytest.mark.parametrize("far", [700.0, 800.0, 1e4])
+def test_a_fusion_far_behind_its_modality_gives_a_finite_loss(backend: str, far: float) -> None:
+    fused, alone = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
+    fused[:, 0] = far
+    fused.requires_grad_()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend=backend)
+    for _ in range(2):
+        loss = criterion(fused, torch.tensor([1, 2]), unimodal=[alone])
+        loss.backward()
+        assert_allclose(loss.item(), far + torch.tensor(3.0).log().item(), rtol=1e-5)
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (fused, alone))
+
+
+@each_backend
+@pytest.mark.parametrize("surprise", [60.0, 75.0, 95.0, 3000.0])
+def test_a_modality_of_next_to_weightless_samples_is_as_bad_as_it_is(
+    backend: str, surprise: float
+) -> None:
+    fused = torch.zeros(2, 3)
+    fused[1, 0] = surprise
+    unimodal = [fused.clone() for _ in range(2)]
+    fused.requires_grad_()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, label_noise=1.0, backend=backend)
+    present = torch.tensor([[True, False], [True, True]])
+    criterion(fused, torch.tensor([0, 1]), unimodal=unimodal, present=present)
+    assert criterion.state.seen.tolist() == [1, 1, 1]
+    assert_allclose(criterion.state.log_quality[2], -surprise, rtol=1e-5)
+
+
+@each_backend
+def test_logits_that_overflow_only_in_a_sum_are_finite(backend: str) -> None:
+    logits = torch.zeros(2, 3)
+    logits[0, 0] = 2e38
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend=backend)
+    criterion(logits.requires_grad_(), torch.tensor([1, 1]), unimodal=[logits.detach()] * 2)
+    assert criterion.state.nonfinite == 0
+
+
+@each_backend
+def test_features_whose_squares_overflow_in_a_sum_leave_finite_moments(backend: str) -> None:
+    large = torch.full((512, 2), 9e17)
+    large[256:] *= -1.0
+    large[:, 1] = 0.0
+    fusion = GatedFusion([2, 2], backend=backend, dropout=0.0)
+    fusion([large, torch.randn(512, 2)])
+    assert all(buffer.isfinite().all() for buffer in fusion.moments.buffers())
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.CrossEntropyLoss(torch.ones(5, dtype=torch.float64)), "expected scalar type"),
+        (nn.CrossEntropyLoss(label_smoothing=1.5), "label_smoothing"),
+    ],
+)
+def test_what_the_criterion_rejects_moves_no_state(
+    backend: str, criterion: nn.Module, message: str
+) -> None:
+    logits, target = heads(count=1)
+    loss = DynCIMLoss(
+        criterion, surprise_strength=0.0, pacing_strength=0.0, num_samples=8, backend=backend
+    )
+    with pytest.raises(RuntimeError, match=message):
+        loss(logits[0], target, index=torch.arange(8))
+    assert loss.state.step == 0
+    assert not loss.state.memory_visits.any()

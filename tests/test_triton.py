@@ -343,6 +343,7 @@ def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:
         (0, 200, 190),
         (90, 3, 40),
         (3, 33, 33),
+        (1000, 5, 5),
         (-9, 40, 1),
     ):
         logits = [torch.tensor([0.0, loss], device=DEVICE).expand(4, 2) for loss in losses]
@@ -352,6 +353,23 @@ def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:
             for backend, state in zip((kernel, eager), states, strict=True)
         )
         close(ours.coefficient, theirs.coefficient)
+
+
+@pytest.mark.parametrize("surprise", [95.0, 3000.0])
+@pytest.mark.parametrize("at", [0, 299])
+def test_a_modality_of_next_to_weightless_samples_is_as_bad_as_it_is(
+    surprise: float, at: int
+) -> None:
+    logits = torch.zeros(300, 3, device=DEVICE)
+    logits[at, 0] = surprise
+    present = torch.ones(2, 300, dtype=torch.bool, device=DEVICE)
+    present[1] = logits[:, 0] > 0.0
+    criterion = Criterion(torch.ones(300, dtype=torch.int64, device=DEVICE))
+    settings = Settings(2.0, 1.0, 0.2, 1.0, False, 0.9, 0.8, "sum")
+    state = CurriculumState(1).to(DEVICE)
+    kernel.curriculum([logits] * 2, present, criterion, state.averages(), None, settings)
+    assert state.seen.tolist() == [1, 1]
+    assert_allclose(state.log_quality[1].cpu(), -surprise, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [0, 3])

@@ -31,6 +31,7 @@
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
 #define LOWEST (-87.0f) /* exp of less is no normal number */
+#define LEAST_WEIGHT 1e-18 /* of a sample */
 
 static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -340,12 +341,14 @@ static double log_hmir_of(const float *log_quality, int64_t modalities) {
 /* (1 - lambda) + lambda * M * alpha_m for every modality. */
 static void modality_coefficients(const float *log_quality, int64_t modalities, double *out) {
     const double cap = 1.0;
-    double mean = 0.0, total = 0.0, alpha[MAX_HEADS];
+    double mean = 0.0, top = -INFINITY, total = 0.0, alpha[MAX_HEADS];
     for (int64_t m = 0; m < modalities; m++) {
         double log_ratio = (double)log_quality[0] - log_quality[1 + m];
         mean += log_ratio / (double)modalities;
-        total += alpha[m] = exp((log_ratio < cap ? log_ratio : cap) - cap);
+        alpha[m] = log_ratio < cap ? log_ratio : cap;
+        top = alpha[m] > top ? alpha[m] : top;
     }
+    for (int64_t m = 0; m < modalities; m++) total += alpha[m] = exp(alpha[m] - top);
     double log_hmir = log_hmir_of(log_quality, modalities);
     double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
     double balance = -expm1(excess < 0.0 ? excess : 0.0);
@@ -504,7 +507,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     rows_of.exp_row(weight, B);
     for (int64_t i = 0; i < B; i++)
         if (weighed[i]) total += weight[i];
-    for (int64_t i = 0; i < B; i++) weight[i] = weighed[i] ? (float)(count / total * weight[i]) : 1.0f;
+    for (int64_t i = 0; i < B; i++) {
+        double share = count / total * weight[i];
+        weight[i] = weighed[i] ? (float)(share > LEAST_WEIGHT ? share : LEAST_WEIGHT) : 1.0f;
+    }
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
@@ -784,8 +790,10 @@ static void observe(const Features *f, const uint8_t *available, double window, 
         total[k] += (float)(weight * sum[k] - rate * total[k]);
         mean[k] = total[k] / *mass;
     }
+    float scale = (float)sqrt(weight); /* before squaring, so that no sum overflows */
     for (int64_t i = 0; i < counted; i++)
-        for (int k = 0; k < WATCHED; k++) scratch[i * WATCHED + k] -= mean[k];
+        for (int k = 0; k < WATCHED; k++)
+            scratch[i * WATCHED + k] = scale * (scratch[i * WATCHED + k] - mean[k]);
     for (int64_t k = 0; k < f->width * width; k++) scatter[k] *= (float)(1.0 - rate);
     for (int64_t i = 0; i < counted; i += BLOCK) {
         float products[WATCHED * WATCHED];
@@ -793,7 +801,7 @@ static void observe(const Features *f, const uint8_t *available, double window, 
         rows_of.products(scratch + i * WATCHED, rows, f->width, products);
         for (int64_t a = 0; a < f->width; a++)
             for (int64_t b = 0; b < f->width; b++)
-                scatter[a * width + b] += (float)weight * products[a * WATCHED + b];
+                scatter[a * width + b] += products[a * WATCHED + b];
     }
 }
 

@@ -201,8 +201,8 @@ def _roles(
         counts = torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
         counts = target != criterion.ignore_index
-    total = found.rows[1:3].sum(dim=(0, 1))
-    finite = counts & (total - total == 0)  # in fewer operators than isfinite
+    largest = found.rows[1:3].amax(dim=(0, 1))  # or NaN; a sum could overflow
+    finite = counts & (largest - largest == 0)  # in fewer operators than isfinite
     if memory is None or settings.held_out == 0.0:
         return _Roles(counts, finite, None, counts, finite)
     asked = counts & held_out(memory.rows, settings.held_out)

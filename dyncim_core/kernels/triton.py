@@ -230,6 +230,7 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
 _LEAST_LOSS = tl.constexpr(0.1)
+_LEAST_WEIGHT = tl.constexpr(1e-18)  # of a sample
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -559,8 +560,8 @@ def _curriculum(
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
         peak = tl.where(valid, tl.maximum(top, exponent), top)
-        scale = tl.exp(top - peak)
-        e = tl.where(valid, tl.exp(exponent - peak), 0.0)
+        scale = tl.maximum(tl.exp(top - peak), _LEAST_WEIGHT)
+        e = tl.where(valid, tl.maximum(tl.exp(exponent - peak), _LEAST_WEIGHT), 0.0)
         e_here = tl.where(here, e[None, :], 0.0)
         fused = tl.sum(tl.where((head == 0)[:, None], e_here, 0.0), 0)
         total = scale * total + e
@@ -569,7 +570,7 @@ def _curriculum(
         weighted = scale[None, :] * weighted + e_here * tl.where(valid[None, :], nll, 0.0)
         top = peak
     peak = tl.max(top, 0)
-    scale = tl.exp(top - peak)
+    scale = tl.maximum(tl.exp(top - peak), _LEAST_WEIGHT)
     norm = counted / tl.maximum(tl.sum(scale * total, 0), 1e-30)  # to weights of mean 1
     squares = norm * norm * tl.sum(scale * scale * squares, 0)
     weights = norm * tl.sum(scale[None, :] * weights, 1)
@@ -638,7 +639,8 @@ def _curriculum(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
         exponent = -rho * surprise - kappa * (difficulty - centre)
-        weight = tl.where(valid, norm * tl.exp(exponent - peak), 1.0)
+        weight = tl.maximum(norm * tl.exp(exponent - peak), _LEAST_WEIGHT)
+        weight = tl.where(valid, weight, 1.0)
         if memory is not None:
             row = tl.load(memory.rows + i, mask=inside, other=-1)
             exists = (row >= 0) & (row < memory_size)
