@@ -56,9 +56,9 @@ class DynCIMLoss(nn.Module):
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. It takes what tells the
-            samples apart, ``index=``, class indices, a cross-entropy, unimodal logits and more
-            than one sample a batch; otherwise, and with 0, everything is trained on, and is
-            judged as well until something is held out. Their loss is 0 under reduction "none".
+            samples apart, ``index=``, class indices, a cross-entropy and unimodal logits;
+            otherwise, and with 0, everything is trained on, and is judged as well until
+            something is held out. Their loss is 0, as is that of a batch of nothing else.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops

@@ -65,11 +65,6 @@ class Specification(SimpleNamespace):
         held = np.zeros_like(counts)
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
-            left = counts & ~held & (finite | (not settings.skip_nonfinite))
-            if weight is not None:
-                left &= weight[np.where(counts, target, 0)] > 0
-            if not left.any():
-                held[:] = False
         valid, heard = counts & finite & ~held, finite & held
         weights, signals = self._weigh(found, mask, valid, settings)
         said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
@@ -93,7 +88,7 @@ class Specification(SimpleNamespace):
         coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask
         if settings.reduction == "mean":
             masses = np.ones(len(target)) if weight is None else weight[np.where(kept, target, 0)]
-            coefficient /= masses[kept].sum()
+            coefficient /= masses[kept].sum() or held.sum()
         left_out = (coefficient == 0.0) & (settings.skip_nonfinite or settings.held_out > 0.0)
         with np.errstate(invalid="ignore"):
             terms = np.where(left_out, 0.0, coefficient * found.loss).sum(axis=0)

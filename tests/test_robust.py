@@ -296,3 +296,28 @@ def test_what_the_criterion_rejects_moves_no_state(
         loss(logits[0], target, index=torch.arange(8))
     assert loss.state.step == 0
     assert not loss.state.memory_visits.any()
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_of_nothing_but_held_out_samples_is_not_trained_on(
+    backend: str, reduction: Any, weighted: bool
+) -> None:
+    logits, target = heads(batch=2)
+    index = held_out(torch.arange(8), 0.3).nonzero().squeeze(1)[:2]
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(weight=torch.full((5,), 0.5) if weighted else None),
+        modalities=2,
+        num_samples=8,
+        held_out=0.3,
+        reduction=reduction,
+        backend=backend,
+    )
+    loss = criterion(logits[0], target, unimodal=logits[1:], index=index)
+    assert not loss.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(loss.sum(), logits))
+    assert not criterion.state.seen.any()
+    assert criterion.state.held_out_mass.all()
+    rest = (~held_out(torch.arange(8), 0.3)).nonzero().squeeze(1)[:2]
+    assert (criterion(logits[0], target, unimodal=logits[1:], index=rest) > 0.0).all()

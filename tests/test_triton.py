@@ -323,13 +323,22 @@ def test_the_hash_tells_what_is_held_out() -> None:
         + [torch.randint(2**bits, (200,), generator=generator) for bits in (31, 32, 33, 62)]
     ).to(DEVICE)
     state = CurriculumState(1, num_samples=200).to(DEVICE)
-    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "sum", 0.3)
+    settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.3)
     logits = [torch.zeros(len(index), 2, device=DEVICE)] * 2
     criterion = Criterion(torch.zeros_like(index))
     joint = kernel.curriculum(
         logits, None, criterion, state.averages(), state.memory(index), settings
     )
-    assert torch.equal(joint.coefficient == 0.0, held_out(index, 0.3).expand(2, -1))
+    held = held_out(index, 0.3)
+    assert torch.equal(joint.coefficient == 0.0, held.expand(2, -1))
+
+    logits, rows = [x[held] for x in logits], index[held]
+    criterion = Criterion(torch.zeros_like(rows))
+    joint = kernel.curriculum(
+        logits, None, criterion, state.averages(), state.memory(rows), settings
+    )
+    assert joint.value == 0.0  # of a batch held out as a whole
+    assert not joint.coefficient.any()
 
 
 def test_modalities_of_any_lag_get_the_coefficients_of_eager() -> None:

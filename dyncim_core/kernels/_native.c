@@ -417,7 +417,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
     Tally tally[2] = {{0}};
-    int64_t nonfinite = 0, left = 0, next = 0;
+    int64_t nonfinite = 0, held_back = 0, next = 0;
     int holds_out = o->held_out > 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     for (int64_t i = 0; i < B; i++) {
@@ -447,8 +447,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         held[i] = trained[i] && holds_out && is_held_out(s->index[i], below);
         heard[i] = 0;
         nonfinite += trained[i] && !finite;
-        left += !held[i] && (o->skip_nonfinite ? weighed[i] : trained[i]) &&
-                (!p->weight || p->weight[y] > 0.0f);
+        held_back += held[i];
         if (!weighed[i]) continue;
         double says[SIGNALS] = {
             1.0 - expf((float)(-surprisal / (double)present)),
@@ -473,16 +472,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 t->hits[h] += found->prediction[h * found->near + here] == y;
             }
     }
-    /* Where nothing would be left to train on, all is trained on. */
-    Tally *rest = tally;
-    if (!left) {
-        rest->count += tally[1].count;
-        rest->contradicted += tally[1].contradicted;
-        rest->difficulty += tally[1].difficulty;
-        for (int k = 0; k < SIGNALS; k++) rest->signal[k] += tally[1].signal[k];
-    }
-    for (int64_t i = 0; holds_out && i < B; i++) {
-        held[i] = held[i] && left;
+    const Tally *rest = tally;
+    for (int64_t i = 0; held_back && i < B; i++) {
         if (!held[i]) continue;
         heard[i] = weighed[i];
         trained[i] = weighed[i] = 0;
@@ -540,7 +531,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         if (!holds_out && s->held_out_mass[0] == 0.0f)
             average(s->label_noise, rest->contradicted / some, 0, o->decay);
     }
-    if (left && tally[1].count) listen(p, tally + 1, s, o->decay);
+    if (tally[1].count) listen(p, tally + 1, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && mass[h] > 0.0) {
             average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);
@@ -576,7 +567,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         for (int64_t i = 0; i < B; i++)
             if (o->skip_nonfinite ? weighed[i] : trained[i])
                 counted += p->weight ? p->weight[p->target[i]] : 1.0;
-        scale = 1.0 / counted;
+        /* Of a batch held out as a whole, 0. */
+        scale = 1.0 / (counted == 0.0 && held_back ? (double)held_back : counted);
     }
     if (o->reduction == REDUCE_NONE) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t h = 0; h < H; h++)

@@ -205,11 +205,7 @@ def _roles(
     finite = counts & (largest - largest == 0)  # in fewer operators than isfinite
     if memory is None or settings.held_out == 0.0:
         return _Roles(counts, finite, None, counts, finite)
-    asked = counts & held_out(memory.rows, settings.held_out)
-    left = (finite if settings.skip_nonfinite else counts) > asked
-    if criterion.weight is not None:  # whose sum the mean is over
-        left &= criterion.weight[torch.where(counts, target, 0)] > 0
-    held = asked & left.any()  # never a batch as a whole
+    held = counts & held_out(memory.rows, settings.held_out)
     return _Roles(counts, finite, held, counts > held, finite > held)
 
 
@@ -291,6 +287,8 @@ def weigh(
             mass = torch.where(
                 trained, criterion.weight[torch.where(trained, target, 0)], 0.0
             ).sum()
+        if held is not None:  # of a batch held out as a whole, 0
+            mass = torch.where(mass > 0, mass, held.sum())
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)

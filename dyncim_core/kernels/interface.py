@@ -185,8 +185,8 @@ class Kernels(Protocol):
     ) -> Curriculum:
         """Weigh the samples by what the state knows; then take the batch into the state.
 
-        Samples held out have value and coefficient 0, and tell of skill and label noise. None
-        is where nothing would be left to train on.
+        Samples held out have value and coefficient 0, and tell of skill and label noise. A
+        batch of nothing else has value 0.
         """
 
     def gradients(

@@ -464,10 +464,7 @@ def _curriculum(
     heads: tl.constexpr,
     samples: tl.constexpr,
 ) -> None:
-    """Three passes over the batch: its moments, the softmax of its weights, what comes of it.
-
-    One more before, where samples are held out: whether any other is left.
-    """
+    """Three passes over the batch: its moments, the softmax of its weights, what comes of it."""
     # The whole state is read here, before any barrier, and written after one.
     head = tl.arange(0, heads)
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
@@ -491,23 +488,10 @@ def _curriculum(
     held_out: tl.tuple = (None, None)
     if below is not None:
         held_out = (memory.rows, below)
-        left = tl.zeros([samples], tl.int32)
-        for start in range(0, batch, samples):
-            i = start + tl.arange(0, samples)
-            _, _, kept, valid, _, _, _, _, _, _ = _signals(
-                found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
-            )
-            if skip:
-                kept = valid
-            if criterion.weight is not None:  # whose sum the mean is over
-                y = tl.load(criterion.target + i, mask=kept, other=0)
-                real = kept & (y >= 0) & (y < classes)
-                kept = real & (tl.load(criterion.weight + y, mask=real, other=0.0) > 0)
-            left += kept.to(tl.int32)
-        held_out = (memory.rows, tl.where(tl.sum(left, 0) > 0, below, 0))
     plane = tl.zeros([heads, samples], tl.float32)
     listened, hits = plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
+    held_back = zero
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
@@ -534,6 +518,7 @@ def _curriculum(
         asked = valid
         if below is not None:
             asked = heard
+            held_back += held.to(tl.float32)
             listened += (here & heard[None, :]).to(tl.float32)
             hits += (here & heard[None, :] & (prediction == y[None, :])).to(tl.float32)
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
@@ -630,7 +615,9 @@ def _curriculum(
         ahead *= tl.maximum(part * part, _LEAST_LOSS)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
-        factor /= tl.sum(mass, 0)
+        mass = tl.sum(mass, 0)
+        # Of a batch held out as a whole, 0.
+        factor /= tl.where(mass > 0, mass, tl.sum(held_back, 0))
     value = zero
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
