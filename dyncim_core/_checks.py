@@ -19,6 +19,7 @@ __all__ = [
     "check_first_pass",
     "check_heads",
     "check_index",
+    "check_instance",
     "check_present",
     "check_range",
     "check_savable",
@@ -46,6 +47,12 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def check_instance(name: str, value: object, kind: type) -> None:
+    """An instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of the given words."""
     if value not in choices:
@@ -57,9 +64,10 @@ def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(modalities, (int, Integral)):
         check_count("modalities", modalities)
         return tuple(str(m) for m in range(int(modalities)))
-    names = tuple(modalities)
-    if isinstance(modalities, str) or not all(isinstance(name, str) for name in names):
+    ordered = isinstance(modalities, Sequence) and not isinstance(modalities, str)
+    if not ordered or not all(isinstance(name, str) for name in modalities):
         raise TypeError(f"modalities: expected a number or a sequence of names, got {modalities!r}")
+    names = tuple(modalities)
     if not names:
         raise ValueError("modalities: expected at least 1, got none")
     if len(set(names)) < len(names):

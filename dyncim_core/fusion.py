@@ -157,6 +157,7 @@ class GatedFusion(KeepsDtype):
             state: The criterion's.
 
         Raises:
+            TypeError: It is not a ``CurriculumState``.
             ValueError: It was made for other modalities.
 
         Example:
@@ -166,6 +167,7 @@ class GatedFusion(KeepsDtype):
             >>> copied = copy.deepcopy(fusion)
             >>> copied.follow(state)
         """
+        _checks.check_instance("state", state, CurriculumState)
         state.settle_modalities(self.modalities)
         self._state = (state,)
 

@@ -107,6 +107,8 @@ class DynCIMLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(criterion, type):
+            raise TypeError(f"criterion: expected an instance, got the class {criterion.__name__}")
         if not callable(criterion):
             raise TypeError(f"criterion: expected a callable, got {type(criterion).__name__}")
         if state is None:
@@ -116,6 +118,7 @@ class DynCIMLoss(nn.Module):
                 "state: expected it alone, got modalities= or num_samples= as well; "
                 "they belong to the CurriculumState"
             )
+        _checks.check_instance("state", state, CurriculumState)
         for name, strength in (
             ("surprise_strength", surprise_strength),
             ("pacing_strength", pacing_strength),

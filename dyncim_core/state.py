@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -220,7 +221,7 @@ class CurriculumState(KeepsDtype):
             )
         if k is None:
             k = self.num_samples
-        if not isinstance(k, int) or not 1 <= k <= self.num_samples:
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= self.num_samples:
             raise ValueError(f"k: expected a whole number in [1, {self.num_samples}], got {k!r}")
         nll, visited = self.memory_nll, self.memory_visits > 0
         if modality is None:
@@ -234,7 +235,7 @@ class CurriculumState(KeepsDtype):
             count = others.sum(dim=1)
             mean_of_others = torch.where(others, nll[:, 1:], 0.0).sum(dim=1) / count.clamp_min(1)
             score, ranked = nll[:, head] - mean_of_others, visited[:, head] & (count > 0)
-        top = torch.where(ranked, score, -torch.inf).topk(k)
+        top = torch.where(ranked, score, -torch.inf).topk(int(k))
         return Suspects(top.indices, top.values)
 
     def summary(self) -> dict[str, float]:

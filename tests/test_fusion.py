@@ -371,6 +371,7 @@ def test_errors_name_argument_expected_and_got(
         ([], {}, ValueError, r"modalities: expected at least 1, got 0"),
         ([3, 0], {}, ValueError, r"width of 1: expected at least 1, got 0"),
         ({"audio": 2.5}, {}, TypeError, r"width of audio: expected a whole number, got float"),
+        ([1], {"state": nn.Identity()}, TypeError, r"state: expected a Curr.*, got Identity"),
         (3, {}, TypeError, r"features: expected a mapping or a sequence.*, got int"),
         ([1, 1], {"threshold": 0.5}, ValueError, r"threshold: .*\[0, 0.5\), got 0.5"),
         ([1, 1], {"swap": 1.5}, ValueError, r"swap: expected a value in \[0, 1\], got 1.5"),

@@ -870,6 +870,9 @@ def test_a_criterion_must_give_one_loss_per_sample() -> None:
         ({"modalities": ["a", "a"]}, ValueError, r"modalities: expected distinct names"),
         ({"modalities": []}, ValueError, r"modalities: expected at least 1, got none"),
         ({"modalities": "audio"}, TypeError, r"modalities: expected a number or a sequence"),
+        ({"modalities": {"a", "b"}}, TypeError, r"modalities: expected a number or a sequence"),
+        ({"modalities": 2.0}, TypeError, r"modalities: expected a number .* got 2.0"),
+        ({"state": "x"}, TypeError, r"state: expected a CurriculumState, got str"),
         ({"modalities": 0}, ValueError, r"modalities: expected at least 1, got 0"),
         ({"num_samples": 0}, ValueError, r"num_samples: expected at least 1, got 0"),
         ({"num_samples": 1.5}, TypeError, r"num_samples: expected a whole number, got float"),
@@ -885,6 +888,8 @@ def test_options_out_of_range(
 def test_not_a_criterion() -> None:
     with pytest.raises(TypeError, match="criterion: expected a callable, got str"):
         DynCIMLoss("cross_entropy")
+    with pytest.raises(TypeError, match="criterion: expected an instance, got the class Cross"):
+        DynCIMLoss(nn.CrossEntropyLoss)
 
 
 def test_repr_tells_the_options() -> None:

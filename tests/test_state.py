@@ -283,6 +283,7 @@ def test_modalities_are_settled_once() -> None:
     [
         ({"k": 0}, ValueError, r"k: expected a whole number in \[1, 40\], got 0"),
         ({"k": 41}, ValueError, r"k: expected a whole number in \[1, 40\], got 41"),
+        ({"k": True}, ValueError, r"k: expected a whole number in \[1, 40\], got True"),
         ({"k": 1.5}, ValueError, r"k: expected a whole number in \[1, 40\], got 1.5"),
         ({"modality": "x"}, ValueError, r"modality: expected one of \['a', 'b'\], got 'x'"),
         ({"modality": 2}, ValueError, r"modality: expected one of \['a', 'b'\], got 2"),
