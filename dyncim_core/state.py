@@ -193,9 +193,9 @@ class CurriculumState(KeepsDtype):
         Without ``modality``, the score is the mean over heads of the average NLL, each
         weighted by the square of its ``trust``: the samples whose label the model cannot come
         to agree with, be it that a modality with little skill learns it by heart. With one,
-        it is how much that
-        modality's NLL exceeds the mean of the other modalities': samples whose input of
-        that modality, rather than the label, looks corrupted. Definition chosen here.
+        it is that modality's NLL times the geometric mean of the probabilities that the others
+        give the label: samples whose input of that modality, rather than the label, looks
+        corrupted. Definition chosen here.
 
         Args:
             k: How many; all when ``None``.
@@ -234,7 +234,8 @@ class CurriculumState(KeepsDtype):
             others[:, head - 1] = False
             count = others.sum(dim=1)
             mean_of_others = torch.where(others, nll[:, 1:], 0.0).sum(dim=1) / count.clamp_min(1)
-            score, ranked = nll[:, head] - mean_of_others, visited[:, head] & (count > 0)
+            score = nll[:, head] * torch.exp(-mean_of_others)
+            ranked = visited[:, head] & (count > 0)
         top = torch.where(ranked, score, -torch.inf).topk(int(k))
         return Suspects(top.indices, top.values)
 

@@ -214,6 +214,18 @@ def test_suspects_rank_wrong_labels_and_corrupted_inputs() -> None:
     assert state.suspects().scores.diff().max() <= 0
 
 
+def test_a_wrong_label_is_no_corrupted_input() -> None:
+    state = CurriculumState(2, num_samples=3)
+    nll = [[2.0, 6.0, 3.0], [1.0, 3.0, 0.1], [0.0, 0.5, 0.1]]
+    state.memory_nll.copy_(torch.tensor(nll))
+    state.memory_visits.fill_(1)
+    suspects = state.suspects(modality=0)
+    assert suspects.indices.tolist() == [1, 2, 0]
+    expected = [3.0 * math.exp(-0.1), 0.5 * math.exp(-0.1), 6.0 * math.exp(-3.0)]
+    assert_allclose(suspects.scores, expected, rtol=1e-6)
+    assert state.suspects().indices[0] == 0
+
+
 def test_a_label_that_fusion_learnt_by_heart_stays_suspect() -> None:
     state = CurriculumState(2, num_samples=3)
     state.memory_nll.copy_(torch.tensor([[0.1, 0.1, 0.2], [0.0, 0.0, 3.0], [0.3, 9.0, 0.4]]))
