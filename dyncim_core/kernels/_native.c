@@ -442,13 +442,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             apart += found->distance[near];
             agreeing += found->prediction[near] == found->prediction[here];
         }
-        trained[i] = y != p->ignore_index;
+        int counts = y != p->ignore_index;
+        held[i] = counts && holds_out && is_held_out(s->index[i], below);
+        trained[i] = counts && !held[i];
+        heard[i] = held[i] && finite;
         weighed[i] = trained[i] && finite;
-        held[i] = trained[i] && holds_out && is_held_out(s->index[i], below);
-        heard[i] = 0;
-        nonfinite += trained[i] && !finite;
+        nonfinite += counts && !finite;
         held_back += held[i];
-        if (!weighed[i]) continue;
+        if (!counts || !finite) continue;
         double says[SIGNALS] = {
             1.0 - expf((float)(-surprisal / (double)present)),
             present > 1 ? apart / (double)(present - 1) : 0.0,
@@ -472,12 +473,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 t->hits[h] += found->prediction[h * found->near + here] == y;
             }
     }
-    const Tally *rest = tally;
-    for (int64_t i = 0; held_back && i < B; i++) {
-        if (!held[i]) continue;
-        heard[i] = weighed[i];
-        trained[i] = weighed[i] = 0;
-    }
+    const Tally *rest = tally, *asked = tally + 1;
 
     /* Their weights, mean 1 over the weighed ones: a softmax. */
     int64_t count = rest->count;
@@ -531,7 +527,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         if (!holds_out && s->held_out_mass[0] == 0.0f)
             average(s->label_noise, rest->contradicted / some, 0, o->decay);
     }
-    if (tally[1].count) listen(p, tally + 1, s, o->decay);
+    if (asked->count) listen(p, asked, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && mass[h] > 0.0) {
             average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);

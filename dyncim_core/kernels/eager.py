@@ -288,7 +288,7 @@ def weigh(
                 trained, criterion.weight[torch.where(trained, target, 0)], 0.0
             ).sum()
         if held is not None:  # of a batch held out as a whole, 0
-            mass = torch.where(mass > 0, mass, held.sum())
+            mass = torch.where(mass != 0, mass, held.sum())
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)

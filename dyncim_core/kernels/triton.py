@@ -617,7 +617,7 @@ def _curriculum(
     if reduction == "mean":
         mass = tl.sum(mass, 0)
         # Of a batch held out as a whole, 0.
-        factor /= tl.where(mass > 0, mass, tl.sum(held_back, 0))
+        factor /= tl.where(mass != 0, mass, tl.sum(held_back, 0))
     value = zero
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
