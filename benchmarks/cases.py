@@ -222,8 +222,16 @@ def _joint(
     return joint
 
 
-def fusion(gated: bool, batch: int, classes: int, modalities: int, width: int, device: str) -> Step:
-    """Concatenation and a linear head, or ``GatedFusion`` in front of it."""
+def fusion(
+    gated: bool,
+    batch: int,
+    classes: int,
+    modalities: int,
+    width: int,
+    device: str,
+    trains: bool = True,
+) -> Step:
+    """Concatenation and a linear head, or ``GatedFusion`` in front of it; or these in inference."""
     features = [
         torch.randn(batch, width, device=device, requires_grad=True) for _ in range(modalities)
     ]
@@ -232,13 +240,26 @@ def fusion(gated: bool, batch: int, classes: int, modalities: int, width: int, d
     fuse = GatedFusion([width] * modalities).to(device)
     leaves = [*features, *head.parameters()]
 
-    def step() -> Sequence[Tensor]:
+    def forward() -> Tensor:
+        logits: Tensor
         if not gated:
-            return torch.autograd.grad(head(torch.cat(features, dim=1)).sum(), leaves)
-        fused, _, logits = fuse(features, unimodal=unimodal)
-        return torch.autograd.grad((head(fused) + logits).sum(), leaves)
+            logits = head(torch.cat(features, dim=1))
+            return logits
+        fused, _, gated_logits = fuse(features, unimodal=unimodal)
+        logits = head(fused) + gated_logits
+        return logits
 
-    return step
+    if trains:
+        return lambda: torch.autograd.grad(forward().sum(), leaves)
+    for _ in range(512 // batch + 1):  # enough to tell what is new
+        fuse([torch.randn_like(x) for x in features])
+    fuse.eval()
+    return lambda: [_without_gradients(forward)]
+
+
+@torch.no_grad()
+def _without_gradients(forward: Callable[[], Tensor]) -> Tensor:
+    return forward()
 
 
 class _Block(nn.Module):

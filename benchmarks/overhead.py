@@ -192,14 +192,19 @@ def peer_steps(cell: Cell, device: str) -> Steps:
     return {name: cases.from_features(name, *size) for name in names}
 
 
-def fusion_steps(cell: Cell, device: str) -> Steps:
+def fusion_steps(cell: Cell, device: str, trains: bool = True) -> Steps:
     """Concatenation and a linear head, with and without gates."""
     assert cell.width is not None
-    size = (cell.batch, cell.classes, cell.modalities, cell.width, device)
+    size = (cell.batch, cell.classes, cell.modalities, cell.width, device, trains)
     return {
         "concatenation": cases.fusion(False, *size),
         "GatedFusion": cases.fusion(True, *size),
     }
+
+
+def inference_steps(cell: Cell, device: str) -> Steps:
+    """The same without gradients, where features are compared with those of training."""
+    return fusion_steps(cell, device, trains=False)
 
 
 def training_steps(cell: Cell, device: str) -> Steps:
@@ -258,6 +263,7 @@ def measure(plan: Plan, device: str) -> Tables:
         "compiled": timed("compiled", compiled, compiled_steps, device, seconds),
         "dispatch": timed("dispatch", plan.dispatch, dispatch_steps, device, seconds),
         "fusion": timed("fusion", plan.fusion, fusion_steps, device, seconds),
+        "inference": timed("inference", plan.fusion, inference_steps, device, seconds),
         "training": timed("training", plan.training, training_steps, device, 4 * seconds),
         "resources": [resources(cell, device) for cell in plan.resources],
     }

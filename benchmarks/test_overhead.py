@@ -96,6 +96,17 @@ def test_fusion(
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
 
+@by_size
+@pytest.mark.parametrize("gated", [False, True], ids=["concatenation", "GatedFusion"])
+@pytest.mark.benchmark(group="fusion, inference")
+def test_inference(
+    benchmark: Benchmark, gated: bool, batch: int, classes: int, modalities: int
+) -> None:
+    (logits,) = benchmark(cases.fusion(gated, batch, classes, modalities, 128, "cpu", trains=False))
+    assert logits.shape == (batch, classes)
+    assert not logits.requires_grad
+
+
 @pytest.mark.parametrize("contestant", ["cross-entropies", "DynCIMLoss"])
 def test_losses_after_linear_heads(contestant: str) -> None:
     size = (64, 101, 2, 32, "cpu")
@@ -178,7 +189,7 @@ def test_the_command_measures_prints_and_draws(
     assert capsys.readouterr().out == printed
     assert json.loads((tmp_path / "cpu.json").read_text()) == found
     assert (tmp_path / "overhead-cpu.png").stat().st_size > 10_000
-    assert {"loss", "fusion", "training", "resources", "bars"} <= found.keys()
+    assert {"loss", "fusion", "inference", "training", "resources", "bars"} <= found.keys()
     assert "## bars" in printed
     assert "| 256 | 1000 | 2 |" in printed
     for table in ("loss", "fusion", "training"):

@@ -211,6 +211,8 @@ class GatedFusion(KeepsDtype):
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         kernels = select(self.backend, evidence)
+        # What was asked for is for the logits; C takes the features that it can.
+        by = "eager" if kernels is eager else None
         there = present
         if present is not None:
             there = present.t().clone(memory_format=_IN_ORDER)
@@ -221,7 +223,7 @@ class GatedFusion(KeepsDtype):
             if self.swap or self.dropout:
                 chance = torch.rand((3, batch), dtype=torch.float32, device=device)
         elif self.moments is not None:
-            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams))
+            penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams, by))
 
         gating = kernels.gate(
             evidence,
@@ -232,8 +234,6 @@ class GatedFusion(KeepsDtype):
             penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        # What was asked for is for the logits; features are mixed by C where it takes them.
-        by = "eager" if kernels is eager else None
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, by)
         rows = gating.source

@@ -129,7 +129,7 @@ def novelty(features: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
 
     Returns:
         ``[..., B]``, >= 0; unchanged when all is rotated or scaled alike. NaN where the
-        covariance is 0 or not positive semidefinite.
+        covariance is 0, anything where it is not positive semidefinite.
 
     Example:
         >>> seen = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])

@@ -290,6 +290,34 @@ def test_native_moments_are_those_of_eager(
 
 
 @needs_native
+@given(
+    widths=st.lists(st.integers(1, 32), min_size=1, max_size=9),
+    batch=st.sampled_from([0, 1, 15, 16, 65]),
+    seen=st.sampled_from([1, 100, 400]),
+    flat=st.booleans(),
+    offset=st.sampled_from([0.0, 100.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_native_novelty_is_that_of_eager(
+    widths: list[int], batch: int, seen: int, flat: bool, offset: float, seed: int
+) -> None:
+    from dyncim_core.kernels import native
+
+    shape = len(widths), max(widths)
+    moments = Moments(torch.zeros(shape[0]), torch.zeros(shape), torch.zeros(*shape, shape[1]))
+    known = [randn(seen, width, seed=seed + k) + offset for k, width in enumerate(widths)]
+    if flat:  # some directions, or the whole, never vary
+        known[0][:, : 1 + widths[0] // 2] = offset
+    steps = [2] * len(widths)
+    eager.observe(known, [1] * len(widths), None, moments, 6400.0)
+    asked = [3 * randn(batch, 2 * width - 1, seed=seed - k - 1) for k, width in enumerate(widths)]
+    asked[-1] = asked[-1].T.contiguous().T[:, ::2] + offset
+    steps[-1] = 1
+    found = native.novelty(asked, steps, moments, 6400.0)
+    assert_allclose(found, eager.novelty(asked, steps, moments, 6400.0), rtol=1e-3)
+
+
+@needs_native
 @pytest.mark.parametrize("classes", [1000, 50257])
 def test_gradients_are_exact_to_rounding(native: ModuleType, classes: int) -> None:
     for scale in (1.0, 30.0):

@@ -16,6 +16,10 @@ from dyncim_core.moments import FeatureMoments
 WIDTHS = (5, 3)
 SCALES = (1.0, 20.0)
 
+by_backend = pytest.mark.parametrize(
+    "backend", [name for name in ("eager", "native") if backends()[name] == "available"]
+)
+
 
 def batch(size: int, seed: int, shift: float = 0.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -57,13 +61,29 @@ def test_they_average_over_steps() -> None:
         assert_allclose(covariance, scale**2 * np.eye(WIDTHS[m]), atol=0.1 * scale**2)
 
 
-def test_novelty_is_that_of_the_reference() -> None:
+@by_backend
+@pytest.mark.parametrize("size", [1, 16, 37])
+def test_novelty_is_that_of_the_reference(backend: str, size: int) -> None:
     moments = trained()
-    features = batch(16, 1000, shift=1.0)
-    found = moments.novelty(features)
+    features = batch(size, 1000, shift=1.0)
+    found = moments.novelty(features, backend)
     for m, x in enumerate(features):
         mean, covariance = averages(moments, m)
-        assert_allclose(found[m], ref.novelty(x, mean, covariance), rtol=1e-3)
+        assert_allclose(found[m], ref.novelty(x, mean, covariance), rtol=1e-4)
+
+
+@by_backend
+def test_novelty_of_what_has_no_distance_is_finite(backend: str) -> None:
+    moments = trained()
+    features = batch(8, 1000)
+    expected = moments.novelty(features, backend)
+    values = (math.nan, math.inf, -1e25, 3e38)
+    for row, value in enumerate(values):
+        features[0][row, 1] = value
+    found = moments.novelty(features, backend)
+    assert torch.equal(found[0, : len(values)], torch.full((len(values),), 1e30))
+    assert torch.equal(found[0, len(values) :], expected[0, len(values) :])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_novelty_is_one_before_anything_was_seen() -> None:

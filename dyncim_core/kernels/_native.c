@@ -29,6 +29,12 @@
 #define SMALLEST_SKILL 1e-4 /* what is less is rounding */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
+#define SHRINKAGE 1e-2         /* share of the mean variance that every direction has at least */
+#define SAMPLES_PER_FEATURE 8.0 /* that a covariance takes */
+#define SMALLEST_VARIANCE 1e-10 /* over the mean square, that float32 can tell from none */
+#define SMALLEST_NORMAL 1.17549435e-38
+#define MOST_NOVEL 1e30f
+
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
 #define LOWEST (-87.0f) /* exp of less is no normal number */
 #define LEAST_WEIGHT 1e-18 /* of a sample */
@@ -57,6 +63,7 @@ typedef struct {
     double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
                             const float *share, int64_t classes);
     void (*products)(const float *x, int64_t rows, int64_t width, float *out);
+    void (*whiten)(const float *factor, int64_t width, float *x, float *squared);
 } RowKernels;
 
 #define JOIN(name, target) name##_##target
@@ -793,6 +800,61 @@ static void observe(const Features *f, const uint8_t *available, double window, 
     }
 }
 
+/* The upper factor R of R^T R = a, [n, n] in rows of WATCHED; NaN unless it is positive definite. */
+static void factorise(double *a, int64_t n) {
+    for (int64_t k = 0; k < n; k++) {
+        double *row = a + k * WATCHED, pivot = row[k] > 0.0 ? sqrt(row[k]) : NAN;
+        for (int64_t j = k; j < n; j++) row[j] /= pivot;
+        for (int64_t i = k + 1; i < n; i++)
+            for (int64_t j = i; j < n; j++) a[i * WATCHED + j] -= row[i] * row[j];
+    }
+}
+
+/* How far one modality's features lie from those in its moments, [B]. */
+static void novelty(const Features *f, double window, int64_t width, float mass,
+                    const float *total, const float *scatter, float *out) {
+    int64_t n = f->width;
+    double a[WATCHED * WATCHED], mean[WATCHED], size = 0.0, variance = 0.0, trace = 0.0;
+    double seen = mass > SMALLEST_NORMAL ? mass : SMALLEST_NORMAL;
+    for (int64_t k = 0; k < n; k++) {
+        mean[k] = total[k] / seen;
+        size += mean[k] * mean[k] / (double)n;
+        variance += scatter[k * width + k] / seen / (double)n;
+    }
+    if (!(mass * window > SAMPLES_PER_FEATURE * (double)n &&
+          variance > SMALLEST_VARIANCE * size + SMALLEST_NORMAL)) {
+        for (int64_t i = 0; i < f->batch; i++) out[i] = 1.0f;
+        return;
+    }
+    float factor[WATCHED * WATCHED], x[WATCHED * ROWS], squared[ROWS];
+    for (int64_t k = 0; k < n; k++) {
+        for (int64_t j = k; j < n; j++) a[k * WATCHED + j] = scatter[k * width + j] / seen;
+        a[k * WATCHED + k] += SHRINKAGE * variance;
+    }
+    factorise(a, n);
+    for (int64_t k = 0; k < WATCHED * n; k++) factor[k] = (float)a[k];
+    for (int64_t from = 0; from < n; from += ROWS) { /* of the inverse, its mean over training */
+        for (int64_t k = 0; k < n; k++)
+            for (int r = 0; r < ROWS; r++) x[k * ROWS + r] = k == from + r ? 1.0f : 0.0f;
+        rows_of.whiten(factor, n, x, squared);
+        for (int r = 0; r < ROWS; r++) trace += squared[r];
+    }
+    double expected = (double)n - SHRINKAGE * variance * trace;
+    for (int64_t from = 0; from < f->batch; from += ROWS) {
+        int64_t rows = f->batch - from < ROWS ? f->batch - from : ROWS;
+        const float *at = f->x + from * f->row_stride;
+        memset(x, 0, sizeof x);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = 0; k < n; k++)
+                x[k * ROWS + r] = (float)(at[r * f->row_stride + k * f->column_stride] - mean[k]);
+        rows_of.whiten(factor, n, x, squared);
+        for (int64_t r = 0; r < rows; r++) {
+            double found = squared[r] / expected;
+            out[from + r] = found < MOST_NOVEL ? (float)found : MOST_NOVEL; /* or NaN */
+        }
+    }
+}
+
 /* The boundary: addresses and numbers in, a status out. native.py keeps the tensors alive. */
 
 static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
@@ -1049,36 +1111,67 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
+/* Features of all modalities and their moments. */
+typedef struct {
+    int64_t modalities, batch, width; /* width: of the moments */
+    double window;
+    Features of[MAX_HEADS];
+    float *mass, *total, *scatter;
+} Watched;
+
+#define WATCHED_ARGUMENTS 7
+
+static Watched watched_from(PyObject *const *args) {
+    Watched w = {0};
+    w.modalities = PyList_Size(args[0]);
+    w.window = PyFloat_AsDouble(args[2]);
+    w.width = integer(args[3]);
+    w.mass = address(args[4]);
+    w.total = address(args[5]);
+    w.scatter = address(args[6]);
+    int fits = w.modalities <= MAX_HEADS && w.width <= WATCHED;
+    for (int64_t m = 0; fits && m < w.modalities; m++) {
+        PyObject *shape = PyList_GetItem(args[1], m);
+        Features *f = w.of + m;
+        f->x = address(PyList_GetItem(args[0], m));
+        int64_t step, *to[5] = {&f->batch, &f->width, &f->row_stride, &f->column_stride, &step};
+        for (int k = 0; k < 5; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
+        w.batch = f->batch;
+        fits = step > 0 && (f->width = (f->width + step - 1) / step) <= w.width;
+        f->column_stride *= step;
+    }
+    if (!fits) PyErr_SetString(PyExc_ValueError, "too many features");
+    return w;
+}
+
 static PyObject *py_observe(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 8)) return NULL;
-    int64_t modalities = PyList_Size(args[0]), width = integer(args[4]), batch = 0;
-    Features of[MAX_HEADS];
-    for (int64_t m = 0; m < modalities && m < MAX_HEADS; m++) {
-        PyObject *shape = PyList_GetItem(args[1], m);
-        of[m].x = address(PyList_GetItem(args[0], m));
-        int64_t step, *to[5] = {&of[m].batch, &of[m].width, &of[m].row_stride,
-                                &of[m].column_stride, &step};
-        for (int k = 0; k < 5; k++) *to[k] = integer(PyTuple_GetItem(shape, k));
-        batch = of[m].batch;
-        if (step < 1 || (of[m].width = (of[m].width + step - 1) / step) > width)
-            PyErr_SetString(PyExc_ValueError, "too many features");
-        of[m].column_stride *= step;
-    }
-    const uint8_t *available = address(args[2]);
-    double window = PyFloat_AsDouble(args[3]);
-    float *mass = address(args[5]), *total = address(args[6]), *scatter = address(args[7]);
-    if (modalities > MAX_HEADS || width > WATCHED)
-        PyErr_SetString(PyExc_ValueError, "too many features");
+    if (!arguments_are(count, WATCHED_ARGUMENTS + 1)) return NULL;
+    Watched w = watched_from(args);
+    const uint8_t *available = address(args[WATCHED_ARGUMENTS]);
     if (PyErr_Occurred()) return NULL;
-    float *scratch = malloc((size_t)(batch * WATCHED + 1) * sizeof *scratch);
+    float *scratch = malloc((size_t)(w.batch * WATCHED + 1) * sizeof *scratch);
     if (!scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t m = 0; m < modalities; m++)
-        observe(of + m, available ? available + m * batch : NULL, window, width, scratch, mass + m,
-                total + m * width, scatter + m * width * width);
+    for (int64_t m = 0; m < w.modalities; m++)
+        observe(w.of + m, available ? available + m * w.batch : NULL, w.window, w.width, scratch,
+                w.mass + m, w.total + m * w.width, w.scatter + m * w.width * w.width);
     Py_END_ALLOW_THREADS
     free(scratch);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_novelty(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!arguments_are(count, WATCHED_ARGUMENTS + 1)) return NULL;
+    Watched w = watched_from(args);
+    float *out = address(args[WATCHED_ARGUMENTS]);
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t m = 0; m < w.modalities; m++)
+        novelty(w.of + m, w.window, w.width, w.mass[m], w.total + m * w.width,
+                w.scatter + m * w.width * w.width, out + m * w.batch);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -1092,6 +1185,7 @@ static PyMethodDef methods[] = {
     {"gate", FAST(py_gate), NULL},
     {"mix", FAST(py_mix), NULL},
     {"observe", FAST(py_observe), NULL},
+    {"novelty", FAST(py_novelty), NULL},
     {NULL, NULL, 0, NULL},
 };
 

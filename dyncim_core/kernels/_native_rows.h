@@ -432,10 +432,29 @@ static void FOR_TARGET(products)(const float *restrict x, int64_t rows, int64_t 
     }
 }
 
+/* Squared lengths of the columns of x, [width, ROWS], once the transpose of an upper triangular
+ * factor is divided out of them; rows of the factor are WATCHED long. Overwrites x. */
+static void FOR_TARGET(whiten)(const float *restrict factor, int64_t width, float *restrict x,
+                               float *restrict squared) {
+    for (int at = 0; at < ROWS; at += LANES) {
+        Floats sum = {0};
+        for (int64_t k = 0; k < width; k++) {
+            const float *row = factor + k * WATCHED;
+            Floats v = FOR_TARGET(load)(x + k * ROWS + at) / row[k];
+            sum += v * v;
+            for (int64_t j = k + 1; j < width; j++) {
+                float *rest = x + j * ROWS + at;
+                FOR_TARGET(store)(rest, FOR_TARGET(load)(rest) - v * row[j]);
+            }
+        }
+        FOR_TARGET(store)(squared + at, sum);
+    }
+}
+
 static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
-    FOR_TARGET(contradiction), FOR_TARGET(products),
+    FOR_TARGET(contradiction), FOR_TARGET(products),     FOR_TARGET(whiten),
 };
 
 #undef NOWHERE

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyncim_core.gates import disagreement, relative_gates, reliability_gates
+from dyncim_core.gates import novelty as mahalanobis_novelty
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -57,6 +58,7 @@ __all__ = [
     "gate",
     "gradients",
     "mix",
+    "novelty",
     "observe",
     "recall",
     "statistics",
@@ -78,6 +80,11 @@ _FEW_CLASSES = 16
 # Squares of anything smaller are finite, and so are their averages.
 _LARGEST_NORM = 1e18
 _LOG2_E = math.log2(math.e)
+# A covariance of K features takes so many samples for each of them.
+_SAMPLES_PER_FEATURE = 8
+# Variance over mean square that float32 can tell from none.
+_SMALLEST_VARIANCE = 1e-10
+_MOST_NOVEL = 1e30
 
 
 def accumulation_dtype(logits: Sequence[Tensor]) -> torch.dtype:
@@ -751,3 +758,27 @@ def observe(
     x = x * (rate / some).sqrt().unsqueeze(2)
     # In place, which autocast leaves in float32.
     moments.scatter.mul_(1.0 - rate.unsqueeze(2)).baddbmm_(x.mT, x)
+
+
+@torch.no_grad()
+def novelty(
+    features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
+) -> Tensor:
+    """How far features lie from those seen in training, see ``gates.novelty``."""
+    means, covariances = moments.mean(), moments.covariance()
+    watched = [x[:, ::step] for x, step in zip(features, steps, strict=True)]
+    together = 1
+    if len({x.shape[1] for x in watched}) == 1:  # as one, in a fraction of the operators
+        together = len(watched)
+    rows = []
+    for m in range(0, len(watched), together):
+        at, k = slice(m, m + together), watched[m].shape[1]
+        mean, covariance = means[at, :k], covariances[at, :k, :k]
+        variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
+        enough = moments.mass[at] * window > _SAMPLES_PER_FEATURE * k
+        smallest = _SMALLEST_VARIANCE * mean.square().mean(dim=1)
+        known = enough & (variance > smallest + torch.finfo(torch.float32).tiny)
+        found = mahalanobis_novelty(torch.stack(watched[at]), mean, covariance)
+        found = found.nan_to_num(_MOST_NOVEL).clamp_max(_MOST_NOVEL)
+        rows.append(torch.where(known.unsqueeze(1), found, 1.0))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -241,3 +241,11 @@ class Kernels(Protocol):
         window: float,
     ) -> None:
         """Take every so many features of each modality, at most K of ``[B, D]``, into moments."""
+
+    def novelty(
+        self, features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
+    ) -> Tensor:
+        """How far such features lie from those seen in training, ``[M, B]``, finite.
+
+        1 for a modality of which too little was seen, or that never varied.
+        """

@@ -28,7 +28,16 @@ from dyncim_core.kernels.interface import (
     Statistics,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
+__all__ = [
+    "curriculum",
+    "gate",
+    "gradients",
+    "mix",
+    "novelty",
+    "observe",
+    "statistics",
+    "unmix",
+]
 
 
 # Logits that pay for handing them to another thread.
@@ -250,13 +259,31 @@ def observe(
     window: float,
 ) -> None:
     """Take features into their running moments."""
-    _check_kept("moments", *moments)
     if available is not None:
         available = available.contiguous()
     _native.observe(
+        *_watched(features, steps, moments, window),
+        0 if available is None else available.data_ptr(),
+    )
+
+
+def novelty(
+    features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
+) -> Tensor:
+    """How far features lie from those seen in training, see ``gates.novelty``."""
+    found = _empty(len(features), len(features[0]))
+    _native.novelty(*_watched(features, steps, moments, window), found.data_ptr())
+    return found
+
+
+def _watched(
+    features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
+) -> tuple[Any, ...]:
+    """What ``observe`` and ``novelty`` have in common."""
+    _check_kept("moments", *moments)
+    return (
         [*map(_address, features)],
         [(*x.shape, *x.stride(), step) for x, step in zip(features, steps, strict=True)],
-        0 if available is None else available.data_ptr(),
         window,
         moments.total.shape[1],
         *map(_address, moments),

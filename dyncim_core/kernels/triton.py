@@ -20,7 +20,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import per_log_classes
-from dyncim_core.kernels.eager import disturbance_rates, mix, observe, take_up, unmix
+from dyncim_core.kernels.eager import disturbance_rates, mix, novelty, observe, take_up, unmix
 from dyncim_core.kernels.interface import (
     Buffers,
     Criterion,
@@ -34,7 +34,16 @@ from dyncim_core.kernels.interface import (
     Statistics,
 )
 
-__all__ = ["curriculum", "gate", "gradients", "mix", "observe", "statistics", "unmix"]
+__all__ = [
+    "curriculum",
+    "gate",
+    "gradients",
+    "mix",
+    "novelty",
+    "observe",
+    "statistics",
+    "unmix",
+]
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first to take tuples
     raise ImportError(f"expected triton >= 3.3, got {triton.__version__}")
