@@ -8,6 +8,7 @@ remembers. The quantities that they compute are pure functions, public here;
 from dyncim_core.fusion import FusionOutput, GatedFusion
 from dyncim_core.gates import (
     disagreement,
+    log_prior,
     novelty,
     novelty_penalty,
     relative_gates,
@@ -68,6 +69,7 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
+    "log_prior",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",

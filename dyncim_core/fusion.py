@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
-from dyncim_core.gates import novelty_penalty
+from dyncim_core.gates import log_prior, novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
 from dyncim_core.kernels.interface import Gate, Kernels, Learnt
 from dyncim_core.moments import FeatureMoments
@@ -63,6 +63,10 @@ class GatedFusion(KeepsDtype):
             count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
             What was last seen in training is kept for inference. All modalities count alike, and
             disturbances in full, when ``None``.
+        class_counts: How often each class occurs in training, ``[C]``, for classes that are
+            imbalanced: predictions then contradict each other only in what goes beyond these
+            frequencies, see ``log_prior``. Leave it out where the criterion's class weights
+            even them out.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.
@@ -102,12 +106,14 @@ class GatedFusion(KeepsDtype):
     """
 
     skill: Tensor
+    log_prior: Tensor | None
 
     def __init__(
         self,
         features: Mapping[str, int] | Sequence[int],
         *,
         state: CurriculumState | None = None,
+        class_counts: Sequence[float] | Tensor | None = None,
         disagreement_slope: float = 2.0,
         novelty_slope: float = 2.0,
         threshold: float = 0.05,
@@ -144,8 +150,20 @@ class GatedFusion(KeepsDtype):
         if state is not None:
             self.follow(state)
         self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
+        self.class_counts: tuple[float, ...] | None = None
+        self.register_buffer("log_prior", None, persistent=False)  # it is known
+        if class_counts is not None:
+            counts = _checks.check_class_counts(class_counts)
+            self.class_counts = tuple(counts.tolist())
+            self.log_prior = torch.zeros(len(counts), dtype=torch.float32)
         self.reset_parameters()
         self.moments = FeatureMoments(widths) if novelty_slope else None
+
+    @override
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.log_prior is not None:
+            self.log_prior.copy_(log_prior(torch.tensor(self.class_counts, device="cpu")))
 
     def follow(self, state: CurriculumState) -> None:
         """Read another ``state`` from now on.
@@ -205,11 +223,15 @@ class GatedFusion(KeepsDtype):
             logits = _checks.as_list("unimodal", unimodal, self.modalities)
             _checks.check_unimodal(logits, self.modalities, batch, device)
             logits = [x.detach() for x in logits]
+            if self.log_prior is not None:
+                _checks.check_classes_counted(logits[0], len(self.log_prior))
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.skill, device)
         evidence = logits
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
+        elif self.log_prior is not None:
+            evidence = [x - self.log_prior for x in evidence]
         kernels = select(self.backend, evidence)
         # What was asked for is for the logits; C takes the features that it can.
         by = "eager" if kernels is eager else None

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from dyncim_core.modality import trust
 
-__all__ = ["disagreement", "novelty", "novelty_penalty", "relative_gates", "reliability_gates"]
+__all__ = [
+    "disagreement",
+    "log_prior",
+    "novelty",
+    "novelty_penalty",
+    "relative_gates",
+    "reliability_gates",
+]
 
 _SHRINKAGE = 1e-2  # share of the mean variance that every direction has at least
 
@@ -59,6 +66,26 @@ def disagreement(
     squared = (probs - consensus).square().sum(dim=-1) / 2.0
     apart = (squared * consensus.amax(dim=-1)).nan_to_num(1.0).clamp_max(1.0)
     return torch.where(comparable, apart * believed, 0.0)
+
+
+def log_prior(class_counts: Tensor) -> Tensor:
+    """What the classes' frequencies alone say of a sample, ``log((n_c + 1) / sum_k (n_k + 1))``.
+
+    Taken off the logits, it leaves what an input says: modalities that know little predict what
+    is frequent, and would outvote together one that recognises a rare class. Menon et al. (ICLR
+    2021) adjust logits so; that only the disagreement is asked of such logits is chosen here.
+
+    Args:
+        class_counts: How often each class occurs in training, ``[C]``, >= 0.
+
+    Returns:
+        ``[C]``, in nats, < 0 for C > 1.
+
+    Example:
+        >>> log_prior(torch.tensor([5.0, 1.0])).exp()
+        tensor([0.7500, 0.2500])
+    """
+    return (class_counts + 1.0).log() - (class_counts + 1.0).sum().log()
 
 
 def reliability_gates(

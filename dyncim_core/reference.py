@@ -34,6 +34,7 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
+    "log_prior",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
@@ -782,6 +783,25 @@ def disagreement(
         apart = np.nan_to_num(squared * consensus.max(axis=1), nan=1.0)
         result[m] = np.where(comparable, apart * believed, 0.0)
     return result
+
+
+def log_prior(class_counts: ArrayLike) -> Array:
+    """What the classes' frequencies alone say of a sample, ``log((n_c + 1) / sum_k (n_k + 1))``.
+
+    Definition chosen here.
+
+    Args:
+        class_counts: ``[C]``, >= 0.
+
+    Returns:
+        ``[C]``, in nats.
+
+    Example:
+        >>> np.exp(log_prior([5, 1])).round(4).tolist()
+        [0.75, 0.25]
+    """
+    n = np.asarray(class_counts, dtype=np.float64) + 1.0
+    return np.asarray(np.log(n / n.sum()))
 
 
 def reliability_gates(

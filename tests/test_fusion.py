@@ -373,6 +373,11 @@ def test_errors_name_argument_expected_and_got(
         ({"audio": 2.5}, {}, TypeError, r"width of audio: expected a whole number, got float"),
         ([1], {"state": nn.Identity()}, TypeError, r"state: expected a Curr.*, got Identity"),
         (3, {}, TypeError, r"features: expected a mapping or a sequence.*, got int"),
+        ([1], {"class_counts": "many"}, TypeError, r"class_counts: expected a seq.*, got str"),
+        ([1], {"class_counts": 3}, ValueError, r"class_counts: expected shape \[C\].*got \[\]"),
+        ([1], {"class_counts": []}, ValueError, r"class_counts: .* with C >= 1, got \[0\]"),
+        ([1], {"class_counts": [2, -1]}, ValueError, r"class_counts: .*>= 0, got \[2.0, -1.0\]"),
+        ([1], {"class_counts": [math.nan]}, ValueError, r"class_counts: .*>= 0, got \[nan\]"),
         ([1, 1], {"threshold": 0.5}, ValueError, r"threshold: .*\[0, 0.5\), got 0.5"),
         ([1, 1], {"swap": 1.5}, ValueError, r"swap: expected a value in \[0, 1\], got 1.5"),
         ([1, 1], {"swap": 0.6, "dropout": 0.6}, ValueError, r"swap \+ dropout: .*got 1.2"),
@@ -589,6 +594,50 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
     assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill"]
+
+
+@each_backend
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_frequent_is_no_contradiction(backend: str, training: bool) -> None:
+    counts = [97, 0, 7, 0]
+    features, unimodal = inputs()
+    prior = torch.from_numpy(ref.log_prior(counts)).float()
+    fusion = still(backend=backend, class_counts=counts).train(training)
+    found = fusion(features, unimodal={name: x + prior for name, x in unimodal.items()})
+    expected = still(backend=backend).train(training)(features, unimodal=unimodal)
+    assert_allclose(found.gates, expected.gates, rtol=1e-5)
+    assert_allclose(found.fused, expected.fused, rtol=1e-5)
+    assert found.logits is not None
+    assert expected.logits is not None
+    scale = found.gates / found.gates.amax(dim=1, keepdim=True)
+    assert_allclose(found.logits, expected.logits + scale.sum(dim=1, keepdim=True) * prior, 1e-4)
+
+
+def test_a_rare_class_is_not_outvoted_by_those_that_know_only_what_is_frequent() -> None:
+    features = [torch.ones(1, 2)] * 3
+    prior = torch.log(torch.tensor([[0.9, 0.05, 0.05]]))
+    unimodal = [torch.tensor([[0.0, 0.0, 3.0]]), prior, prior + torch.tensor([[0.0, 0.0, 0.5]])]
+    uninformed, informed = (
+        GatedFusion([2] * 3, dropout=0.0, class_counts=counts)(features, unimodal=unimodal).gates
+        for counts in (None, [899, 49, 49])
+    )
+    assert uninformed[0, 0] < 0.2
+    assert informed[0, 0] > 0.25
+
+
+def test_class_counts_follow_the_module_and_are_not_saved() -> None:
+    fusion = GatedFusion([2, 2], class_counts=np.array([3, 1])).half()
+    assert fusion.log_prior is not None
+    assert fusion.log_prior.dtype == torch.float32
+    assert fusion.state_dict().keys() == GatedFusion([2, 2]).state_dict().keys()
+    with torch.device("meta"):
+        started = GatedFusion([2, 2], class_counts=[3, 1])
+    assert started.log_prior is not None
+    assert started.log_prior.is_meta
+    started.to_empty(device="cpu").reset_parameters()
+    assert_allclose(started.log_prior, ref.log_prior([3, 1]), rtol=1e-6)
+    with pytest.raises(ValueError, match="expected 2 classes, as class_counts has, got 3"):
+        started([torch.ones(4, 2)] * 2, unimodal=[torch.ones(4, 3)] * 2)
 
 
 @each_backend

@@ -28,6 +28,7 @@ from torch import Tensor
 from dyncim_core import reference as ref
 from dyncim_core.gates import (
     disagreement,
+    log_prior,
     novelty,
     novelty_penalty,
     relative_gates,
@@ -337,6 +338,15 @@ def test_relative_gates_leave_the_largest_whole(
         upcast(scale), ref.relative_gates(upcast(gates)), rtol=tolerance, atol=tolerance
     )
     assert torch.equal(scale.amax(dim=0) == 1, gates.amax(dim=0) > 0)
+
+
+@given(arrays(st.integers(1, 50), reals(0, 1e6)), st.sampled_from([torch.float32, torch.float64]))
+def test_log_prior_is_that_of_the_reference(counts: Array, dtype: torch.dtype) -> None:
+    prior = log_prior(to_torch(counts, dtype))
+    assert_allclose(prior, ref.log_prior(upcast(to_torch(counts, dtype))), rtol=1e-5, atol=1e-6)
+    assert_allclose(prior.double().exp().sum(), 1.0, rtol=1e-5)
+    order = np.argsort(counts, kind="stable")
+    assert (prior[order.tolist()].diff() >= 0).all()
 
 
 # Novelty.

@@ -58,7 +58,15 @@ def problem(modalities: int = 2, samples: int = 32, hidden: int = 0) -> Problem:
         heads = torch.arange(1.0, modalities + 2)
         return Rehearsal((heads, heads / 4), (heads, heads / 2), heads / 10)
 
-    return Problem(names, samples, epochs=4, steps=40, network=network, rehearse=rehearse)
+    return Problem(
+        names,
+        samples,
+        torch.full((4,), samples // 4),
+        epochs=4,
+        steps=40,
+        network=network,
+        rehearse=rehearse,
+    )
 
 
 def redundancy_of(state: dyncim_core.CurriculumState) -> Tensor:

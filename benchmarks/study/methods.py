@@ -56,6 +56,7 @@ class Problem:
     Attributes:
         modalities: Their names.
         num_samples: Size of the training set.
+        class_counts: How often each class occurs in it, ``[C]``.
         epochs: Passes over it.
         steps: Number of steps of the training.
         network: Makes the network with a fusion, the same encoders for each method.
@@ -64,6 +65,7 @@ class Problem:
 
     modalities: tuple[str, ...]
     num_samples: int
+    class_counts: Tensor
     epochs: int
     steps: int
     network: Callable[[Fusion], Network]
@@ -462,6 +464,16 @@ class WholeLosses(EqualModalities):
         return weights / loss_shares(self.objective.state.skill).unsqueeze(1)
 
 
+class CountedClasses(DynCIM):
+    """Variant: the fusion is told how often each class occurs."""
+
+    def __init__(self, problem: Problem, decay: float) -> None:
+        counts = problem.class_counts
+        super().__init__(
+            problem, decay, gate=lambda state: partial(Gated, state=state, class_counts=counts)
+        )
+
+
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
 
 
@@ -596,6 +608,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
+    "dyncim/class-counts": Entry(CountedClasses),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),
