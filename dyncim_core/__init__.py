@@ -33,6 +33,7 @@ from dyncim_core.modality import (
     votes,
 )
 from dyncim_core.signals import (
+    class_shift,
     contradiction,
     credible_noise,
     difficulty,
@@ -60,6 +61,7 @@ __all__ = [
     "augmentation_rates",
     "backends",
     "balance_factor",
+    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",

@@ -35,7 +35,7 @@ def check_range(
 ) -> None:
     """A real number in [low, high], or in [low, high) with ``high_excluded``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an int or a float, got {type(value).__name__}")
     if not (low <= value < high if high_excluded else low <= value <= high):
         bracket = ")" if high_excluded else "]"
         raise ValueError(f"{name}: expected a value in [{low:g}, {high:g}{bracket}, got {value!r}")
@@ -87,6 +87,10 @@ def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
     names = tuple(modalities)
     if not names:
         raise ValueError("modalities: expected at least 1, got none")
+    if "fused" in names:
+        raise ValueError(
+            "modalities: expected names other than that of the fused head, got 'fused'"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"modalities: expected distinct names, got {list(names)}")
     return names
@@ -129,6 +133,10 @@ def check_classes_counted(logits: Tensor, counted: int) -> None:
 
 def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
     """Logits of every head ``[B, C]``, alike in shape and device; a target that fits them."""
+    if not isinstance(heads, (list, tuple)):
+        raise TypeError(
+            f"logits: expected a list with one entry per head, got {type(heads).__name__}"
+        )
     if not heads:
         raise ValueError("logits: expected at least one head, got none")
     if not _all_alike(heads):  # this runs at every step: look for the culprit only then
@@ -156,14 +164,18 @@ def check_first_pass(name: str) -> None:
         )
 
 
-def check_savable(heads: Sequence[Tensor], target: Tensor) -> None:
+def check_savable(heads: Sequence[Tensor], target: Tensor, weight: Tensor | None) -> None:
     """Tensors that autograd can save for the backward."""
-    tensors = target, *heads
+    tensors = (target, *heads) if weight is None else (target, *heads, weight)
     if torch.compiler.is_compiling() or True not in map(Tensor.is_inference, tensors):
         return
-    for k, tensor in enumerate(tensors):
+    names = [
+        "target",
+        "logits",
+        *(f"unimodal logits of modality {m}" for m in range(len(heads) - 1)),
+    ]
+    for tensor, name in zip(tensors, [*names, "weight"], strict=False):
         if tensor.is_inference():
-            name = ("target", "logits")[k] if k < 2 else f"unimodal logits of modality {k - 2}"
             raise RuntimeError(
                 f"{name}: expected a tensor that autograd can save, got one made in inference "
                 "mode; pass its clone()"
@@ -175,6 +187,8 @@ def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:
     if weight is None:
         return
     _check_tensor("weight", weight, "floating-point", torch.is_floating_point)
+    if weight.requires_grad:
+        raise ValueError("weight: expected no requires_grad, got requires_grad=True")
     _check_shape("weight", weight, (logits.shape[1],))
     check_device("weight", weight, logits.device)
 

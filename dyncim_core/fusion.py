@@ -270,7 +270,10 @@ class GatedFusion(KeepsDtype):
         if state is None:
             return None
         _checks.check_device("state", state.skill, self.skill.device)
-        return Learnt(state.log_quality, state.quality, state.skill)
+        learnt = state.log_quality, state.quality, state.skill
+        if torch.compiler.is_compiling():
+            return Learnt(*map(_as_it_is_now, learnt))
+        return Learnt(*learnt)
 
     @override
     def extra_repr(self) -> str:
@@ -282,6 +285,18 @@ class GatedFusion(KeepsDtype):
             f"novelty_slope={self.novelty_slope}, threshold={self.threshold}, "
             f"swap={self.swap}, dropout={self.dropout}"
         )
+
+
+@torch.library.custom_op("dyncim_core::as_it_is_now", mutates_args=())
+def _as_it_is_now(x: Tensor) -> Tensor:
+    """A copy that a compiler must keep for the backward.
+
+    It would read the state again there, where the loss has moved it on.
+    """
+    return x.clone()
+
+
+_as_it_is_now.register_fake(torch.empty_like)
 
 
 def _mixed(

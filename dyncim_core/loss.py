@@ -204,11 +204,14 @@ class DynCIMLoss(nn.Module):
         if _is_cross_entropy(criterion):
             weight = _class_weight(criterion)
             _checks.check_class_weight(weight, logits)
-            read = Criterion(target, weight, criterion.ignore_index, criterion.label_smoothing)
+            smoothing = criterion.label_smoothing
+            if not 0.0 <= smoothing <= 1.0:
+                raise ValueError(f"label_smoothing: expected a value in [0, 1], got {smoothing}")
+            read = Criterion(target, weight, criterion.ignore_index, smoothing)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
-        _checks.check_savable(heads, target)
+        _checks.check_savable(heads, target, None if read is None else read.weight)
 
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])

@@ -25,6 +25,7 @@ __all__ = [
     "HeadStatistics",
     "augmentation_rates",
     "balance_factor",
+    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",
@@ -401,11 +402,13 @@ def sample_weights(
     surprise_strength: float,
     pacing_strength: float,
     valid: ArrayLike | None = None,
+    log_class_average: ArrayLike | None = None,
 ) -> Array:
     """Weight of each sample, mean 1 over the valid ones.
 
-    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over its mean,
-    1e-18 at least. Definition chosen here; the paper names a curriculum over samples.
+    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over the average of
+    its class, over its mean, 1e-18 at least. Definition chosen here; the paper names a curriculum
+    over samples.
 
     Args:
         surprise: ``[B]``, >= 0.
@@ -413,6 +416,7 @@ def sample_weights(
         surprise_strength: >= 0.
         pacing_strength: >= 0.
         valid: Bool ``[B]``; the others get 1.
+        log_class_average: Of the sample's class, ``[B]``; 0 when ``None``.
 
     Returns:
         ``[B]``, >= 0.
@@ -429,9 +433,45 @@ def sample_weights(
     if mask.any():
         z = (d[mask] - d[mask].mean()) / max(float(d[mask].std()), 1e-4)
         exponent = -surprise_strength * s[mask] - pacing_strength * z
+        if log_class_average is not None:
+            exponent -= np.asarray(log_class_average, dtype=np.float64)[mask]
         shares = _shares(np.exp(exponent - exponent.max()))
         weights[mask] = np.maximum(mask.sum() * shares, 1e-18)
     return weights
+
+
+def class_shift(
+    weights: ArrayLike,
+    group: ArrayLike,
+    num_groups: int,
+    decay: float,
+    valid: ArrayLike | None = None,
+) -> Array:
+    """How a batch moves the logarithm of the average that each class's weights are divided by.
+
+    ``log(1 + (1 - decay^n) (mean - 1))`` for a class with n samples. Definition chosen here.
+
+    Args:
+        weights: ``[B]``, >= 0.
+        group: Class of each sample, or its remainder by ``num_groups``, ``[B]``.
+        num_groups: K.
+        decay: In [0, 1).
+        valid: Bool ``[B]``, samples that count; all when ``None``.
+
+    Returns:
+        ``[K]``; 0 for a class without samples.
+
+    Example:
+        >>> np.exp(class_shift([1.5, 1.5, 0.5], [0, 0, 2], num_groups=3, decay=0.5)).tolist()
+        [1.375, 1.0, 0.75]
+    """
+    mask = _mask(valid, np.shape(weights))
+    w, of = np.asarray(weights, dtype=np.float64)[mask], np.asarray(group)[mask]
+    shift = np.zeros(num_groups)
+    for k in np.unique(of):
+        mine = w[of == k]
+        shift[k] = np.log1p((1 - decay ** len(mine)) * (mine.mean() - 1))
+    return shift
 
 
 # The modality level. ``log_quality`` is ``[..., M + 1]``, fused head first, with

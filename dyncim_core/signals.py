@@ -17,6 +17,7 @@ from dyncim_core._units import error_of_guessing, per_log_classes
 
 __all__ = [
     "SIGNALS",
+    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",
@@ -304,12 +305,15 @@ def sample_weights(
     surprise_strength: Tensor | float,
     pacing_strength: Tensor | float,
     valid: Tensor | None = None,
+    log_class_average: Tensor | None = None,
 ) -> Tensor:
     """Weight of each sample: less for surprising labels, and easy samples first.
 
-    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))``, scaled to
-    mean 1 over the valid samples, 1e-18 at least; ``z`` standardises over them. The paper
-    names a curriculum that reweights samples; this definition is chosen here.
+    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over the average of
+    the sample's class, scaled to mean 1 over the valid samples, 1e-18 at least; ``z``
+    standardises over them. Samples compete with those of their own class: a class that is rare
+    surprises all heads until it is learnt, and would not be if that took its weight away. The
+    paper names a curriculum that reweights samples; this definition is chosen here.
 
     Args:
         surprise: ``[B]``, >= 0.
@@ -318,6 +322,7 @@ def sample_weights(
         pacing_strength: Scalar, >= 0; falls to 0 as the model becomes competent.
         valid: Bool ``[B]``, samples to weigh; all when ``None``. The others get 1,
             whatever they hold.
+        log_class_average: Of the sample's class, ``[B]``, see ``class_shift``; 0 when ``None``.
 
     Returns:
         ``[B]``, >= 0, mean 1 over the valid samples.
@@ -333,10 +338,42 @@ def sample_weights(
     exponent = -surprise_strength * surprise - pacing_strength * _standardised(
         difficulty, valid, count
     )
+    if log_class_average is not None:
+        exponent = exponent - log_class_average
     # A softmax is the stable form of exp(.) / mean(exp(.)).
     lowest = torch.finfo(exponent.dtype).min
     weights = count * torch.where(valid, exponent, lowest).softmax(dim=0)
     return torch.where(valid, weights.clamp_min(_LEAST_WEIGHT), 1.0)
+
+
+def class_shift(
+    weights: Tensor, group: Tensor, num_groups: int, decay: float, valid: Tensor | None = None
+) -> Tensor:
+    """How a batch moves the logarithm of the average that each class's weights are divided by.
+
+    ``log(1 + (1 - decay^n) (mean - 1))`` for a class with n samples in the batch, whose weights
+    have the given mean: it comes to rest where that is 1, so that weighting leaves classes as
+    frequent as they are. Definition chosen here.
+
+    Args:
+        weights: As ``sample_weights`` gives them, ``[B]``, >= 0.
+        group: Class of each sample, or its remainder by ``num_groups``, int64 ``[B]``.
+        num_groups: K.
+        decay: For each sample of a class, in [0, 1).
+        valid: Bool ``[B]``, samples that count; all when ``None``.
+
+    Returns:
+        ``[K]``; 0 for a class without samples.
+
+    Example:
+        >>> weights, group = torch.tensor([1.5, 1.5, 0.5]), torch.tensor([0, 0, 2])
+        >>> class_shift(weights, group, num_groups=3, decay=0.5).exp()
+        tensor([1.3750, 1.0000, 0.7500])
+    """
+    counted = torch.ones_like(weights) if valid is None else valid.to(weights.dtype)
+    sums = weights.new_zeros((2, num_groups))
+    number, total = sums.index_add_(1, group, torch.stack([counted, counted * weights]))
+    return torch.log1p((1.0 - decay**number) * (total / number.clamp_min(1.0) - 1.0))
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:

@@ -30,6 +30,10 @@ _PER_HEAD = ("log_quality", "quality", "seen", "skill", "held_out_mass", "held_o
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
 
+# Classes whose weights are levelled apart; more of them share.
+_GROUPS = 1024
+
+
 class Suspects(NamedTuple):
     """Samples in order of suspicion.
 
@@ -70,6 +74,9 @@ class CurriculumState(KeepsDtype):
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond guessing of the samples
             held out of training; 0 as long as there were none.
         held_out_mass, held_out_hits, held_out_doubt: What it and ``label_noise`` come from.
+        log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
+            divided by, so that a class counts as often as it occurs; that of class c at
+            ``c % 1024``.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
@@ -93,6 +100,7 @@ class CurriculumState(KeepsDtype):
     volatility: Tensor
     label_noise: Tensor
     skill: Tensor
+    log_class_average: Tensor
     held_out_mass: Tensor
     held_out_hits: Tensor
     held_out_doubt: Tensor
@@ -136,6 +144,7 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("held_out_mass", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("log_class_average", torch.zeros(_GROUPS, dtype=torch.float32))
         self.register_buffer("effective_share", torch.zeros((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))

@@ -37,6 +37,7 @@ class Specification(SimpleNamespace):
             held_out_mass=np.zeros(heads),
             held_out_hits=np.zeros(heads),
             held_out_doubt=0.0,
+            log_class_average=np.zeros(1024),
             effective_share=1.0,
             step=0,
             nonfinite=0,
@@ -44,6 +45,7 @@ class Specification(SimpleNamespace):
             memory_visits=np.zeros((SAMPLES, heads)),
             memory_weight=np.ones(SAMPLES),
         )
+        self._decay = decay
         self._rate, self._memory_rate = 1.0 - decay, 1.0 - memory_decay
 
     def __call__(
@@ -66,7 +68,7 @@ class Specification(SimpleNamespace):
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
         valid, heard = counts & finite & ~held, finite & held
-        weights, signals = self._weigh(found, mask, valid, settings)
+        weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
         said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
         doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), mask)
         self._take_in(found.nll, mask & valid, weights, signals)
@@ -95,7 +97,12 @@ class Specification(SimpleNamespace):
         return terms if settings.reduction == "none" else terms.sum(), coefficient
 
     def _weigh(
-        self, found: ref.HeadStatistics, mask: Array, valid: Array, settings: Settings
+        self,
+        found: ref.HeadStatistics,
+        mask: Array,
+        valid: Array,
+        group: Array,
+        settings: Settings,
     ) -> tuple[Array, Array]:
         nll, entropy, distance = (x[:, valid] for x in (found.nll, found.entropy, found.distance))
         present = mask[:, valid]
@@ -113,7 +120,9 @@ class Specification(SimpleNamespace):
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
             surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
+            log_class_average=self.log_class_average[group[valid]],
         )
+        self.log_class_average += ref.class_shift(weights[valid], group[valid], 1024, self._decay)
         return weights, signals
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
@@ -136,13 +145,10 @@ class Specification(SimpleNamespace):
         self.quality = ref.quality(self.log_quality, CLASSES)
 
     def _listen(self, heard: Array, right: Array, doubted: Array) -> None:
-        for name, now in (
-            ("held_out_mass", heard.mean(axis=1)),
-            ("held_out_hits", (heard & right).mean(axis=1)),
-            ("held_out_doubt", (heard[0] * doubted).mean()),
-        ):
-            average = getattr(self, name)
-            setattr(self, name, average + self._rate * (now - average))
+        rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
+        self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
+        self.held_out_hits += rate * ((heard & right).mean(axis=1) - self.held_out_hits)
+        self.held_out_doubt += self._rate * ((heard[0] * doubted).mean() - self.held_out_doubt)
         mass = self.held_out_mass
         skill = ref.skill(self.held_out_hits / np.where(mass > 0, mass, 1.0), CLASSES)
         self.skill = np.where(mass > 0, skill, skill[0])

@@ -20,8 +20,10 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-#define MAX_HEADS 9
+#define MAX_HEADS 9 /* of a loss; or modalities of a fusion, whose state has one more */
 #define SIGNALS 3
+#define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
+#define MOST_LEVELLED 20.0
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
@@ -306,7 +308,7 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out_mass, *held_out_hits, *held_out_doubt, *skill;
+    float *held_out_mass, *held_out_hits, *held_out_doubt, *skill, *log_class_average;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -387,8 +389,10 @@ typedef struct {
 static void listen(const Problem *p, const Tally *heard, State *s, double decay) {
     double guessing = 1.0 - 1.0 / (double)p->classes, batch = (double)p->batch;
     for (int64_t h = 0; h < p->heads; h++) {
-        average(s->held_out_mass + h, heard->seen[h] / batch, 0, decay);
-        average(s->held_out_hits + h, heard->hits[h] / batch, 0, decay);
+        if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
+            average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
+            average(s->held_out_hits + h, (double)heard->hits[h] / batch, 0, decay);
+        }
         double missed = 1.0 - s->held_out_hits[h] / (double)s->held_out_mass[h];
         double skill = guessing > 0.0 ? clamp(1.0 - missed / guessing, 0.0, 1.0) : 0.0;
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
@@ -398,6 +402,25 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
     average(s->held_out_doubt, heard->contradicted / batch, 0, decay);
     double contradicted = *s->held_out_doubt / (double)s->held_out_mass[0];
     *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
+}
+
+/* Move what the weights of each class are divided by towards weights of mean 1. */
+static void level(const Problem *p, const uint8_t *weighed, const float *weight, State *s,
+                  double decay) {
+    double number[GROUPS], total[GROUPS];
+    int64_t groups = p->classes < GROUPS ? p->classes : GROUPS;
+    for (int64_t g = 0; g < groups; g++) number[g] = total[g] = 0.0;
+    for (int64_t i = 0; i < p->batch; i++)
+        if (weighed[i]) {
+            number[p->target[i] % GROUPS] += 1.0;
+            total[p->target[i] % GROUPS] += weight[i];
+        }
+    for (int64_t g = 0; g < groups; g++)
+        if (number[g] > 0.0) {
+            double moved = (1.0 - pow(decay, number[g])) * (total[g] / number[g] - 1.0);
+            s->log_class_average[g] = (float)clamp(s->log_class_average[g] + log1p(moved),
+                                                   -MOST_LEVELLED, MOST_LEVELLED);
+        }
 }
 
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
@@ -471,7 +494,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         t->count++;
         if (present > 1 && agreeing == present && found->prediction[here] != y)
             t->contradicted += 1.0 - expf((float)-least);
-        exponent[i] = (float)(-rho * excess / (double)present);
+        exponent[i] = (float)(-rho * excess / (double)present) - s->log_class_average[y % GROUPS];
         difficulty[i] = (float)hard;
         t->difficulty += hard;
         for (int64_t h = 0; held[i] && h < H; h++)
@@ -505,6 +528,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         double share = count / total * weight[i];
         weight[i] = weighed[i] ? (float)(share > LEAST_WEIGHT ? share : LEAST_WEIGHT) : 1.0f;
     }
+
+    level(p, weighed, weight, s, o->decay);
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
@@ -573,7 +598,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         /* Of a batch held out as a whole, 0. */
         scale = 1.0 / (counted == 0.0 && held_back ? (double)held_back : counted);
     }
-    if (o->reduction == REDUCE_NONE) memset(value, 0, (size_t)B * sizeof *value);
+    if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t h = 0; h < H; h++)
         for (int64_t i = 0; i < B; i++) {
             int64_t at = h * B + i;
@@ -607,7 +632,7 @@ static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
 static double redundancy_of(float *const *learnt, int64_t modalities) {
     const float *skill = learnt[2];
     double share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
-    float shown[MAX_HEADS], best = 0.0f;
+    float shown[1 + MAX_HEADS], best = 0.0f;
     for (int64_t h = 0; h <= modalities; h++) {
         best = skill[h] > best ? skill[h] : best;
         shown[h] = (float)log(trust_of(skill[h]));
@@ -832,7 +857,8 @@ static void novelty(const Features *f, double window, int64_t width, float mass,
         a[k * WATCHED + k] += SHRINKAGE * variance;
     }
     factorise(a, n);
-    for (int64_t k = 0; k < WATCHED * n; k++) factor[k] = (float)a[k];
+    for (int64_t k = 0; k < n; k++)
+        for (int64_t j = k; j < n; j++) factor[k * WATCHED + j] = (float)a[k * WATCHED + j];
     for (int64_t from = 0; from < n; from += ROWS) { /* of the inverse, its mean over training */
         for (int64_t k = 0; k < n; k++)
             for (int r = 0; r < ROWS; r++) x[k * ROWS + r] = k == from + r ? 1.0f : 0.0f;
@@ -973,8 +999,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[13];
-    for (int k = 0; k < 13; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[14];
+    for (int k = 0; k < 14; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -989,6 +1015,7 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.held_out_hits = address(of[10]);
     s.held_out_doubt = address(of[11]);
     s.skill = address(of[12]);
+    s.log_class_average = address(of[13]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));

@@ -36,6 +36,7 @@ from dyncim_core.modality import (
     votes,
 )
 from dyncim_core.signals import (
+    class_shift,
     contradiction,
     credible_noise,
     difficulty,
@@ -57,6 +58,7 @@ __all__ = [
     "disturbance_rates",
     "gate",
     "gradients",
+    "level",
     "mix",
     "novelty",
     "observe",
@@ -79,6 +81,9 @@ _VECTORISED = 32
 _FEW_CLASSES = 16
 # Squares of anything smaller are finite, and so are their averages.
 _LARGEST_NORM = 1e18
+_MOST_LEVELLED = 20.0  # nats
+# Sums of anything smaller over heads and samples are finite.
+_LARGEST_NLL = 1e30
 _LOG2_E = math.log2(math.e)
 # A covariance of K features takes so many samples for each of them.
 _SAMPLES_PER_FEATURE = 8
@@ -232,7 +237,11 @@ def weigh(
     number, count = trained.sum(), weighed.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
+    nll = nll.clamp_max(_LARGEST_NLL)
     if memory is not None:
+        if torch.compiler.is_compiling():  # where a negative index counts from the end
+            rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)
+            memory = memory._replace(rows=rows)
         recalled, visits = recall(memory)
 
     signals = torch.stack(
@@ -245,13 +254,19 @@ def weigh(
     noise = buffers.label_noise
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
+    group = None
+    if not target.is_floating_point():
+        group = torch.where(counts, target, 0) % len(buffers.log_class_average)
     weights = sample_weights(
         surprise(nll, entropy, num_classes, present),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
+        log_class_average=None if group is None else buffers.log_class_average[group],
     )
+    if group is not None:
+        level(buffers.log_class_average, weights, group, weighed, settings.decay)
 
     doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
@@ -349,18 +364,26 @@ def listen(
     doubted = torch.where(heard[:1], contradicted, 0.0)
     said = torch.cat([heard, heard & right, doubted])
     shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
-    some = shares[0].sign()  # 0 where nothing is heard
+    some = shares[:heads].sign()  # 0 where nothing is heard, of a modality or at all
     rate = some * (1.0 - decay)
     mass = buffers.held_out_mass.lerp_(shares[:heads], rate)
     hits = buffers.held_out_hits.lerp_(shares[heads:-1], rate)
-    doubt = buffers.held_out_doubt.lerp_(shares[-1], rate)
+    doubt = buffers.held_out_doubt.lerp_(shares[-1], rate[0])
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
     known = skill(hits / mass_or_tiny, num_classes)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = torch.where(mass > 0.0, known, known[0])
-    buffers.skill.lerp_(known, some)
+    buffers.skill.lerp_(known, some[0])
     noise = credible_noise(doubt / mass_or_tiny[0], known[0])
-    buffers.label_noise.lerp_(noise, some)
+    buffers.label_noise.lerp_(noise, some[0])
+
+
+def level(
+    log_average: Tensor, weights: Tensor, group: Tensor, weighed: Tensor, decay: float
+) -> None:
+    """Move what the weights of each class are divided by towards weights of mean 1."""
+    shift = class_shift(weights, group, len(log_average), decay, weighed)
+    log_average.add_(shift).clamp_(-_MOST_LEVELLED, _MOST_LEVELLED)
 
 
 def take_in(

@@ -55,7 +55,8 @@ class Buffers(NamedTuple):
     Of samples held out, averages that start at 0, of shares of a batch: ``held_out_mass``
     ``[M + 1]``, held out and seen by a head, of them ``held_out_hits`` ``[M + 1]``, predicted by
     it, and ``held_out_doubt``, contradicted by all heads. ``skill`` ``[M + 1]`` follows from
-    them, and so does ``label_noise`` from the first sample held out on.
+    them, and so does ``label_noise`` from the first sample held out on. ``log_class_average``
+    ``[K]`` is what levels the weights of the classes, that of class c at ``c % K``.
     """
 
     log_quality: Tensor
@@ -71,6 +72,7 @@ class Buffers(NamedTuple):
     held_out_hits: Tensor
     held_out_doubt: Tensor
     skill: Tensor
+    log_class_average: Tensor
 
 
 class Memory(NamedTuple):

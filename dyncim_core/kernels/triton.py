@@ -12,6 +12,7 @@ eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import log
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ def curriculum(
         found.rows.new_empty((len(logits), batch)),
         found.normaliser,
     )
+    groups = len(buffers.log_class_average)
     heads = triton.next_power_of_2(len(buffers.seen))
     with torch.cuda.device(found.rows.get_device()):
         _curriculum[(1,)](
@@ -119,7 +121,8 @@ def curriculum(
             per_log_classes(classes),
             (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
             settings.label_noise,
-            (settings.decay, settings.memory_decay),
+            (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
+            found.rows.new_zeros((2, groups)),
             round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
@@ -127,6 +130,7 @@ def curriculum(
             known=len(buffers.seen),
             heads=heads,
             samples=_PLANE // heads,
+            groups=groups,
             num_warps=8,
             **_OPTIONS,
         )
@@ -240,6 +244,7 @@ _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
 _LEAST_LOSS = tl.constexpr(0.1)
 _LEAST_WEIGHT = tl.constexpr(1e-18)  # of a sample
+_MOST_LEVELLED = tl.constexpr(20.0)  # nats
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -465,6 +470,7 @@ def _curriculum(
     strengths: tl.tuple,
     known_noise: tl.tensor,
     decays: tl.tuple,
+    of_classes: tl.tensor,
     below: tl.tensor,
     skip: tl.constexpr,
     reduction: tl.constexpr,
@@ -472,6 +478,7 @@ def _curriculum(
     known: tl.constexpr,
     heads: tl.constexpr,
     samples: tl.constexpr,
+    groups: tl.constexpr,
 ) -> None:
     """Three passes over the batch: its moments, the softmax of its weights, what comes of it."""
     # The whole state is read here, before any barrier, and written after one.
@@ -552,7 +559,8 @@ def _curriculum(
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
-        exponent = -rho * surprise - kappa * (difficulty - centre)
+        _, own = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
+        exponent = -rho * surprise - kappa * (difficulty - centre) - own
         peak = tl.where(valid, tl.maximum(top, exponent), top)
         scale = tl.maximum(tl.exp(top - peak), _LEAST_WEIGHT)
         e = tl.where(valid, tl.maximum(tl.exp(exponent - peak), _LEAST_WEIGHT), 0.0)
@@ -634,9 +642,12 @@ def _curriculum(
         nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
-        exponent = -rho * surprise - kappa * (difficulty - centre)
+        group, own = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
+        exponent = -rho * surprise - kappa * (difficulty - centre) - own
         weight = tl.maximum(norm * tl.exp(exponent - peak), _LEAST_WEIGHT)
         weight = tl.where(valid, weight, 1.0)
+        tl.atomic_add(of_classes + group, 1.0, mask=valid)
+        tl.atomic_add(of_classes + groups + group, weight, mask=valid)
         if memory is not None:
             row = tl.load(memory.rows + i, mask=inside, other=-1)
             exists = (row >= 0) & (row < memory_size)
@@ -664,6 +675,28 @@ def _curriculum(
     if reduction != "none":
         tl.store(joint.value, tl.sum(value, 0))
 
+    tl.debug_barrier()  # after it, all is added up
+    group = tl.arange(0, groups)
+    number = tl.load(of_classes + group)
+    mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
+    moved = (1.0 - tl.exp(number * decays[2])) * (mean - 1.0)
+    level = tl.load(buffers.log_class_average + group) + tl.log(tl.maximum(1.0 + moved, 1e-30))
+    level = tl.minimum(tl.maximum(level, -_MOST_LEVELLED), _MOST_LEVELLED)
+    tl.store(buffers.log_class_average + group, level)
+
+
+@_jit
+def _of_class(
+    target: tl.tensor,
+    log_average: tl.tensor,
+    i: tl.tensor,
+    valid: tl.tensor,
+    groups: tl.constexpr,
+) -> tl.tuple:
+    """The group of a sample's class, and its average."""
+    group = tl.load(target + i, mask=valid, other=0) % groups
+    return group, tl.load(log_average + group, mask=valid, other=0.0)
+
 
 @_jit
 def _average(at: tl.tensor, value: tl.tensor, rate: tl.tensor) -> None:
@@ -684,10 +717,11 @@ def _listen(
 ) -> tl.tensor:
     """Take in what heads say about samples that they were never trained on; their skills."""
     some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
-    rate = tl.where(some, rate, 0.0)
-    mass = before[0] + rate * (found[0] / batch - before[0])
-    hits = before[1] + rate * (found[1] / batch - before[1])
-    doubt = before[2] + rate * (found[2] / batch - before[2])
+    # Of a modality that was not heard they stay, or they would fade to nothing.
+    heads_rate = tl.where(found[0] > 0, rate, 0.0)
+    mass = before[0] + heads_rate * (found[0] / batch - before[0])
+    hits = before[1] + heads_rate * (found[1] / batch - before[1])
+    doubt = before[2] + tl.where(some, rate, 0.0) * (found[2] / batch - before[2])
     positive = tl.maximum(mass, 1e-30)
     skill = 1.0 - (1.0 - hits / positive) / (1.0 - 1.0 / tl.maximum(classes, 2))
     skill = tl.where((classes > 1) & (skill > _SMALLEST_SKILL), tl.minimum(skill, 1.0), 0.0)
