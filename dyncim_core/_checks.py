@@ -259,6 +259,12 @@ def _all_alike(heads: Sequence[Tensor]) -> bool:
 def _check_target(target: Tensor, logits: Tensor) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    swapped = logits.shape[:1] if target.is_floating_point() else logits.shape
+    if target.shape == swapped:  # right but for the dtype
+        raise TypeError(
+            "target: expected class indices [B], int64, or class probabilities [B, C], "
+            f"floating-point, got {target.dtype} of shape {_shape(target)}"
+        )
     if target.is_floating_point():
         _check_shape("target of class probabilities", target, tuple(logits.shape))
         if target.requires_grad:

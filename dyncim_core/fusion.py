@@ -29,7 +29,8 @@ class FusionOutput(NamedTuple):
 
     Attributes:
         fused: ``[B, sum D]`` or ``[B, T, sum D]``, in the features' dtype.
-        gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities.
+        gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
+            without any.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
             features, to add to the logits of a head over ``fused``; ``None`` without unimodal
             logits. It is detached: unimodal heads learn from their own losses.

@@ -40,7 +40,8 @@ class DynCIMLoss(nn.Module):
     Args:
         criterion: ``torch.nn.CrossEntropyLoss``, which takes the fused path, or any
             callable ``(logits, target) -> loss`` over ``[B, C]`` logits that gives one
-            loss per sample, ``[B]``, once its ``reduction`` (if it has one) is "none".
+            loss per sample, ``[B]``, once its ``reduction`` (if it has one) is "none": a copy
+            of a module is called, for each head.
         modalities: Names or number of the modalities, see ``CurriculumState``.
         num_samples: Size of the training set, to keep the per-sample memory that
             ``state.suspects`` ranks; then pass ``index=``.
@@ -62,8 +63,9 @@ class DynCIMLoss(nn.Module):
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
-            the samples whose loss or entropy they make so, their gradient included (a class
-            ruled out by minus infinity does not). Neither lets them into the state.
+            the samples whose NLL or entropy they make so, their gradient included (a class
+            ruled out by minus infinity does not, whose loss label smoothing makes infinite all
+            the same). Neither lets them into the state.
         reduction: "mean" (over samples, or over class weights as cross-entropy does),
             "sum" or "none"; the criterion's own when ``None``.
         backend: "eager", "native" or "triton", see ``backends``; the fastest that takes
@@ -169,7 +171,7 @@ class DynCIMLoss(nn.Module):
 
         Returns:
             A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
-            logits).
+            logits); in what the criterion gives where it is the plain criterion.
 
         Raises:
             TypeError: An argument is not a tensor of the dtype described.
@@ -249,14 +251,18 @@ class DynCIMLoss(nn.Module):
     ) -> Tensor:
         """The joint objective of any criterion that gives one loss per sample."""
         settings = self._settings(self.state)
-        criterion = Criterion(target, ignore_index=self._ignore_index())
+        neutral = self._is_neutral() and len(heads) == 1
+        value = self._plain(heads[0], target) if neutral else None  # first, as it may be rejected
+        weight = _mean_weight(self.criterion)
+        _checks.check_class_weight(weight, heads[0])
+        criterion = Criterion(target, weight, ignore_index=self._ignore_index())
         found = kernels.statistics(heads, present, criterion)
         usable = present
         if settings.skip_nonfinite:
             finite = (found.rows[1] + found.rows[2]).isfinite()
             usable = finite if present is None else finite & present
         losses = []
-        for h, head in enumerate(heads):
+        for h, head in enumerate(() if neutral else heads):
             if usable is None:
                 losses.append(self._per_sample(head, target))
             else:  # zeros in, so that a row left out cannot have a NaN gradient
@@ -264,8 +270,8 @@ class DynCIMLoss(nn.Module):
                 losses.append(torch.where(usable[h], loss, 0.0))
         classes, averages = heads[0].shape[1], self.state.averages()
         coefficient = eager.weigh(found, present, criterion, classes, averages, memory, settings)
-        if self._is_neutral() and len(heads) == 1:
-            return self._plain(heads[0], target)
+        if value is not None:
+            return value
         return eager.combine(coefficient, torch.stack(losses), settings)
 
     def _settle(
@@ -338,8 +344,8 @@ class DynCIMLoss(nn.Module):
         if loss.shape != logits.shape[:1]:
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
-                f'{list(loss.shape)}; construct it with reduction="none", and pass '
-                'reduction="mean" to DynCIMLoss'
+                f'{list(loss.shape)}; one that reduces must be a module whose reduction is "none", '
+                'with reduction="mean" given to DynCIMLoss'
             )
         return loss
 
@@ -354,11 +360,9 @@ class DynCIMLoss(nn.Module):
             return losses
         if self.reduction == "sum":
             return losses.sum()
-        mass = kept
-        if _is_cross_entropy(self.criterion) and not target.is_floating_point():
-            weight = self.criterion.weight
-            if weight is not None:  # the mean of cross-entropy is over class weights
-                mass = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+        mass, weight = kept, _mean_weight(self.criterion)
+        if weight is not None and not target.is_floating_point():
+            mass = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
         return losses.sum() / mass.sum()
 
     @override
@@ -369,6 +373,13 @@ class DynCIMLoss(nn.Module):
             f"unimodal_strength={self.unimodal_strength}, "
             f"held_out={self.held_out}, nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
         )
+
+
+def _mean_weight(criterion: object) -> Tensor | None:
+    """Class weights that the criterion's mean is over, as cross-entropy's is."""
+    if isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return criterion.weight
+    return None
 
 
 def _class_weight(criterion: nn.CrossEntropyLoss) -> Tensor | None:

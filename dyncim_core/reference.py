@@ -449,7 +449,7 @@ def class_shift(
 ) -> Array:
     """How a batch moves the logarithm of the average that each class's weights are divided by.
 
-    ``log(1 + (1 - decay^n) (mean - 1))`` for a class with n samples. Definition chosen here.
+    ``log(decay^n + (1 - decay^n) mean)`` for a class with n samples. Definition chosen here.
 
     Args:
         weights: ``[B]``, >= 0.
@@ -470,7 +470,8 @@ def class_shift(
     shift = np.zeros(num_groups)
     for k in np.unique(of):
         mine = w[of == k]
-        shift[k] = np.log1p((1 - decay ** len(mine)) * (mine.mean() - 1))
+        kept = decay ** len(mine)
+        shift[k] = np.log(kept + (1 - kept) * mine.mean())
     return shift
 
 

@@ -351,7 +351,7 @@ def class_shift(
 ) -> Tensor:
     """How a batch moves the logarithm of the average that each class's weights are divided by.
 
-    ``log(1 + (1 - decay^n) (mean - 1))`` for a class with n samples in the batch, whose weights
+    ``log(decay^n + (1 - decay^n) mean)`` for a class with n samples in the batch, whose weights
     have the given mean: it comes to rest where that is 1, so that weighting leaves classes as
     frequent as they are. Definition chosen here.
 
@@ -373,7 +373,8 @@ def class_shift(
     counted = torch.ones_like(weights) if valid is None else valid.to(weights.dtype)
     sums = weights.new_zeros((2, num_groups))
     number, total = sums.index_add_(1, group, torch.stack([counted, counted * weights]))
-    return torch.log1p((1.0 - decay**number) * (total / number.clamp_min(1.0) - 1.0))
+    kept = decay**number
+    return (kept + (1.0 - kept) * total / number.clamp_min(1.0)).log()
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:

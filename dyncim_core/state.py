@@ -80,6 +80,9 @@ class CurriculumState(KeepsDtype):
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
+        memory_nll, memory_visits: Of each sample and head, ``[N, M + 1]``: average NLL in nats, and
+            visits (int32); with ``num_samples``, as is
+        memory_weight: ``[N]``, the last weight of each sample.
         nonfinite: int64 scalar, samples left out because their statistics are not finite.
 
     Raises:
@@ -214,7 +217,7 @@ class CurriculumState(KeepsDtype):
             ``Suspects`` with ``indices`` and ``scores``, ``[k]``, on the state's device.
 
         Raises:
-            RuntimeError: There is no per-sample memory.
+            RuntimeError: There is no per-sample memory, or nothing in it.
             ValueError: ``k`` is out of range, or ``modality`` is unknown or the only one.
 
         Example:
@@ -232,13 +235,18 @@ class CurriculumState(KeepsDtype):
             k = self.num_samples
         if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= self.num_samples:
             raise ValueError(f"k: expected a whole number in [1, {self.num_samples}], got {k!r}")
+        position = None if modality is None else self._position(modality)
         nll, visited = self.memory_nll, self.memory_visits > 0
-        if modality is None:
+        if not visited.any():
+            raise RuntimeError(
+                "suspects: expected samples that were trained on, got none; pass index= to the loss"
+            )
+        if position is None:
             weight = torch.where(visited, trust(self.skill).square(), 0.0)
             ranked = visited.any(dim=1)
             score = (weight * nll).sum(dim=1) / torch.where(ranked, weight.sum(dim=1), 1.0)
         else:
-            head = 1 + self._position(modality)
+            head = 1 + position
             others = visited[:, 1:].clone()
             others[:, head - 1] = False
             count = others.sum(dim=1)

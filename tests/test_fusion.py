@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, kernels, redundancy
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels, redundancy
 from dyncim_core import reference as ref
 from dyncim_core.kernels.interface import Gate
 
@@ -696,3 +697,34 @@ def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any
     with pytest.raises(TypeError, match="state: expected contiguous float32 buffers, got"):
         criterion(logits, target, unimodal=unimodal)
     assert criterion.state.step == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on() -> None:
+    torch.manual_seed(0)
+    samples = torch.arange(400)
+    out = held_out(samples, 0.05)
+    index = torch.cat([samples[out][:6], samples[~out][:58]])
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=400)
+    fusion = GatedFusion([3, 2], state=criterion.state, dropout=0.0, novelty_slope=0.0)
+    encoders = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 2)])
+    heads, head = nn.ModuleList([nn.Linear(3, 3), nn.Linear(2, 3)]), nn.Linear(5, 3)
+    x, target = torch.randn(64, 4), torch.arange(64) % 3
+
+    def model(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = [encoder(x) for encoder in encoders]
+        unimodal = [own(feature) for own, feature in zip(heads, features, strict=True)]
+        fused, _, gated = fusion(features, unimodal=unimodal)
+        return head(fused) + gated, unimodal
+
+    def gradient(call: Any) -> Tensor:
+        state = criterion.state
+        state.reset_parameters()
+        state.skill.copy_(torch.tensor([0.8, 0.8, 0.1]))  # the second has little of a vote
+        logits, unimodal = call(x)
+        criterion(logits, target, unimodal=unimodal, index=index)
+        assert not 0.05 < state.skill[2] < 0.15
+        return torch.autograd.grad(logits.sum(), [encoders[1].weight])[0]
+
+    assert_allclose(gradient(torch.compile(model)), gradient(model), rtol=1e-4)

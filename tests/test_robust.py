@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from dyncim_core import (
     held_out,
     kernels,
 )
+from dyncim_core import reference as ref
 
 BACKENDS = [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -265,6 +268,7 @@ def test_logits_that_overflow_only_in_a_sum_are_finite(backend: str) -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend=backend)
     criterion(logits.requires_grad_(), torch.tensor([1, 1]), unimodal=[logits.detach()] * 2)
     assert criterion.state.nonfinite == 0
+    assert all(buffer.isfinite().all() for buffer in criterion.state.buffers())
 
 
 @each_backend
@@ -321,3 +325,74 @@ def test_a_batch_of_nothing_but_held_out_samples_is_not_trained_on(
     assert criterion.state.held_out_mass.all()
     rest = (~held_out(torch.arange(8), 0.3)).nonzero().squeeze(1)[:2]
     assert (criterion(logits[0], target, unimodal=logits[1:], index=rest) > 0.0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.95])
+def test_a_rare_class_that_all_heads_deny_keeps_its_weight(backend: str, decay: float) -> None:
+    """Or it would never be learnt, and be denied the more."""
+    state = CurriculumState(2, num_samples=60, decay=decay)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), state=state, label_noise=1.0, held_out=0.0, backend=backend
+    )
+    index = torch.arange(60)
+    target = (index % 10 == 0).long()
+    logits = (torch.tensor([2.2, 0.0]) + 0.1 * torch.randn(60, 2)).requires_grad_()
+    for _ in range(200):
+        criterion(logits, target, unimodal=[logits.detach()] * 2, index=index)
+    assert_allclose(state.memory_weight[target == 1].mean(), 1.0, rtol=1e-3)
+    assert_allclose(state.memory_weight[target == 0].mean(), 1.0, rtol=1e-3)
+    assert not state.log_class_average[2:].any()
+
+
+@each_backend
+def test_a_modality_that_is_not_heard_for_long_keeps_its_skill(backend: str) -> None:
+    """Averages of nothing would fade to the smallest numbers, whose ratio is anything."""
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=64, backend=backend)
+    index, target = torch.arange(64), torch.arange(64) % 4
+    assert held_out(index, 0.05).any()
+    logits = torch.eye(4)[target].requires_grad_()
+    weak = torch.eye(4)[torch.where(index < 32, target, 0)]
+    both, one = torch.ones(64, 2, dtype=torch.bool), torch.tensor([True, False]).expand(64, 2)
+    criterion(logits, target, unimodal=[logits.detach(), weak], index=index, present=both)
+    before = criterion.state.skill.clone()
+    assert 0 < before[2] < 1
+    for _ in range(2200):
+        criterion(logits, target, unimodal=[logits.detach(), weak], index=index, present=one)
+    assert torch.equal(criterion.state.skill[2], before[2])
+
+
+def test_a_compiled_loss_takes_no_negative_index() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, num_samples=8)
+    compiled = torch.compile(criterion, backend="aot_eager")
+    logits, target = heads(count=2)
+    with pytest.raises((IndexError, RuntimeError), match=r"index|out of"):
+        compiled(logits[0], target, unimodal=logits[1:], index=torch.arange(8) - 1)
+    assert not criterion.state.memory_visits.any()
+
+
+@each_backend
+@pytest.mark.parametrize("make", [torch.ones, partial(torch.ones, requires_grad=True)])
+def test_a_class_weight_that_autograd_cannot_take_moves_no_state(
+    backend: str, make: Callable[[int], Tensor]
+) -> None:
+    logits, target = heads(count=2)
+    with torch.inference_mode(make is torch.ones):
+        weight = make(logits[0].shape[1])
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend=backend)
+    criterion.criterion.weight = weight  # type: ignore[union-attr]
+    with pytest.raises((RuntimeError, ValueError), match="weight: expected"):
+        criterion(logits[0], target, unimodal=logits[1:])
+    assert criterion.state.step == 0
+
+
+@each_backend
+@pytest.mark.parametrize("modalities", [8, 9])
+def test_a_fusion_takes_as_many_modalities_as_its_kernels(backend: str, modalities: int) -> None:
+    state = CurriculumState(modalities)
+    state.skill.copy_(torch.linspace(0.9, 0.1, 1 + modalities))
+    fusion = GatedFusion([2] * modalities, state=state, dropout=0.0, backend=backend)
+    features = [torch.randn(4, 2) for _ in range(modalities)]
+    gates = fusion(features, unimodal=[torch.zeros(4, 3)] * modalities).gates
+    expected = ref.votes(state.skill[1:])
+    assert_allclose(gates, (expected / expected.sum())[None].repeat(4, axis=0), rtol=1e-5)

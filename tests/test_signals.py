@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dyncim_core import reference as ref
 from dyncim_core.signals import (
+    class_shift,
     contradiction,
     credible_noise,
     difficulty,
@@ -374,6 +375,66 @@ def test_without_strength_all_weigh_one(surprised: Array, hard: Array) -> None:
         to_torch(surprised), to_torch(hard), surprise_strength=0.0, pacing_strength=0.0
     )
     assert weights.tolist() == [1.0] * 5
+
+
+@st.composite
+def classes_of(draw: st.DrawFn) -> tuple[Array, Array, Array]:
+    """Weights, groups of classes and which samples are valid."""
+    size = draw(st.integers(0, 12))
+    weights, group = draw(arrays(size, reals(0, 8))), draw(arrays(size, st.integers(0, 3)))
+    return weights, group.astype(np.int64), draw(arrays(size, st.booleans())).astype(bool)
+
+
+@given(classes_of(), st.sampled_from([0.0, 0.5, 0.95]))
+def test_class_shift_agrees_with_the_reference(
+    case: tuple[Array, Array, Array], decay: float
+) -> None:
+    weights, group, valid = case
+    weights = np.maximum(weights, 1e-18)
+    tensors = to_torch(weights), torch.from_numpy(group)
+    actual = class_shift(*tensors, 5, decay, torch.from_numpy(valid))
+    assert_allclose(actual, ref.class_shift(weights, group, 5, decay, valid), rtol=1e-9, atol=1e-12)
+    assert not actual[4]
+
+
+@given(arrays(12, reals(0, 3)), st.integers(0, 100))
+def test_classes_come_to_weigh_what_they_are_frequent(surprised: Array, seed: int) -> None:
+    group = torch.from_numpy(np.random.default_rng(seed).integers(3, size=12))
+    average = torch.zeros(3).double()
+    options = {"surprise_strength": 1.0, "pacing_strength": 0.0}
+    for _ in range(200):
+        weights = sample_weights(
+            to_torch(surprised),
+            torch.zeros(12).double(),
+            **options,
+            log_class_average=average[group],
+        )
+        average += class_shift(weights, group, 3, 0.9)
+    for k in group.unique():
+        mine = (group == k).numpy()
+        assert_allclose(weights[mine].mean(), 1.0, rtol=1e-3)
+        expected = np.exp(-surprised[mine])
+        assert_allclose(weights[mine], expected / expected.mean(), rtol=1e-2)
+
+
+@given(weighing(), arrays(12, reals(-3, 3)))
+def test_sample_weights_are_over_the_average_of_the_class(
+    case: tuple[Array, Array, Array, float, float], average: Array
+) -> None:
+    surprised, hard, valid, rho, kappa = case
+    average = average[: len(hard)]
+    options = {"surprise_strength": rho, "pacing_strength": kappa}
+    actual = sample_weights(
+        to_torch(surprised),
+        to_torch(hard),
+        **options,
+        valid=torch.from_numpy(valid),
+        log_class_average=to_torch(average),
+    )
+    expected = ref.sample_weights(
+        surprised, hard, **options, valid=valid, log_class_average=average
+    )
+    agree(actual, expected, torch.float64)
 
 
 @st.composite

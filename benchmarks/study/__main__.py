@@ -28,6 +28,7 @@ SECONDS = {
     "digits": 4.0,
     "starving": 2.0,
     "dominated": 2.0,
+    "rare": 1.5,
     "together": 2.0,
     "diabetes": 1.0,
 }

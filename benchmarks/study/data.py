@@ -17,13 +17,22 @@ REPOSITORY = Path(__file__).parents[2]
 UCI = REPOSITORY / "examples" / "data" / "uci_multiple_features.npz"
 SPOKEN = REPOSITORY.parent / "shared" / "data" / "free_spoken_digits.npz"
 # How often an epoch the test score is taken; where few epochs decide, more often.
-MARKS = {"uci": 1, "digits": 1, "starving": 4, "dominated": 1, "together": 1, "diabetes": 1}
+MARKS = {
+    "uci": 1,
+    "digits": 1,
+    "starving": 4,
+    "dominated": 1,
+    "together": 1,
+    "rare": 1,
+    "diabetes": 1,
+}
 EPOCHS = {
     "uci": 40,
     "digits": 15,
     "starving": 40,
     "dominated": 40,
     "together": 40,
+    "rare": 40,
     "diabetes": 60,
 }
 
@@ -83,7 +92,7 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
 
     Args:
         name: ``uci:VIEW+VIEW...``, ``digits``, ``starving``, ``dominated``,
-            ``together`` or ``diabetes``.
+            ``together``, ``rare`` or ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -101,10 +110,13 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         return _dominated(rng)
     if name == "together":
         return _together(rng)
+    if name == "rare":
+        return _rare(rng)
     if name == "diabetes":
         return _diabetes(rng)
     raise ValueError(
-        f"data: expected uci:VIEWS, digits, starving, dominated, together or diabetes, got {name!r}"
+        "data: expected uci:VIEWS, digits, starving, dominated, together, rare or diabetes, "
+        f"got {name!r}"
     )
 
 
@@ -214,6 +226,21 @@ def _together(rng: np.random.Generator) -> Split:
     truth = torch.from_numpy(label)
     split = _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), 4)
     return replace(split, hidden=128)
+
+
+def _rare(rng: np.random.Generator) -> Split:
+    """Two classes that overlap, one of them a tenth of the training set and half of the test set.
+
+    Its samples surprise all heads as wrong labels do, the more so until they are learnt.
+    """
+    size, train = 3000, 1000
+    label = np.where(np.arange(size) < train, rng.random(size) < 0.1, rng.random(size) < 0.5)
+    inputs = {}
+    for name, width in (("first", 20), ("second", 12)):
+        x = rng.standard_normal((size, width)).astype(np.float32) + 0.35 * label[:, None]
+        inputs[name] = torch.from_numpy(x.astype(np.float32))
+    truth = torch.from_numpy(label.astype(np.int64))
+    return _split(inputs, truth, truth, slice(0, train), slice(train, None), 2)
 
 
 def _diabetes(rng: np.random.Generator) -> Split:

@@ -72,6 +72,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("diabetes",), ("symmetric-40",), PEERS, range(5)),
         Block((OTHERS[1], ALL), ("clean",), (CEILING,), range(5)),
         Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(5)),
+        Block(("rare",), ("clean",), (*PEERS, "dyncim/class-counts"), range(5)),
     ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (

@@ -27,6 +27,7 @@ EPOCH = {
     "digits": 1000,
     "starving": 1000,
     "dominated": 1000,
+    "rare": 1000,
     "together": 1000,
     "diabetes": 300,
 }

@@ -32,8 +32,7 @@ def backends() -> dict[str, str]:
         For each backend "available", or the reason why it is not. Of those that are, a
         call on a CPU takes "native" (C), one on a GPU "triton", and "eager" (plain
         PyTorch) takes what these two do not: float64, class probabilities, tensor
-        subclasses, function transforms, and everything under ``torch.compile``, which
-        fuses it itself.
+        subclasses, and everything under ``torch.compile``, which fuses it itself.
 
     Example:
         >>> backends()["eager"]

@@ -417,8 +417,8 @@ static void level(const Problem *p, const uint8_t *weighed, const float *weight,
         }
     for (int64_t g = 0; g < groups; g++)
         if (number[g] > 0.0) {
-            double moved = (1.0 - pow(decay, number[g])) * (total[g] / number[g] - 1.0);
-            s->log_class_average[g] = (float)clamp(s->log_class_average[g] + log1p(moved),
+            double kept = pow(decay, number[g]), now = kept + (1.0 - kept) * total[g] / number[g];
+            s->log_class_average[g] = (float)clamp(s->log_class_average[g] + log(now),
                                                    -MOST_LEVELLED, MOST_LEVELLED);
         }
 }

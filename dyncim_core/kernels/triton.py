@@ -679,8 +679,8 @@ def _curriculum(
     group = tl.arange(0, groups)
     number = tl.load(of_classes + group)
     mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
-    moved = (1.0 - tl.exp(number * decays[2])) * (mean - 1.0)
-    level = tl.load(buffers.log_class_average + group) + tl.log(tl.maximum(1.0 + moved, 1e-30))
+    stays = tl.exp(number * decays[2])
+    level = tl.load(buffers.log_class_average + group) + tl.log(stays + (1.0 - stays) * mean)
     level = tl.minimum(tl.maximum(level, -_MOST_LEVELLED), _MOST_LEVELLED)
     tl.store(buffers.log_class_average + group, level)
 
