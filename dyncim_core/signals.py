@@ -373,8 +373,9 @@ def class_shift(
     counted = torch.ones_like(weights) if valid is None else valid.to(weights.dtype)
     sums = weights.new_zeros((2, num_groups))
     number, total = sums.index_add_(1, group, torch.stack([counted, counted * weights]))
-    kept = decay**number
-    return (kept + (1.0 - kept) * total / number.clamp_min(1.0)).log()
+    kept: Tensor = decay**number
+    moved: Tensor = kept + (1.0 - kept) * total / number.clamp_min(1.0)
+    return moved.log()
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:

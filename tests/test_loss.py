@@ -976,3 +976,43 @@ def test_batch_sizes_do_not_compile_anew() -> None:
         step(a, b, torch.arange(size) % 3, torch.arange(size)).backward()
     assert counter.frame_count <= 2
     assert state.step == 5
+
+
+class Smooth(nn.CrossEntropyLoss):
+    """A cross-entropy with a forward of its own, which takes the path of any criterion."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().forward(logits, target)
+
+
+@pytest.mark.parametrize("make", [nn.NLLLoss, Smooth])
+def test_the_mean_of_any_cross_entropy_is_over_class_weights(make: Any) -> None:
+    weight = torch.tensor([0.1, 1.0, 10.0, 0.5, 2.0])
+    fused, others, target = batch(size=30)
+    logits = [x.detach().log_softmax(dim=1).requires_grad_() for x in (fused, *others)]
+    found, expected = (
+        DynCIMLoss(criterion, **PLAIN)(logits[0], target, unimodal=logits[1:])
+        for criterion in (make(weight=weight), nn.CrossEntropyLoss(weight=weight))
+    )
+    assert_allclose(found.item(), expected.item(), rtol=1e-5)
+    wrapped = DynCIMLoss(make(weight=weight), **PLAIN)
+    assert_allclose(wrapped(logits[0], target).item(), wrapped.eval()(logits[0], target).item())
+
+
+def test_a_criterion_that_decides_alone_is_called_once() -> None:
+    calls = []
+
+    def criterion(logits: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    fused, _, target = batch()
+    DynCIMLoss(criterion, **PLAIN)(fused, target)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("target", [torch.zeros(9, 3, dtype=torch.int64), torch.zeros(9)])
+def test_a_target_of_the_other_dtype_is_told_apart(target: Tensor) -> None:
+    message = rf"target: expected .*int64, or .*floating-point, got {target.dtype} of shape"
+    with pytest.raises(TypeError, match=message):
+        DynCIMLoss(nn.CrossEntropyLoss())(torch.zeros(9, 3, requires_grad=True), target)

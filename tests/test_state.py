@@ -329,3 +329,14 @@ def test_suspects_need_a_memory() -> None:
 def test_decays_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected a value in \[0, 1\), got"):
         CurriculumState(**{name: value})
+
+
+def test_suspects_of_nothing_are_refused() -> None:
+    state = CurriculumState(2, num_samples=4)
+    with pytest.raises(RuntimeError, match=r"suspects: expected samples .*pass index= to the loss"):
+        state.suspects(2)
+
+
+def test_no_modality_is_named_as_the_fused_head() -> None:
+    with pytest.raises(ValueError, match=r"modalities: expected names other than .*'fused'"):
+        CurriculumState(["audio", "fused"])
