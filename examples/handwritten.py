@@ -171,7 +171,7 @@ def run(task: Task) -> Result:
             optimizer.step()
         if curriculum:
             history.append(snapshot(network, state, split))
-    suspects = state.suspects().indices
+    suspects = state.suspects().indices if curriculum else torch.arange(0)
     wrong = (split.labels != split.truth)[suspects]
     return Result(task, evaluate(network, split, task), history, suspects.numpy(), wrong.numpy())
 
