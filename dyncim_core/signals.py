@@ -374,7 +374,7 @@ def class_shift(
     sums = weights.new_zeros((2, num_groups))
     number, total = sums.index_add_(1, group, torch.stack([counted, counted * weights]))
     kept: Tensor = decay**number
-    moved: Tensor = kept + (1.0 - kept) * total / number.clamp_min(1.0)
+    moved: Tensor = (total / number.clamp_min(1.0)).lerp(kept.new_ones(()), kept)
     return moved.log()
 
 

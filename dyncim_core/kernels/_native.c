@@ -407,17 +407,19 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
 /* Move what the weights of each class are divided by towards weights of mean 1. */
 static void level(const Problem *p, const uint8_t *weighed, const float *weight, State *s,
                   double decay) {
-    double number[GROUPS], total[GROUPS];
+    double number[GROUPS], total[GROUPS], kept[GROUPS];
     int64_t groups = p->classes < GROUPS ? p->classes : GROUPS;
-    for (int64_t g = 0; g < groups; g++) number[g] = total[g] = 0.0;
+    for (int64_t g = 0; g < groups; g++) number[g] = total[g] = 0.0, kept[g] = 1.0;
     for (int64_t i = 0; i < p->batch; i++)
         if (weighed[i]) {
-            number[p->target[i] % GROUPS] += 1.0;
-            total[p->target[i] % GROUPS] += weight[i];
+            int64_t g = p->target[i] % GROUPS;
+            number[g] += 1.0;
+            total[g] += weight[i];
+            kept[g] *= decay;
         }
     for (int64_t g = 0; g < groups; g++)
         if (number[g] > 0.0) {
-            double kept = pow(decay, number[g]), now = kept + (1.0 - kept) * total[g] / number[g];
+            double now = kept[g] + (1.0 - kept[g]) * total[g] / number[g];
             s->log_class_average[g] = (float)clamp(s->log_class_average[g] + log(now),
                                                    -MOST_LEVELLED, MOST_LEVELLED);
         }

@@ -254,19 +254,20 @@ def weigh(
     noise = buffers.label_noise
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
-    group = None
+    average, group, own = buffers.log_class_average, None, None
     if not target.is_floating_point():
-        group = torch.where(counts, target, 0) % len(buffers.log_class_average)
+        group = torch.where(counts, target, 0) % len(average)
+        own = average.index_select(0, group)
     weights = sample_weights(
         surprise(nll, entropy, num_classes, present),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
-        log_class_average=None if group is None else buffers.log_class_average[group],
+        log_class_average=own,
     )
     if group is not None:
-        level(buffers.log_class_average, weights, group, weighed, settings.decay)
+        level(average, weights, group, weighed, settings.decay)
 
     doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
