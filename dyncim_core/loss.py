@@ -27,7 +27,8 @@ class DynCIMLoss(nn.Module):
     Per sample, ``w_i * (loss[0, i] + gamma * sum_m c_m * loss[m, i])``, where head 0 is
     the fused prediction and heads 1 to M the unimodal ones. The sample weights ``w``
     (mean 1) are small for labels that confident heads contradict, as far as the run
-    itself shows label noise, and favour easy samples while the model is incompetent.
+    itself shows label noise, favour easy samples while the model is incompetent, and leave
+    classes as frequent as they are.
     The modality coefficients ``c`` favour modalities that lag behind the fusion, and
     count those little that show on held-out samples next to nothing of what it knows.
     Both are detached. The paper (arXiv 2503.06456) names these parts; the formulas are

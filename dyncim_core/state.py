@@ -80,9 +80,9 @@ class CurriculumState(KeepsDtype):
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
-        memory_nll, memory_visits: Of each sample and head, ``[N, M + 1]``: average NLL in nats, and
-            visits (int32); with ``num_samples``, as is
-        memory_weight: ``[N]``, the last weight of each sample.
+        memory_nll, memory_visits, memory_weight: With ``num_samples``, of each sample and head,
+            ``[N, M + 1]``, the average NLL in nats and how often it was seen (int32); and the last
+            weight of each sample, ``[N]``.
         nonfinite: int64 scalar, samples left out because their statistics are not finite.
 
     Raises:

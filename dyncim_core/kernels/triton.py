@@ -1,10 +1,10 @@
 """The kernels in Triton, for class indices and logits of up to 32 bits on a GPU.
 
-Three launches a step: ``_statistics`` reads the logits of all heads once, whatever C is,
-``_curriculum`` weighs the batch and updates the state, ``_gradients`` reads the logits
-again and writes the gradients. Nothing is read on the host, so that nothing out of range
-is an error here: such a target makes its loss NaN, unless it is held out, such an index is
-passed over.
+Four launches a step, one of which only fills in zeros: ``_statistics`` reads the logits of
+all heads once, whatever C is, ``_curriculum`` weighs the batch and updates the state,
+``_gradients`` reads the logits again and writes the gradients. Nothing is read on the host,
+so that nothing out of range is an error here: such a target makes its loss NaN, unless it is
+held out, such an index is passed over.
 
 eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
 """
