@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "as_list",
@@ -22,6 +23,7 @@ __all__ = [
     "check_heads",
     "check_index",
     "check_instance",
+    "check_no_tangent",
     "check_present",
     "check_range",
     "check_savable",
@@ -161,6 +163,18 @@ def check_first_pass(name: str) -> None:
         raise RuntimeError(
             f"{name}: expected one call for each backward, got another from within it, as "
             "torch.utils.checkpoint does; leave it outside of what is checkpointed"
+        )
+
+
+def check_no_tangent(heads: Sequence[Tensor]) -> None:
+    """No logits with a forward-mode gradient."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    tangents = (forward_ad.unpack_dual(head).tangent for head in heads)  # type: ignore[no-untyped-call]
+    if any(tangent is not None for tangent in tangents):
+        raise NotImplementedError(
+            "logits: expected none with a forward-mode gradient, got a tangent; the loss has a "
+            "backward alone"
         )
 
 

@@ -181,6 +181,7 @@ class DynCIMLoss(nn.Module):
                 assertion, or from Triton's kernels a loss of NaN and no memory).
             RuntimeError: The backend asked for does not take the tensors; or, in training, it
                 is called again in the backward, as ``torch.utils.checkpoint`` does.
+            NotImplementedError: In training, logits have a forward-mode gradient.
         """
         # Where Module.__getattr__, which is slow, would find them.
         state = cast(CurriculumState, self._modules["state"])
@@ -214,6 +215,7 @@ class DynCIMLoss(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
+        _checks.check_no_tangent(heads)
         _checks.check_savable(heads, target, None if read is None else read.weight)
 
         if present is not None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dyncim_core import (
@@ -396,3 +397,25 @@ def test_a_fusion_takes_as_many_modalities_as_its_kernels(backend: str, modaliti
     gates = fusion(features, unimodal=[torch.zeros(4, 3)] * modalities).gates
     expected = ref.votes(state.skill[1:])
     assert_allclose(gates, (expected / expected.sum())[None].repeat(4, axis=0), rtol=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_a_forward_mode_gradient_is_refused_before_the_state_moves(
+    backend: str, plain: bool
+) -> None:
+    logits, target = heads(count=2)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend=backend)
+    if plain:
+        criterion.eval()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits[0], torch.ones_like(logits[0]))
+        if plain:
+            found = criterion(dual, target)
+            assert forward_ad.unpack_dual(found).tangent is not None
+        else:
+            with pytest.raises(NotImplementedError, match=r"logits: .*forward-mode"):
+                criterion(dual, target, unimodal=logits[1:])
+            criterion(logits[0], target, unimodal=logits[1:])
+    assert criterion.state.step == (0 if plain else 1)
