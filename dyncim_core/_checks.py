@@ -172,7 +172,7 @@ def check_no_tangent(heads: Sequence[Tensor]) -> None:
         return
     tangents = (forward_ad.unpack_dual(head).tangent for head in heads)  # type: ignore[no-untyped-call]
     if any(tangent is not None for tangent in tangents):
-        raise NotImplementedError(
+        raise RuntimeError(
             "logits: expected none with a forward-mode gradient, got a tangent; the loss has a "
             "backward alone"
         )

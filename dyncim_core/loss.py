@@ -179,9 +179,9 @@ class DynCIMLoss(nn.Module):
             ValueError: Shapes, devices or modalities do not fit.
             IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
                 assertion, or from Triton's kernels a loss of NaN and no memory).
-            RuntimeError: The backend asked for does not take the tensors; or, in training, it
-                is called again in the backward, as ``torch.utils.checkpoint`` does.
-            NotImplementedError: In training, logits have a forward-mode gradient.
+            RuntimeError: The backend asked for does not take the tensors; or, in training, logits
+                have a forward-mode gradient, or it is called again in the backward, as
+                ``torch.utils.checkpoint`` does.
         """
         # Where Module.__getattr__, which is slow, would find them.
         state = cast(CurriculumState, self._modules["state"])

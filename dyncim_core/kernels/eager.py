@@ -58,7 +58,6 @@ __all__ = [
     "disturbance_rates",
     "gate",
     "gradients",
-    "level",
     "mix",
     "novelty",
     "observe",
