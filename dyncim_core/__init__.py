@@ -33,11 +33,11 @@ from dyncim_core.modality import (
     votes,
 )
 from dyncim_core.signals import (
-    class_shift,
     contradiction,
     credible_noise,
     difficulty,
     held_out,
+    log_weights,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -61,7 +61,6 @@ __all__ = [
     "augmentation_rates",
     "backends",
     "balance_factor",
-    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",
@@ -72,6 +71,7 @@ __all__ = [
     "held_out",
     "improvement_ratios",
     "log_prior",
+    "log_weights",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",

@@ -1,4 +1,4 @@
-"""The scales that formulas share, from the number of classes."""
+"""The scale that formulas share, from the number of classes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,3 @@ import math
 def per_log_classes(num_classes: int) -> float:
     """``1 / log C``, the scale from nats to shares of the largest entropy; 0 when C = 1."""
     return 1.0 / math.log(num_classes) if num_classes > 1 else 0.0
-
-
-def error_of_guessing(num_classes: int) -> float:
-    """``1 - 1 / C``, how often a guess among the classes is wrong."""
-    return 1.0 - 1.0 / num_classes

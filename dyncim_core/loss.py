@@ -88,7 +88,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(4.1589, grad_fn=<_ObjectiveBackward>)
+        tensor(4.1590, grad_fn=<_ObjectiveBackward>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core._units import error_of_guessing, per_log_classes
+from dyncim_core._units import per_log_classes
 
 __all__ = [
     "augmentation_rates",
@@ -242,28 +242,28 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None 
     return torch.minimum(share, shown[0] / (1.0 + harmonic_mean_improvement_rate(shown.log())))
 
 
-def skill(hit_rate: Tensor, num_classes: int) -> Tensor:
-    """What is left of the hits after those of guessing: 0 is chance, 1 always right.
+def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
+    """What is left of the hits after those of chance: 0 is guessing, 1 always right.
 
-    Of samples that were not trained on, it tells what generalises, which the quality of a
-    head that knows its training set by heart does not. Definition chosen here.
+    ``(h - c) / (1 - c)``, Cohen's kappa. Of samples that were not trained on, it tells what
+    generalises, which the quality of a head that knows its training set by heart does not. The
+    use of it is chosen here.
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, any shape in [0, 1].
-        num_classes: Number of classes C.
+        chance: The same for targets drawn from the training set, whatever the sample: the mean
+            frequency of the predicted classes, in [0, 1]; 1 / C when classes are balanced.
 
     Returns:
-        Same shape, in [0, 1]; 0 when C = 1, and for less than 1e-4.
+        Same shape, in [0, 1]; 0 for less than 1e-4.
 
     Example:
-        >>> skill(torch.tensor([0.25, 0.5, 1.0]), num_classes=4)
+        >>> skill(torch.tensor([0.25, 0.5, 1.0]), chance=0.25)
         tensor([0.0000, 0.3333, 1.0000])
     """
-    guessing = error_of_guessing(num_classes)
-    if guessing == 0.0:
-        return torch.zeros_like(hit_rate)
-    found = (1.0 - (1.0 - hit_rate) / guessing).clamp(0.0, 1.0)
-    return torch.where(found > _SMALLEST_SKILL, found, 0.0)
+    missed_by_chance = 1.0 - torch.as_tensor(chance, dtype=hit_rate.dtype)
+    found = (hit_rate - chance) / missed_by_chance.clamp_min(_SMALLEST_SKILL)
+    return torch.where(found > _SMALLEST_SKILL, found, 0.0).clamp_max(1.0)
 
 
 def trust(skill: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ __all__ = [
     "HeadStatistics",
     "augmentation_rates",
     "balance_factor",
-    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",
@@ -36,6 +35,7 @@ __all__ = [
     "held_out",
     "improvement_ratios",
     "log_prior",
+    "log_weights",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
@@ -395,84 +395,82 @@ def noise_pressure(label_noise: ArrayLike, full_at: float = 0.04) -> Array:
     return np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)
 
 
-def sample_weights(
+def log_weights(
     surprise: ArrayLike,
     difficulty: ArrayLike,
     *,
     surprise_strength: float,
     pacing_strength: float,
     valid: ArrayLike | None = None,
-    log_class_average: ArrayLike | None = None,
 ) -> Array:
-    """Weight of each sample, mean 1 over the valid ones.
+    """``-surprise_strength * surprise - pacing_strength * z(difficulty)``, 40 at most.
 
-    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over the average of
-    its class, over its mean, 1e-18 at least. Definition chosen here; the paper names a curriculum
-    over samples.
+    Definition chosen here; the paper names a curriculum over samples.
 
     Args:
         surprise: ``[B]``, >= 0.
         difficulty: ``[B]`` in [0, 1].
         surprise_strength: >= 0.
         pacing_strength: >= 0.
-        valid: Bool ``[B]``; the others get 1.
-        log_class_average: Of the sample's class, ``[B]``; 0 when ``None``.
+        valid: Bool ``[B]``; the others get 0.
 
     Returns:
-        ``[B]``, >= 0.
+        ``[B]``.
 
     Example:
-        >>> sample_weights([0.0, 2.0], [0.5, 0.5], surprise_strength=1.0,
-        ...                pacing_strength=1.0).round(4).tolist()
-        [1.7616, 0.2384]
+        >>> log_weights([1.0, 2.0], [0.5, 0.5], surprise_strength=1.0, pacing_strength=1.0).tolist()
+        [-1.0, -2.0]
     """
     s = np.asarray(surprise, dtype=np.float64)
     d = np.asarray(difficulty, dtype=np.float64)
     mask = _mask(valid, s.shape)
-    weights = np.ones(s.shape)
+    found = np.zeros(s.shape)
     if mask.any():
         z = (d[mask] - d[mask].mean()) / max(float(d[mask].std()), 1e-4)
-        exponent = -surprise_strength * s[mask] - pacing_strength * z
-        if log_class_average is not None:
-            exponent -= np.asarray(log_class_average, dtype=np.float64)[mask]
-        shares = _shares(np.exp(exponent - exponent.max()))
-        weights[mask] = np.maximum(mask.sum() * shares, 1e-18)
-    return weights
+        found[mask] = -surprise_strength * s[mask] - pacing_strength * z
+    return np.minimum(found, 40.0)
 
 
-def class_shift(
-    weights: ArrayLike,
+def sample_weights(
+    log_weights: ArrayLike,
     group: ArrayLike,
-    num_groups: int,
+    log_average: ArrayLike,
     decay: float,
     valid: ArrayLike | None = None,
-) -> Array:
-    """How a batch moves the logarithm of the average that each class's weights are divided by.
+) -> tuple[Array, Array]:
+    """What each sample has over the running average of its class, 1e-18 at least.
 
-    ``log(decay^n + (1 - decay^n) mean)`` for a class with n samples. Definition chosen here.
+    Definition chosen here.
 
     Args:
-        weights: ``[B]``, >= 0.
-        group: Class of each sample, or its remainder by ``num_groups``, ``[B]``.
-        num_groups: K.
+        log_weights: ``[B]``.
+        group: Class of each sample, or its remainder by K, ``[B]``.
+        log_average: Logarithm of the average of each class so far, ``[K]``.
         decay: In [0, 1).
-        valid: Bool ``[B]``, samples that count; all when ``None``.
+        valid: Bool ``[B]``; the others get 1.
 
     Returns:
-        ``[K]``; 0 for a class without samples.
+        The weights, ``[B]``, and the averages that they are over,
+        ``log(decay^n average + (1 - decay^n) mean)`` for a class with n samples, ``[K]``.
 
     Example:
-        >>> np.exp(class_shift([1.5, 1.5, 0.5], [0, 0, 2], num_groups=3, decay=0.5)).tolist()
-        [1.375, 1.0, 0.75]
+        >>> own, group = np.log([2.0, 2.0, 0.5]), [0, 0, 1]
+        >>> weights, log_average = sample_weights(own, group, [0.0, 0.0], decay=0.5)
+        >>> weights.round(4).tolist(), np.exp(log_average).tolist()
+        ([1.1429, 1.1429, 0.6667], [1.75, 0.75])
     """
-    mask = _mask(valid, np.shape(weights))
-    w, of = np.asarray(weights, dtype=np.float64)[mask], np.asarray(group)[mask]
-    shift = np.zeros(num_groups)
-    for k in np.unique(of):
-        mine = w[of == k]
-        kept = decay ** len(mine)
-        shift[k] = np.log(kept + (1 - kept) * mine.mean())
-    return shift
+    own, of = np.asarray(log_weights, dtype=np.float64), np.asarray(group)
+    average = np.asarray(log_average, dtype=np.float64).copy()
+    mask, weights = _mask(valid, own.shape), np.ones(own.shape)
+    for k in np.unique(of[mask]):
+        mine = mask & (of == k)
+        kept = decay ** int(mine.sum())
+        mean = np.exp(own[mine] - average[k]).mean()
+        with np.errstate(divide="ignore"):
+            moved = np.clip(average[k] + np.log(kept + (1.0 - kept) * mean), -20.0, 20.0)
+        weights[mine] = np.maximum(np.exp(own[mine] - moved), 1e-18)
+        average[k] = moved
+    return weights, average
 
 
 # The modality level. ``log_quality`` is ``[..., M + 1]``, fused head first, with
@@ -674,27 +672,25 @@ def redundancy(
     return np.asarray(share)
 
 
-def skill(hit_rate: ArrayLike, num_classes: int) -> Array:
-    """What is left of the hits after those of guessing, ``(h - 1/C) / (1 - 1/C)``.
+def skill(hit_rate: ArrayLike, chance: ArrayLike) -> Array:
+    """What is left of the hits after those of chance, ``(h - c) / (1 - c)``, Cohen's kappa.
 
-    Definition chosen here.
+    The use of it is chosen here.
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, in [0, 1].
-        num_classes: C.
+        chance: The same for targets drawn from the training set, in [0, 1].
 
     Returns:
-        In [0, 1]; 0 when C = 1, and for less than 1e-4.
+        In [0, 1]; 0 for less than 1e-4.
 
     Example:
-        >>> skill([0.25, 0.5, 1.0], num_classes=4).round(4).tolist()
+        >>> skill([0.25, 0.5, 1.0], chance=0.25).round(4).tolist()
         [0.0, 0.3333, 1.0]
     """
-    h = np.asarray(hit_rate, dtype=np.float64)
-    if num_classes == 1:
-        return np.zeros_like(h)
-    found = np.clip((num_classes * h - 1.0) / (num_classes - 1.0), 0.0, 1.0)
-    return np.where(found > 1e-4, found, 0.0)
+    h, c = np.asarray(hit_rate, dtype=np.float64), np.asarray(chance, dtype=np.float64)
+    found = (h - c) / np.maximum(1.0 - c, 1e-4)
+    return np.where(found > 1e-4, np.minimum(found, 1.0), 0.0)
 
 
 def trust(skill: ArrayLike) -> Array:

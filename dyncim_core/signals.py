@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncim_core._units import error_of_guessing, per_log_classes
+from dyncim_core._units import per_log_classes
 
 __all__ = [
     "SIGNALS",
-    "class_shift",
     "contradiction",
     "credible_noise",
     "difficulty",
     "held_out",
+    "log_weights",
     "noise_pressure",
     "prediction_consistency",
     "prediction_deviation",
@@ -37,6 +37,9 @@ SIGNALS = ("deviation", "consistency", "stability")
 _32_BITS = 2**32 - 1
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
+# In nats, of a weight and of the average of a class: the former over the latter is finite.
+_LARGEST_LOG_WEIGHT = 40.0
+_MOST_LEVELLED = 20.0
 # Of a sample: next to no gradient, and yet means over such samples alone are right.
 _LEAST_WEIGHT = 1e-18
 
@@ -132,7 +135,7 @@ def surprise(
         tensor([0.0000, 0.9888])
     """
     excess = (nll - entropy).clamp_min(0.0)
-    return _mean_over_heads(excess, present) * error_of_guessing(num_classes)
+    return _mean_over_heads(excess, present) * (1.0 - 1.0 / num_classes)
 
 
 def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:
@@ -298,21 +301,18 @@ def noise_pressure(label_noise: Tensor, full_at: float = 0.04) -> Tensor:
     return (label_noise / full_at).clamp(0.0, 1.0)
 
 
-def sample_weights(
+def log_weights(
     surprise: Tensor,
     difficulty: Tensor,
     *,
     surprise_strength: Tensor | float,
     pacing_strength: Tensor | float,
     valid: Tensor | None = None,
-    log_class_average: Tensor | None = None,
 ) -> Tensor:
-    """Weight of each sample: less for surprising labels, and easy samples first.
+    """Logarithm of the weight of each sample, before ``sample_weights`` levels the classes.
 
-    ``exp(-surprise_strength * surprise - pacing_strength * z(difficulty))`` over the average of
-    the sample's class, scaled to mean 1 over the valid samples, 1e-18 at least; ``z``
-    standardises over them. Samples compete with those of their own class: a class that is rare
-    surprises all heads until it is learnt, and would not be if that took its weight away. The
+    ``-surprise_strength * surprise - pacing_strength * z(difficulty)``, 40 at most: less for
+    surprising labels, and easy samples first; ``z`` standardises over the valid samples. The
     paper names a curriculum that reweights samples; this definition is chosen here.
 
     Args:
@@ -320,62 +320,70 @@ def sample_weights(
         difficulty: ``[B]`` in [0, 1].
         surprise_strength: Scalar, >= 0.
         pacing_strength: Scalar, >= 0; falls to 0 as the model becomes competent.
-        valid: Bool ``[B]``, samples to weigh; all when ``None``. The others get 1,
-            whatever they hold.
-        log_class_average: Of the sample's class, ``[B]``, see ``class_shift``; 0 when ``None``.
+        valid: Bool ``[B]``, samples to weigh; all when ``None``. What the others get means
+            nothing.
 
     Returns:
-        ``[B]``, >= 0, mean 1 over the valid samples.
+        ``[B]``.
 
     Example:
-        >>> sample_weights(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.5, 0.5, 0.5]),
-        ...                surprise_strength=2.0, pacing_strength=0.5)
-        tensor([1.4864, 1.4864, 0.0272])
+        >>> log_weights(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.5, 0.5, 0.5]),
+        ...             surprise_strength=2.0, pacing_strength=0.5)
+        tensor([-0., -0., -4.])
     """
     if valid is None:
         valid = torch.ones_like(surprise, dtype=torch.bool)
-    count = valid.sum(dtype=difficulty.dtype).clamp_min(1.0)
-    exponent = -surprise_strength * surprise - pacing_strength * _standardised(
-        difficulty, valid, count
-    )
-    if log_class_average is not None:
-        exponent = exponent - log_class_average
-    # A softmax is the stable form of exp(.) / mean(exp(.)).
-    lowest = torch.finfo(exponent.dtype).min
-    weights = count * torch.where(valid, exponent, lowest).softmax(dim=0)
-    return torch.where(valid, weights.clamp_min(_LEAST_WEIGHT), 1.0)
+    z = _standardised(difficulty, valid)
+    found: Tensor = -surprise_strength * surprise - pacing_strength * z
+    return found.clamp_max(_LARGEST_LOG_WEIGHT)
 
 
-def class_shift(
-    weights: Tensor, group: Tensor, num_groups: int, decay: float, valid: Tensor | None = None
-) -> Tensor:
-    """How a batch moves the logarithm of the average that each class's weights are divided by.
+def sample_weights(
+    log_weights: Tensor,
+    group: Tensor,
+    log_average: Tensor,
+    decay: float,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weight of each sample: what it has over what those of its class have on average.
 
-    ``log(decay^n + (1 - decay^n) mean)`` for a class with n samples in the batch, whose weights
-    have the given mean: it comes to rest where that is 1, so that weighting leaves classes as
-    frequent as they are. Definition chosen here.
+    Samples compete with those of their own class: a class that is rare surprises all heads
+    until it is learnt, and would not be if that took its weight away. The average runs over
+    all calls, this one included, so that a weight means the same in a batch of any size.
+    Definition chosen here.
 
     Args:
-        weights: As ``sample_weights`` gives them, ``[B]``, >= 0.
-        group: Class of each sample, or its remainder by ``num_groups``, int64 ``[B]``.
-        num_groups: K.
-        decay: For each sample of a class, in [0, 1).
-        valid: Bool ``[B]``, samples that count; all when ``None``.
+        log_weights: As the function of that name gives them, ``[B]``.
+        group: Class of each sample, or its remainder by K, int64 ``[B]``.
+        log_average: Logarithm of the running average of each class, ``[K]``.
+        decay: Of the average, for each sample of a class, in [0, 1).
+        valid: Bool ``[B]``, samples to weigh; all when ``None``. The others get 1, whatever
+            they hold.
 
     Returns:
-        ``[K]``; 0 for a class without samples.
+        The weights, ``[B]``, 1e-18 at least, with mean 1 over the samples of a class in the long
+        run; and the average that they are over, ``log(decay^n average + (1 - decay^n) mean)``
+        for a class with n samples, ``[K]`` in [-20, 20].
 
     Example:
-        >>> weights, group = torch.tensor([1.5, 1.5, 0.5]), torch.tensor([0, 0, 2])
-        >>> class_shift(weights, group, num_groups=3, decay=0.5).exp()
-        tensor([1.3750, 1.0000, 0.7500])
+        >>> own, group = torch.tensor([2.0, 2.0, 0.5]).log(), torch.tensor([0, 0, 1])
+        >>> weights, log_average = sample_weights(own, group, torch.zeros(2), decay=0.5)
+        >>> weights, log_average.exp()
+        (tensor([1.1429, 1.1429, 0.6667]), tensor([1.7500, 0.7500]))
     """
-    counted = torch.ones_like(weights) if valid is None else valid.to(weights.dtype)
-    sums = weights.new_zeros((2, num_groups))
-    number, total = sums.index_add_(1, group, torch.stack([counted, counted * weights]))
+    before = log_average.index_select(0, group)
+    ahead = (log_weights - before).exp()
+    counted = torch.ones_like(ahead)
+    if valid is not None:
+        ahead, counted = torch.where(valid, ahead, 0.0), valid.to(ahead.dtype)
+    sums = ahead.new_zeros((2, len(log_average)))
+    number, total = sums.index_add_(1, group, torch.stack([counted, ahead]))
     kept: Tensor = decay**number
-    moved: Tensor = (total / number.clamp_min(1.0)).lerp(kept.new_ones(()), kept)
-    return moved.log()
+    moved = (total / number.clamp_min(1.0)).lerp(kept.new_ones(()), kept)
+    average = (log_average + moved.log()).clamp(-_MOST_LEVELLED, _MOST_LEVELLED)
+    shift = before - average.index_select(0, group)
+    weights = (ahead * shift.exp()).clamp_min(_LEAST_WEIGHT)
+    return weights if valid is None else torch.where(valid, weights, 1.0), average
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
@@ -395,7 +403,8 @@ def _mean_over_heads(values: Tensor, present: Tensor | None) -> Tensor:
     return torch.where(present, values, 0.0).sum(dim=0) / count
 
 
-def _standardised(values: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+def _standardised(values: Tensor, valid: Tensor) -> Tensor:
+    count = valid.sum(dtype=values.dtype).clamp_min(1.0)
     values = torch.where(valid, values, 0.0)
     centred = torch.where(valid, values - values.sum() / count, 0.0)
     return centred / (centred.dot(centred) / count).sqrt().clamp_min(_SPREAD_FLOOR)

@@ -36,8 +36,10 @@ class Specification(SimpleNamespace):
             skill=np.zeros(heads),
             held_out_mass=np.zeros(heads),
             held_out_hits=np.zeros(heads),
+            held_out_chance=np.zeros(heads),
             held_out_doubt=0.0,
             log_class_average=np.zeros(1024),
+            class_seen=np.zeros(1024),
             effective_share=1.0,
             step=0,
             nonfinite=0,
@@ -73,9 +75,10 @@ class Specification(SimpleNamespace):
         doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), mask)
         self._take_in(found.nll, mask & valid, weights, signals)
         if heard.any():
-            self._listen(mask & heard, found.prediction == target, doubted)
+            self._listen(mask & heard, found.prediction, target, doubted)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
+        np.add.at(self.class_seen, target[valid] % 1024, 1)
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:
@@ -114,15 +117,16 @@ class Specification(SimpleNamespace):
             ]
         )
         noise = self.label_noise if settings.label_noise is None else settings.label_noise
-        weights = np.ones(len(valid))
-        weights[valid] = ref.sample_weights(
+        own = np.zeros(len(valid))
+        own[valid] = ref.log_weights(
             ref.surprise(nll, entropy, CLASSES, present),
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
             surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
-            log_class_average=self.log_class_average[group[valid]],
         )
-        self.log_class_average += ref.class_shift(weights[valid], group[valid], 1024, self._decay)
+        weights, self.log_class_average = ref.sample_weights(
+            own, group, self.log_class_average, self._decay, valid
+        )
         return weights, signals
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
@@ -144,13 +148,18 @@ class Specification(SimpleNamespace):
         self.log_quality[self.seen == 0] = self.log_quality[0]
         self.quality = ref.quality(self.log_quality, CLASSES)
 
-    def _listen(self, heard: Array, right: Array, doubted: Array) -> None:
+    def _listen(self, heard: Array, prediction: Array, target: Array, doubted: Array) -> None:
         rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
         self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
-        self.held_out_hits += rate * ((heard & right).mean(axis=1) - self.held_out_hits)
+        right = heard & (prediction == target)
+        self.held_out_hits += rate * (right.mean(axis=1) - self.held_out_hits)
+        frequency = (self.class_seen + 1) / (self.class_seen + 1)[:CLASSES].sum()
+        chance = np.where(heard, frequency[prediction], 0.0).mean(axis=1)
+        self.held_out_chance += rate * (chance - self.held_out_chance)
         self.held_out_doubt += self._rate * ((heard[0] * doubted).mean() - self.held_out_doubt)
         mass = self.held_out_mass
-        skill = ref.skill(self.held_out_hits / np.where(mass > 0, mass, 1.0), CLASSES)
+        some = np.where(mass > 0, mass, 1.0)
+        skill = ref.skill(self.held_out_hits / some, self.held_out_chance / some)
         self.skill = np.where(mass > 0, skill, skill[0])
         self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
 

@@ -446,14 +446,19 @@ def test_quality_needs_no_modality() -> None:
     assert quality(torch.tensor([-math.log(2.0)]), 4).tolist() == [0.5]
 
 
-@given(arrays(4, reals(0, 1)), st.integers(1, 50))
-def test_skill_is_what_guessing_does_not_explain(hits: Array, classes: int) -> None:
-    found = skill(to_torch(hits), classes).numpy()
-    assert_allclose(found, ref.skill(hits, classes), rtol=1e-9, atol=1e-12)
+@given(arrays(4, reals(0, 1)), reals(0, 1))
+def test_skill_is_what_chance_does_not_explain(hits: Array, chance: float) -> None:
+    found = skill(to_torch(hits), chance).numpy()
+    assert_allclose(found, ref.skill(hits, chance), rtol=1e-9, atol=1e-12)
+    assert_allclose(skill(to_torch(hits), to_torch(np.full(4, chance))), found, rtol=1e-12)
     assert ((found >= 0) & (found <= 1)).all()
-    if classes > 1:
-        assert (found[hits <= 1 / classes] < 1e-12).all()
-        assert_allclose(skill(torch.ones(1), classes), 1.0)
+    assert (found[hits <= chance] == 0).all()
+    if chance < 0.99:
+        assert_allclose(skill(torch.ones(1), chance), 1.0)
+
+
+def test_where_there_is_one_class_there_is_no_skill() -> None:
+    assert skill(torch.ones(2), 1.0).tolist() == [0.0, 0.0]
 
 
 @given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))

@@ -191,34 +191,48 @@ def test_noise_pressure() -> None:
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
 
 
-def test_sample_weights_fall_with_surprise() -> None:
-    # 1 and 1/2 over their mean, 3/4; the sample that is not valid stays out of it.
-    weights = ref.sample_weights(
+def test_log_weights_fall_with_surprise() -> None:
+    found = ref.log_weights(
         [0.0, 1.0, NAN],
         [0.5, 0.5, NAN],
         surprise_strength=LN2,
         pacing_strength=1.0,
         valid=[True, True, False],
     )
-    assert_allclose(weights, [4 / 3, 2 / 3, 1.0], rtol=1e-14)
+    assert_allclose(found, [0.0, -LN2, 0.0], rtol=1e-14)
 
 
-def test_sample_weights_fall_with_standardised_difficulty() -> None:
-    # z is -1 and 1: 2 and 1/2 over their mean, 5/4.
-    weights = ref.sample_weights([0.0, 0.0], [0.2, 0.8], surprise_strength=1.0, pacing_strength=LN2)
-    assert_allclose(weights, [1.6, 0.4], rtol=1e-13)
+def test_log_weights_fall_with_standardised_difficulty() -> None:
+    options = {"surprise_strength": 1.0, "pacing_strength": 2.0}
+    assert_allclose(ref.log_weights([0.0, 0.0], [0.2, 0.8], **options), [2.0, -2.0], rtol=1e-13)
     # A deviation of 1e-5 counts as 1e-4: z is -0.1 and 0.1.
-    weights = ref.sample_weights(
-        [0.0, 0.0], [0.5, 0.50002], surprise_strength=1.0, pacing_strength=10 * LN2
+    found = ref.log_weights([0.0, 0.0], [0.5, 0.50002], **options)
+    assert_allclose(found, [0.2, -0.2], rtol=1e-9)
+    # The ease of a single sample among many does not grow without bound.
+    many = np.r_[0.0, np.ones(99999)]
+    assert ref.log_weights(0.0 * many, many, **options).max() == 40.0
+
+
+def test_sample_weights_are_over_the_average_of_the_class() -> None:
+    """Of the first class 2, then 2 * 1/2 + 3 * 1/2; of the second 1, then 1 * 1/2 + 4 * 1/2."""
+    weights, average = ref.sample_weights(
+        np.log([3.0, 3.0, 5.0, 4.0, 4.0]),
+        [0, 0, 2, 1, 1],
+        np.log([2.0, 1.0, 1.0]),
+        decay=0.5**0.5,
+        valid=[True, True, False, True, True],
     )
-    assert_allclose(weights, [1.6, 0.4], rtol=1e-9)
+    assert_allclose(np.exp(average), [2.5, 2.5, 1.0], rtol=1e-13)
+    assert_allclose(weights, [1.2, 1.2, 1.0, 1.6, 1.6], rtol=1e-13)
 
 
-def test_sample_weights_of_a_hopeless_batch_and_of_nothing_valid() -> None:
-    options = {"surprise_strength": 1.0, "pacing_strength": 1.0}
-    assert ref.sample_weights([1e4, 1e4], [0.5, 0.5], **options).tolist() == [1.0, 1.0]
-    nothing = ref.sample_weights([NAN, 0.0], [0.0, NAN], **options, valid=[False, False])
-    assert nothing.tolist() == [1.0, 1.0]
+def test_sample_weights_of_a_hopeless_class_and_of_nothing_valid() -> None:
+    weights, average = ref.sample_weights([-1e4, -1e4], [0, 0], [0.0], decay=0.0)
+    assert weights.tolist() == [1e-18, 1e-18]
+    assert average.tolist() == [-20.0]
+    weights, average = ref.sample_weights([NAN, NAN], [0, 0], [1.0], 0.9, valid=[False, False])
+    assert weights.tolist() == [1.0, 1.0]
+    assert average.tolist() == [1.0]
 
 
 # Qualities 0.8, and 0.4 and 0.2: ratios 2 and 4, rates 1 and 3.

@@ -15,6 +15,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dyncim_core import (
@@ -344,6 +345,33 @@ def test_a_rare_class_that_all_heads_deny_keeps_its_weight(backend: str, decay: 
     assert_allclose(state.memory_weight[target == 1].mean(), 1.0, rtol=1e-3)
     assert_allclose(state.memory_weight[target == 0].mean(), 1.0, rtol=1e-3)
     assert not state.log_class_average[2:].any()
+
+
+@each_backend
+def test_a_weight_means_the_same_in_a_batch_of_any_size(backend: str) -> None:
+    """Of a sample alone, too: a wrong label counts next to nothing."""
+    index = torch.arange(20)
+    target = index % 2
+    logits = 3.0 * F.one_hot((target + (index < 4)) % 2, 2) + 0.1 * index.unsqueeze(1) % 0.7
+    weights = {}
+    for size in (20, 5, 1):
+        state = CurriculumState(2, num_samples=20, decay=0.99)
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(),
+            state=state,
+            label_noise=0.2,
+            held_out=0.0,
+            pacing_strength=0.0,
+            backend=backend,
+        )
+        for _ in range(60):
+            for rows in torch.randperm(20).split(size):
+                x = logits[rows].requires_grad_()
+                criterion(x, target[rows], unimodal=[x, x], index=index[rows])
+        weights[size] = state.memory_weight.clone()
+    assert weights[20][:4].max() < 0.1 < 0.9 < weights[20][4:].min()
+    for size in (5, 1):
+        assert_allclose(weights[size], weights[20], rtol=0.05)
 
 
 @each_backend

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from dyncim_core import reference as ref
 from dyncim_core.signals import (
-    class_shift,
     contradiction,
     credible_noise,
     difficulty,
     held_out,
+    log_weights,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -195,9 +195,9 @@ def test_a_constant_prediction_of_two_classes_does_not_feed_on_itself(p: float, 
     """However sure it is of one of two balanced classes, the weighted gradient draws it back."""
     probs = torch.tensor([p, 1.0 - p]).double()
     nll, entropy = -probs.log().expand(2, -1), torch.special.entr(probs).sum().expand(2, 2)
-    weights = sample_weights(
+    weights = log_weights(
         surprise(nll, entropy, 2), torch.zeros(2), surprise_strength=rho, pacing_strength=0.0
-    )
+    ).exp()
     push = weights[0] * (1.0 - p) - weights[1] * p
     assert push <= 1e-12
 
@@ -289,7 +289,7 @@ def weighing(draw: st.DrawFn) -> tuple[Array, Array, Array, float, float]:
 def weigh(case: tuple[Array, Array, Array, float, float]) -> Tensor:
     surprised, hard, valid, rho, kappa = case
     nan = np.where(valid, 0.0, NAN)
-    return sample_weights(
+    return log_weights(
         to_torch(surprised + nan),
         to_torch(hard + nan),
         surprise_strength=rho,
@@ -299,142 +299,122 @@ def weigh(case: tuple[Array, Array, Array, float, float]) -> Tensor:
 
 
 @given(weighing())
-def test_sample_weights_agree_with_the_reference(
+def test_log_weights_agree_with_the_reference(
     case: tuple[Array, Array, Array, float, float],
 ) -> None:
     surprised, hard, valid, rho, kappa = case
-    expected = ref.sample_weights(
+    expected = ref.log_weights(
         surprised, hard, surprise_strength=rho, pacing_strength=kappa, valid=valid
     )
-    agree(weigh(case), expected, torch.float64)
+    assert_allclose(weigh(case)[valid], expected[valid], rtol=1e-9, atol=1e-8)
+    assert (expected <= 40.0).all()
 
 
 @given(weighing())
-def test_sample_weights_in_float32_agree_with_the_reference(
+def test_log_weights_in_float32_agree_with_the_reference(
     case: tuple[Array, Array, Array, float, float],
 ) -> None:
-    """To what the exponent, up to 64 in size, and a spread of 1e-4 keep of the digits."""
+    """To what a spread of 1e-4 keeps of the digits."""
     surprised, hard, valid, rho, kappa = case
     arguments = [to_torch(np.minimum(surprised, 8.0), torch.float32), to_torch(hard, torch.float32)]
     strengths = {"surprise_strength": rho, "pacing_strength": kappa}
-    actual = sample_weights(*arguments, **strengths, valid=torch.from_numpy(valid))
-    expected = ref.sample_weights(*(upcast(x) for x in arguments), **strengths, valid=valid)
+    actual = log_weights(*arguments, **strengths, valid=torch.from_numpy(valid))
+    expected = ref.log_weights(*(upcast(x) for x in arguments), **strengths, valid=valid)
     assert actual.dtype == torch.float32
-    assert_allclose(actual, expected, rtol=5e-3, atol=1e-6)
+    assert_allclose(actual[valid], expected[valid], rtol=1e-4, atol=5e-3)
 
 
-def test_a_spread_below_the_floor_paces_less() -> None:
-    """A deviation of 1e-5 counts as 1e-4: z is -0.1 and 0.1, the weights are as 2 to 1/2."""
-    weights = sample_weights(
-        torch.zeros(2).double(),
-        torch.tensor([0.5, 0.50002], dtype=torch.float64),
-        surprise_strength=0.0,
-        pacing_strength=10 * math.log(2.0),
-    )
-    assert_allclose(weights, [1.6, 0.4], rtol=1e-9)
-
-
-def test_more_surprise_weighs_less() -> None:
-    weights = sample_weights(
-        torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3), surprise_strength=2.0, pacing_strength=0.5
-    )
-    assert weights[0] > weights[1] > weights[2]
-
-
-@given(weighing())
-def test_sample_weights_have_mean_one_and_spare_what_is_not_valid(
-    case: tuple[Array, Array, Array, float, float],
-) -> None:
-    weights, valid = weigh(case).numpy(), case[2]
-    assert (weights >= 0).all()
-    assert_allclose(weights[~valid], 1.0)
-    if valid.any():
-        assert_allclose(weights[valid].mean(), 1.0, rtol=1e-9)
+def test_what_is_far_easier_than_all_else_weighs_no_more_than_sums_can_hold() -> None:
+    hard = torch.ones(100_000).scatter(0, torch.tensor([7]), 0.0)
+    found = log_weights(torch.zeros(100_000), hard, surprise_strength=0.0, pacing_strength=2.0)
+    assert found.max() == found[7] == 40.0
 
 
 @given(arrays(6, reals(0, 8)), reals(2**-6, 8))
 def test_more_surprise_never_weighs_more(surprised: Array, rho: float) -> None:
-    weights = sample_weights(
+    found = log_weights(
         to_torch(surprised), torch.zeros(6).double(), surprise_strength=rho, pacing_strength=0.0
     )
-    order = np.argsort(surprised)
-    assert (np.diff(weights.numpy()[order]) <= 1e-12).all()
+    assert (np.diff(found.numpy()[np.argsort(surprised)]) <= 0.0).all()
+    assert found[surprised.argmin()] > found[surprised.argmax()] or np.ptp(surprised) == 0.0
 
 
 @given(arrays(6, reals(0, 1)), reals(2**-6, 2))
 def test_pacing_favours_the_easy(hard: Array, kappa: float) -> None:
-    weights = sample_weights(
+    found = log_weights(
         torch.zeros(6).double(), to_torch(hard), surprise_strength=0.0, pacing_strength=kappa
     )
-    assert (np.diff(weights.numpy()[np.argsort(hard)]) <= 1e-12).all()
+    assert (np.diff(found.numpy()[np.argsort(hard)]) <= 1e-12).all()
 
 
 @given(arrays(5, reals(0, 8)), arrays(5, reals(0, 1)))
 def test_without_strength_all_weigh_one(surprised: Array, hard: Array) -> None:
-    weights = sample_weights(
+    own = log_weights(
         to_torch(surprised), to_torch(hard), surprise_strength=0.0, pacing_strength=0.0
     )
+    weights, average = sample_weights(own, torch.arange(5), torch.zeros(5).double(), 0.9)
     assert weights.tolist() == [1.0] * 5
+    assert average.tolist() == [0.0] * 5
 
 
 @st.composite
-def classes_of(draw: st.DrawFn) -> tuple[Array, Array, Array]:
-    """Weights, groups of classes and which samples are valid."""
+def classes_of(draw: st.DrawFn) -> tuple[Array, Array, Array, Array]:
+    """Log weights, groups of classes, their averages and which samples are valid."""
     size = draw(st.integers(0, 12))
-    weights, group = draw(arrays(size, reals(0, 8))), draw(arrays(size, st.integers(0, 3)))
-    return weights, group.astype(np.int64), draw(arrays(size, st.booleans())).astype(bool)
+    own = draw(arrays(size, reals(-8, 8)) | arrays(size, st.sampled_from([-1e4, 0.0, 40.0])))
+    group = draw(arrays(size, st.integers(0, 3))).astype(np.int64)
+    average = draw(arrays(5, reals(-4, 4) | st.sampled_from([-20.0, 20.0])))
+    return own, group, average, draw(arrays(size, st.booleans())).astype(bool)
 
 
 @given(classes_of(), st.sampled_from([0.0, 0.5, 0.95]))
-def test_class_shift_agrees_with_the_reference(
-    case: tuple[Array, Array, Array], decay: float
+def test_sample_weights_agree_with_the_reference(
+    case: tuple[Array, Array, Array, Array], decay: float
 ) -> None:
-    weights, group, valid = case
-    weights = np.maximum(weights, 1e-18)
-    tensors = to_torch(weights), torch.from_numpy(group)
-    actual = class_shift(*tensors, 5, decay, torch.from_numpy(valid))
-    assert_allclose(actual, ref.class_shift(weights, group, 5, decay, valid), rtol=1e-9, atol=1e-12)
-    assert not actual[4]
+    own, group, average, valid = case
+    spoilt = to_torch(np.where(valid, own, NAN))
+    tensors = spoilt, torch.from_numpy(group), to_torch(average)
+    weights, moved = sample_weights(*tensors, decay, torch.from_numpy(valid))
+    expected, expected_average = ref.sample_weights(own, group, average, decay, valid)
+    agree(weights, expected, torch.float64)
+    assert_allclose(moved, expected_average, rtol=1e-9, atol=1e-12)
+    assert moved[4] == average[4]
+    assert (weights.numpy()[~valid] == 1.0).all()
+    if valid.all():
+        assert torch.equal(sample_weights(*tensors, decay)[0], weights)
 
 
-@given(arrays(12, reals(0, 3)), st.integers(0, 100))
-def test_classes_come_to_weigh_what_they_are_frequent(surprised: Array, seed: int) -> None:
-    group = torch.from_numpy(np.random.default_rng(seed).integers(3, size=12))
-    average = torch.zeros(3).double()
-    options = {"surprise_strength": 1.0, "pacing_strength": 0.0}
-    for _ in range(200):
-        weights = sample_weights(
-            to_torch(surprised),
-            torch.zeros(12).double(),
-            **options,
-            log_class_average=average[group],
+@given(classes_of(), st.sampled_from([0.0, 0.5, 0.95]))
+def test_no_sample_outweighs_its_class_by_far(
+    case: tuple[Array, Array, Array, Array], decay: float
+) -> None:
+    """Whatever the average was, it takes in the sample before the sample is divided by it."""
+    own, group, average, _ = case
+    weights, _ = sample_weights(*(torch.from_numpy(x) for x in (own, group, average)), decay)
+    for k in np.unique(group):
+        n = (group == k).sum()
+        assert own[group == k].max() > 20.0 or weights[group == k].sum() <= 1.001 * n / (
+            1 - decay**n
         )
-        average += class_shift(weights, group, 3, 0.9)
-    for k in group.unique():
-        mine = (group == k).numpy()
-        assert_allclose(weights[mine].mean(), 1.0, rtol=1e-3)
-        expected = np.exp(-surprised[mine])
-        assert_allclose(weights[mine], expected / expected.mean(), rtol=1e-2)
 
 
-@given(weighing(), arrays(12, reals(-3, 3)))
-def test_sample_weights_are_over_the_average_of_the_class(
-    case: tuple[Array, Array, Array, float, float], average: Array
+@given(arrays(12, reals(0, 3)), st.integers(0, 100), st.sampled_from([1, 3, 12]))
+def test_classes_weigh_what_they_are_frequent_in_batches_of_any_size(
+    surprised: Array, seed: int, size: int
 ) -> None:
-    surprised, hard, valid, rho, kappa = case
-    average = average[: len(hard)]
-    options = {"surprise_strength": rho, "pacing_strength": kappa}
-    actual = sample_weights(
-        to_torch(surprised),
-        to_torch(hard),
-        **options,
-        valid=torch.from_numpy(valid),
-        log_class_average=to_torch(average),
-    )
-    expected = ref.sample_weights(
-        surprised, hard, **options, valid=valid, log_class_average=average
-    )
-    agree(actual, expected, torch.float64)
+    """And samples what they do within their class."""
+    rng = np.random.default_rng(seed)
+    group, own = rng.integers(3, size=12), -surprised
+    means = np.array([np.exp(own[group == k]).mean() if k in group else 1.0 for k in range(3)])
+    average, weights = torch.from_numpy(np.log(means)), torch.zeros(12).double()
+    for _ in range(60 // size):
+        rows = rng.permutation(12)[:size]
+        weights[rows], average = sample_weights(
+            torch.from_numpy(own[rows]), torch.from_numpy(group[rows]), average, 0.99
+        )
+    seen = weights.numpy() > 0
+    assert_allclose(weights[seen], (np.exp(own) / means[group])[seen], rtol=0.5)
+    assert_allclose(average, np.log(means), atol=0.4)
 
 
 @st.composite

@@ -23,6 +23,7 @@
 #define MAX_HEADS 9 /* of a loss; or modalities of a fusion, whose state has one more */
 #define SIGNALS 3
 #define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
+#define LARGEST_LOG_WEIGHT 40.0f /* nats */
 #define MOST_LEVELLED 20.0
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
@@ -308,7 +309,9 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out_mass, *held_out_hits, *held_out_doubt, *skill, *log_class_average;
+    float *held_out_mass, *held_out_hits, *held_out_chance, *held_out_doubt, *skill;
+    float *log_class_average;
+    int64_t *class_seen;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -382,19 +385,33 @@ static int is_held_out(int64_t index, uint64_t below) {
 /* What valid samples say, summed up. */
 typedef struct {
     int64_t count, seen[MAX_HEADS], hits[MAX_HEADS];
+    double chance[MAX_HEADS]; /* hits to be had by chance */
     double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
+static int64_t groups_of(const Problem *p) { return p->classes < GROUPS ? p->classes : GROUPS; }
+
+/* Samples trained on so far, each class once more. */
+static double trained_on(const Problem *p, const State *s) {
+    int64_t groups = groups_of(p), all = groups;
+    for (int64_t g = 0; g < groups; g++) all += s->class_seen[g];
+    return (double)all;
+}
+
 /* Take in what heads say about samples that they were never trained on. */
 static void listen(const Problem *p, const Tally *heard, State *s, double decay) {
-    double guessing = 1.0 - 1.0 / (double)p->classes, batch = (double)p->batch;
+    double batch = (double)p->batch;
     for (int64_t h = 0; h < p->heads; h++) {
         if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
             average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
             average(s->held_out_hits + h, (double)heard->hits[h] / batch, 0, decay);
+            average(s->held_out_chance + h, heard->chance[h] / batch, 0, decay);
         }
-        double missed = 1.0 - s->held_out_hits[h] / (double)s->held_out_mass[h];
-        double skill = guessing > 0.0 ? clamp(1.0 - missed / guessing, 0.0, 1.0) : 0.0;
+        double hit_rate = s->held_out_hits[h] / (double)s->held_out_mass[h];
+        double chance = s->held_out_chance[h] / (double)s->held_out_mass[h];
+        double error = 1.0 - chance > SMALLEST_SKILL ? 1.0 - chance : SMALLEST_SKILL;
+        double skill = (hit_rate - chance) / error;
+        skill = skill < 1.0 ? skill : 1.0;
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
         if (skill <= SMALLEST_SKILL) skill = 0.0;
         s->skill[h] = s->held_out_mass[h] > 0.0f ? (float)skill : s->skill[0];
@@ -404,25 +421,37 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
     *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
 }
 
-/* Move what the weights of each class are divided by towards weights of mean 1. */
-static void level(const Problem *p, const uint8_t *weighed, const float *weight, State *s,
+/* What weighed samples have over those of their class on average, this batch included: from
+ * logarithms, in place; those of the others are 0. */
+static void level(const Problem *p, const uint8_t *weighed, float *weight, State *s,
                   double decay) {
-    double number[GROUPS], total[GROUPS], kept[GROUPS];
-    int64_t groups = p->classes < GROUPS ? p->classes : GROUPS;
-    for (int64_t g = 0; g < groups; g++) number[g] = total[g] = 0.0, kept[g] = 1.0;
+    double total[GROUPS], kept[GROUPS];
+    int64_t groups = groups_of(p), number[GROUPS];
+    for (int64_t g = 0; g < groups; g++) total[g] = 0.0, kept[g] = 1.0, number[g] = 0;
+    for (int64_t i = 0; i < p->batch; i++)
+        if (weighed[i]) weight[i] -= s->log_class_average[p->target[i] % GROUPS];
+    rows_of.exp_row(weight, p->batch);
     for (int64_t i = 0; i < p->batch; i++)
         if (weighed[i]) {
             int64_t g = p->target[i] % GROUPS;
-            number[g] += 1.0;
+            number[g]++;
             total[g] += weight[i];
             kept[g] *= decay;
         }
+    double *over = total;
     for (int64_t g = 0; g < groups; g++)
-        if (number[g] > 0.0) {
-            double now = kept[g] + (1.0 - kept[g]) * total[g] / number[g];
-            s->log_class_average[g] = (float)clamp(s->log_class_average[g] + log(now),
-                                                   -MOST_LEVELLED, MOST_LEVELLED);
+        if (number[g]) {
+            double before = s->log_class_average[g];
+            double moved = log(kept[g] + (1.0 - kept[g]) * total[g] / (double)number[g]);
+            s->log_class_average[g] =
+                (float)clamp(before + moved, -MOST_LEVELLED, MOST_LEVELLED);
+            s->class_seen[g] += number[g];
+            over[g] = exp(before - s->log_class_average[g]);
         }
+    for (int64_t i = 0; i < p->batch; i++) {
+        double over_average = weighed[i] ? over[p->target[i] % GROUPS] * weight[i] : 1.0;
+        weight[i] = (float)(over_average > LEAST_WEIGHT ? over_average : LEAST_WEIGHT);
+    }
 }
 
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
@@ -434,7 +463,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
     float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 4));
     if (!scratch) return -1;
-    float *exponent = scratch, *difficulty = scratch + B;
+    float *log_weight = scratch, *difficulty = scratch + B;
     uint8_t *trained = (uint8_t *)(scratch + 2 * B), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
@@ -451,6 +480,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     Tally tally[2] = {{0}};
     int64_t nonfinite = 0, held_back = 0, next = 0;
     int holds_out = o->held_out > 0.0;
+    double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     for (int64_t i = 0; i < B; i++) {
         if (work && i == next) {
@@ -496,41 +526,32 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         t->count++;
         if (present > 1 && agreeing == present && found->prediction[here] != y)
             t->contradicted += 1.0 - expf((float)-least);
-        exponent[i] = (float)(-rho * excess / (double)present) - s->log_class_average[y % GROUPS];
+        log_weight[i] = (float)(-rho * excess / (double)present);
         difficulty[i] = (float)hard;
         t->difficulty += hard;
         for (int64_t h = 0; held[i] && h < H; h++)
             if (!p->present || p->present[h * B + i]) {
                 t->seen[h]++;
-                t->hits[h] += found->prediction[h * found->near + here] == y;
+                int64_t prediction = found->prediction[h * found->near + here];
+                t->hits[h] += prediction == y;
+                t->chance[h] += (double)(s->class_seen[prediction % GROUPS] + 1) / all;
             }
     }
     const Tally *rest = tally, *asked = tally + 1;
 
-    /* Their weights, mean 1 over the weighed ones: a softmax. */
     int64_t count = rest->count;
-    double some = count ? (double)count : 1.0, spread = 0.0, top = -INFINITY, total = 0.0;
+    double some = count ? (double)count : 1.0, spread = 0.0;
     double mean_difficulty = rest->difficulty / some;
     for (int64_t i = 0; i < B; i++)
         if (weighed[i]) spread += pow(difficulty[i] - mean_difficulty, 2.0);
     spread = sqrt(spread / some);
     spread = spread > 1e-4 ? spread : 1e-4;
-    for (int64_t i = 0; i < B; i++)
-        if (weighed[i]) {
-            exponent[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
-            top = exponent[i] > top ? exponent[i] : top;
-        }
-    float *weight = exponent;
-    for (int64_t i = 0; i < B; i++)
-        weight[i] = weighed[i] ? (float)(exponent[i] - top) : 0.0f;
-    rows_of.exp_row(weight, B);
-    for (int64_t i = 0; i < B; i++)
-        if (weighed[i]) total += weight[i];
     for (int64_t i = 0; i < B; i++) {
-        double share = count / total * weight[i];
-        weight[i] = weighed[i] ? (float)(share > LEAST_WEIGHT ? share : LEAST_WEIGHT) : 1.0f;
+        if (!weighed[i]) log_weight[i] = 0.0f;
+        else log_weight[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
+        if (log_weight[i] > LARGEST_LOG_WEIGHT) log_weight[i] = LARGEST_LOG_WEIGHT;
     }
-
+    float *weight = log_weight;
     level(p, weighed, weight, s, o->decay);
 
     /* The running averages. */
@@ -1001,8 +1022,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[14];
-    for (int k = 0; k < 14; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[16];
+    for (int k = 0; k < 16; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1015,9 +1036,11 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.nonfinite = address(of[8]);
     s.held_out_mass = address(of[9]);
     s.held_out_hits = address(of[10]);
-    s.held_out_doubt = address(of[11]);
-    s.skill = address(of[12]);
-    s.log_class_average = address(of[13]);
+    s.held_out_chance = address(of[11]);
+    s.held_out_doubt = address(of[12]);
+    s.skill = address(of[13]);
+    s.log_class_average = address(of[14]);
+    s.class_seen = address(of[15]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));

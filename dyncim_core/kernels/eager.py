@@ -36,11 +36,11 @@ from dyncim_core.modality import (
     votes,
 )
 from dyncim_core.signals import (
-    class_shift,
     contradiction,
     credible_noise,
     difficulty,
     held_out,
+    log_weights,
     noise_pressure,
     prediction_consistency,
     prediction_deviation,
@@ -80,7 +80,6 @@ _VECTORISED = 32
 _FEW_CLASSES = 16
 # Squares of anything smaller are finite, and so are their averages.
 _LARGEST_NORM = 1e18
-_MOST_LEVELLED = 20.0  # nats
 # Sums of anything smaller over heads and samples are finite.
 _LARGEST_NLL = 1e30
 _LOG2_E = math.log2(math.e)
@@ -253,20 +252,19 @@ def weigh(
     noise = buffers.label_noise
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
-    average, group, own = buffers.log_class_average, None, None
-    if not target.is_floating_point():
-        group = torch.where(counts, target, 0) % len(average)
-        own = average.index_select(0, group)
-    weights = sample_weights(
+    own = log_weights(
         surprise(nll, entropy, num_classes, present),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
-        log_class_average=own,
     )
-    if group is not None:
-        level(average, weights, group, weighed, settings.decay)
+    classes = target.argmax(dim=1) if target.is_floating_point() else torch.where(counts, target, 0)
+    group = classes % len(buffers.class_seen)
+    weights, average = sample_weights(
+        own, group, buffers.log_class_average, settings.decay, weighed
+    )
+    buffers.log_class_average.copy_(average)
 
     doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
@@ -276,7 +274,9 @@ def weigh(
         counted = remembered > held  # and not held
         heard = remembered & held
         right = found.prediction == target
-        listen(heard, right, doubted, num_classes, buffers, settings.decay)
+        chance = frequency(found.prediction, num_classes, buffers.class_seen)
+        listen(heard, right, chance, doubted, buffers, settings.decay)
+    buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
@@ -348,42 +348,46 @@ def remember(
     memory.visits.index_copy_(0, memory.rows, visits + counted.t())
 
 
+def frequency(prediction: Tensor, num_classes: int, seen: Tensor) -> Tensor:
+    """How frequent the predicted classes are among all samples trained on, each once more."""
+    groups = min(num_classes, len(seen))
+    if groups < num_classes:
+        prediction = prediction % groups
+    return (seen[prediction] + 1) / (seen.sum() + groups)
+
+
 def listen(
     heard: Tensor,
     right: Tensor,
+    chance: Tensor,
     contradicted: Tensor,
-    num_classes: int,
     buffers: Buffers,
     decay: float,
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
-    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts.
+    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts;
+    ``chance``, how often it would be right by chance.
     """
     kind, heads = buffers.skill.dtype, len(heard)
     doubted = torch.where(heard[:1], contradicted, 0.0)
-    said = torch.cat([heard, heard & right, doubted])
+    by_chance = torch.where(heard, chance, 0.0)
+    said = torch.cat([heard, heard & right, by_chance, doubted])
     shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
-    some = shares[:heads].sign()  # 0 where nothing is heard, of a modality or at all
+    held, right, by_chance, doubted = shares.split([heads, heads, heads, 1])
+    some = held.sign()  # 0 where nothing is heard, of a modality or at all
     rate = some * (1.0 - decay)
-    mass = buffers.held_out_mass.lerp_(shares[:heads], rate)
-    hits = buffers.held_out_hits.lerp_(shares[heads:-1], rate)
-    doubt = buffers.held_out_doubt.lerp_(shares[-1], rate[0])
+    mass = buffers.held_out_mass.lerp_(held, rate)
+    hits = buffers.held_out_hits.lerp_(right, rate)
+    chance = buffers.held_out_chance.lerp_(by_chance, rate)
+    doubt = buffers.held_out_doubt.lerp_(doubted[0], rate[0])
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
-    known = skill(hits / mass_or_tiny, num_classes)
+    known = skill(hits / mass_or_tiny, chance / mass_or_tiny)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = torch.where(mass > 0.0, known, known[0])
     buffers.skill.lerp_(known, some[0])
     noise = credible_noise(doubt / mass_or_tiny[0], known[0])
     buffers.label_noise.lerp_(noise, some[0])
-
-
-def level(
-    log_average: Tensor, weights: Tensor, group: Tensor, weighed: Tensor, decay: float
-) -> None:
-    """Move what the weights of each class are divided by towards weights of mean 1."""
-    shift = class_shift(weights, group, len(log_average), decay, weighed)
-    log_average.add_(shift).clamp_(-_MOST_LEVELLED, _MOST_LEVELLED)
 
 
 def take_in(
@@ -416,7 +420,7 @@ def take_in(
     buffers.volatility.lerp_(change, torch.where(seen[0] == 1, start > 0, steps))
     buffers.signal_mean.lerp_(signal, start)
     fused = weights[0]
-    share = mass[0] / fused.dot(fused).clamp_min(1e-12)  # of a mean of 1
+    share = mass[0].square() / (some * fused.dot(fused)).clamp_min(1e-12)
     buffers.effective_share.lerp_(share.to(kind), start)
     if contradicted is not None:
         # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.

@@ -244,6 +244,7 @@ _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
 _LEAST_LOSS = tl.constexpr(0.1)
 _LEAST_WEIGHT = tl.constexpr(1e-18)  # of a sample
+_LARGEST_LOG_WEIGHT = tl.constexpr(40.0)  # nats
 _MOST_LEVELLED = tl.constexpr(20.0)  # nats
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
@@ -480,7 +481,7 @@ def _curriculum(
     samples: tl.constexpr,
     groups: tl.constexpr,
 ) -> None:
-    """Three passes over the batch: its moments, the softmax of its weights, what comes of it."""
+    """Passes over the batch: its moments, its classes, its weights, and what comes of them."""
     # The whole state is read here, before any barrier, and written after one.
     head = tl.arange(0, heads)
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
@@ -488,7 +489,11 @@ def _curriculum(
     log_quality = log_quality.to(tl.float32)
     held_mass = tl.load(buffers.held_out_mass + head, mask=head < known, other=0.0)
     held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
+    held_chance = tl.load(buffers.held_out_chance + head, mask=head < known, other=0.0)
     held_doubt = tl.load(buffers.held_out_doubt)
+    group = tl.arange(0, groups)
+    smoothed = tl.load(buffers.class_seen + group, mask=group < classes, other=-1) + 1
+    trained_on = tl.sum(smoothed, 0).to(tl.float32)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -505,7 +510,7 @@ def _curriculum(
     if below is not None:
         held_out = (memory.rows, below)
     plane = tl.zeros([heads, samples], tl.float32)
-    listened, hits = plane, plane
+    listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     held_back = zero
     signals: tl.tuple = (zero, zero, zero)
@@ -535,8 +540,11 @@ def _curriculum(
         if below is not None:
             asked = heard
             held_back += held.to(tl.float32)
-            listened += (here & heard[None, :]).to(tl.float32)
-            hits += (here & heard[None, :] & (prediction == y[None, :])).to(tl.float32)
+            asked_here = here & heard[None, :]
+            listened += asked_here.to(tl.float32)
+            hits += (asked_here & (prediction == y[None, :])).to(tl.float32)
+            of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
+            chance += (of_class + 1).to(tl.float32) / trained_on
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
         heavy = zero + 1.0
         if criterion.weight is not None:
@@ -551,7 +559,20 @@ def _curriculum(
     spread += number * (mean - centre) * (mean - centre)
     kappa /= tl.maximum(tl.sqrt(tl.sum(spread, 0) / some), 1e-4)
 
-    top, total, squares = zero + _LOWEST, zero, zero
+    for start in range(0, batch, samples):
+        i = start + tl.arange(0, samples)
+        _, _, _, valid, _, _, _, difficulty, surprise, _ = _signals(
+            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+        )
+        group, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
+        log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
+        tl.atomic_add(of_classes + group, 1.0, mask=valid)
+        tl.atomic_add(of_classes + groups + group, tl.exp(log_weight - average), mask=valid)
+    tl.debug_barrier()  # after it, all is added up
+    _level(buffers, of_classes, decays[2], groups)
+    tl.debug_barrier()
+
+    squares = zero
     weights = tl.zeros([heads, samples], tl.float32)
     weighted = weights
     for start in range(0, batch, samples):
@@ -559,24 +580,18 @@ def _curriculum(
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
-        _, own = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
-        exponent = -rho * surprise - kappa * (difficulty - centre) - own
-        peak = tl.where(valid, tl.maximum(top, exponent), top)
-        scale = tl.maximum(tl.exp(top - peak), _LEAST_WEIGHT)
-        e = tl.where(valid, tl.maximum(tl.exp(exponent - peak), _LEAST_WEIGHT), 0.0)
-        e_here = tl.where(here, e[None, :], 0.0)
+        _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
+        log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
+        weight = tl.maximum(tl.exp(log_weight - average), _LEAST_WEIGHT)
+        weight = tl.where(valid, weight, 1.0)
+        e_here = tl.where(here & valid[None, :], weight[None, :], 0.0)
         fused = tl.sum(tl.where((head == 0)[:, None], e_here, 0.0), 0)
-        total = scale * total + e
-        squares = scale * scale * squares + fused * fused
-        weights = scale[None, :] * weights + e_here
-        weighted = scale[None, :] * weighted + e_here * tl.where(valid[None, :], nll, 0.0)
-        top = peak
-    peak = tl.max(top, 0)
-    scale = tl.maximum(tl.exp(top - peak), _LEAST_WEIGHT)
-    norm = counted / tl.maximum(tl.sum(scale * total, 0), 1e-30)  # to weights of mean 1
-    squares = norm * norm * tl.sum(scale * scale * squares, 0)
-    weights = norm * tl.sum(scale[None, :] * weights, 1)
-    weighted = norm * tl.sum(scale[None, :] * weighted, 1)
+        squares += fused * fused
+        weights += e_here
+        weighted += e_here * tl.where(valid[None, :], nll, 0.0)
+    squares = tl.sum(squares, 0)
+    weights = tl.sum(weights, 1)
+    weighted = tl.sum(weighted, 1)
 
     # Averages start at their first value and stay where a batch has nothing to say.
     steps = tl.sum(tl.where(head == 0, seen, 0), 0)
@@ -598,13 +613,12 @@ def _curriculum(
     else:
         skill = _listen(
             buffers,
-            (held_mass, held_hits, held_doubt),
-            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(contradicted, 0)),
+            (held_mass, held_hits, held_chance, held_doubt),
+            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(chance, 1), tl.sum(contradicted, 0)),
             tl.maximum(batch, 1),
             1.0 - decays[0],
             head,
             known,
-            classes,
         )
     fused = tl.sum(tl.where(head == 0, weights, 0.0), 0)
     share = fused * fused / tl.maximum(squares * counted, 1e-12)
@@ -642,12 +656,10 @@ def _curriculum(
         nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
             found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
         )
-        group, own = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
-        exponent = -rho * surprise - kappa * (difficulty - centre) - own
-        weight = tl.maximum(norm * tl.exp(exponent - peak), _LEAST_WEIGHT)
+        _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
+        log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
+        weight = tl.maximum(tl.exp(log_weight - average), _LEAST_WEIGHT)
         weight = tl.where(valid, weight, 1.0)
-        tl.atomic_add(of_classes + group, 1.0, mask=valid)
-        tl.atomic_add(of_classes + groups + group, weight, mask=valid)
         if memory is not None:
             row = tl.load(memory.rows + i, mask=inside, other=-1)
             exists = (row >= 0) & (row < memory_size)
@@ -675,14 +687,26 @@ def _curriculum(
     if reduction != "none":
         tl.store(joint.value, tl.sum(value, 0))
 
-    tl.debug_barrier()  # after it, all is added up
+
+@_jit
+def _level(
+    buffers: tl.tuple, of_classes: tl.tensor, log_decay: tl.tensor, groups: tl.constexpr
+) -> None:
+    """Take the batch into what is kept of each class."""
     group = tl.arange(0, groups)
     number = tl.load(of_classes + group)
     mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
-    stays = tl.exp(number * decays[2])
-    level = tl.load(buffers.log_class_average + group) + tl.log(stays + (1.0 - stays) * mean)
-    level = tl.minimum(tl.maximum(level, -_MOST_LEVELLED), _MOST_LEVELLED)
-    tl.store(buffers.log_class_average + group, level)
+    stays = tl.exp(number * log_decay)
+    average = tl.load(buffers.log_class_average + group) + tl.log(stays + (1.0 - stays) * mean)
+    average = tl.minimum(tl.maximum(average, -_MOST_LEVELLED), _MOST_LEVELLED)
+    tl.store(buffers.log_class_average + group, average)
+    seen = tl.load(buffers.class_seen + group)
+    tl.store(buffers.class_seen + group, seen + number.to(tl.int64))
+
+
+@_jit
+def _log_weight(surprise: tl.tensor, harder: tl.tensor) -> tl.tensor:
+    return tl.minimum(-surprise - harder, _LARGEST_LOG_WEIGHT)
 
 
 @_jit
@@ -713,7 +737,6 @@ def _listen(
     rate: tl.tensor,
     head: tl.tensor,
     known: tl.constexpr,
-    classes: tl.tensor,
 ) -> tl.tensor:
     """Take in what heads say about samples that they were never trained on; their skills."""
     some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
@@ -721,16 +744,19 @@ def _listen(
     heads_rate = tl.where(found[0] > 0, rate, 0.0)
     mass = before[0] + heads_rate * (found[0] / batch - before[0])
     hits = before[1] + heads_rate * (found[1] / batch - before[1])
-    doubt = before[2] + tl.where(some, rate, 0.0) * (found[2] / batch - before[2])
+    chance = before[2] + heads_rate * (found[2] / batch - before[2])
+    doubt = before[3] + tl.where(some, rate, 0.0) * (found[3] / batch - before[3])
     positive = tl.maximum(mass, 1e-30)
-    skill = 1.0 - (1.0 - hits / positive) / (1.0 - 1.0 / tl.maximum(classes, 2))
-    skill = tl.where((classes > 1) & (skill > _SMALLEST_SKILL), tl.minimum(skill, 1.0), 0.0)
+    error = tl.maximum(1.0 - chance / positive, _SMALLEST_SKILL)
+    skill = tl.minimum((hits - chance) / positive / error, 1.0)
+    skill = tl.where(skill > _SMALLEST_SKILL, skill, 0.0)
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.held_out_mass + head, mass, mask=head < known)
     tl.store(buffers.held_out_hits + head, hits, mask=head < known)
+    tl.store(buffers.held_out_chance + head, chance, mask=head < known)
     tl.store(buffers.held_out_doubt, doubt)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     skill = tl.where(mass > 0, skill, fused)
