@@ -348,6 +348,26 @@ def test_a_rare_class_that_all_heads_deny_keeps_its_weight(backend: str, decay: 
 
 
 @each_backend
+def test_who_always_predicts_the_most_frequent_class_has_no_skill(backend: str) -> None:
+    index = torch.arange(200)
+    target = (index % 10 == 0).long()
+    constant = torch.tensor([2.0, 0.0]).expand(200, 2)
+    informed = 4.0 * F.one_hot(torch.where(index % 20 == 0, 0, target), 2).float()
+    state = CurriculumState(["constant", "informed"], num_samples=200)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.5, backend=backend)
+    fused = informed.clone().requires_grad_()
+    for _ in range(40):
+        criterion(fused, target, unimodal=[constant, informed], index=index)
+    hits = (informed.argmax(dim=1) == target)[held_out(index, 0.5)].float().mean()
+    assert hits > 0.9
+    assert state.skill[1] < 0.05
+    assert 0.4 < state.skill[2] < hits - 0.1
+    assert state.class_seen[:2].tolist() == [
+        40 * int((target[~held_out(index, 0.5)] == c).sum()) for c in (0, 1)
+    ]
+
+
+@each_backend
 def test_a_weight_means_the_same_in_a_batch_of_any_size(backend: str) -> None:
     """Of a sample alone, too: a wrong label counts next to nothing."""
     index = torch.arange(20)

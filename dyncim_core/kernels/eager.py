@@ -374,7 +374,7 @@ def listen(
     by_chance = torch.where(heard, chance, 0.0)
     said = torch.cat([heard, heard & right, by_chance, doubted])
     shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
-    held, right, by_chance, doubted = shares.split([heads, heads, heads, 1])
+    held, right, by_chance, doubted = torch.split(shares, [heads, heads, heads, 1])
     some = held.sign()  # 0 where nothing is heard, of a modality or at all
     rate = some * (1.0 - decay)
     mass = buffers.held_out_mass.lerp_(held, rate)
