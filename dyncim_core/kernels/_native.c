@@ -23,6 +23,7 @@
 #define MAX_HEADS 9 /* of a loss; or modalities of a fusion, whose state has one more */
 #define SIGNALS 3
 #define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
+#define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LARGEST_LOG_WEIGHT 40.0f /* nats */
 #define MOST_LEVELLED 20.0
 #define BLOCK 512
@@ -51,6 +52,13 @@ typedef struct {
     int32_t argmax[ROWS];
 } Softmaxes;
 
+/* What the heads of a few samples say. */
+typedef struct {
+    float deviation[ROWS], consistency[ROWS], surprise[ROWS];
+    float doubt[ROWS];                   /* of the target, by the head that doubts it least */
+    int32_t finite[ROWS], agree[ROWS];   /* statistics are; heads, two at least, do */
+} Signals;
+
 /* One set of row kernels; which, depends on the processor. */
 typedef struct {
     void (*softmax_rows)(const float *x, int64_t stride, int64_t rows, int64_t classes, float *e,
@@ -63,6 +71,12 @@ typedef struct {
     void (*gradient_row)(const float *x, double lse, float factor, float smooth,
                          const float *weight, int64_t classes, float *out);
     void (*exp_row)(float *x, int64_t count);
+    void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
+                    const float *distance, const int64_t *prediction, int64_t near, int64_t heads,
+                    int64_t count, Signals *out);
+    void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
+    double (*coefficients)(const float *w, float factor, const float *loss, int guard,
+                           int64_t count, float *coefficient, float *value);
     double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
                             const float *share, int64_t classes);
     void (*products)(const float *x, int64_t rows, int64_t width, float *out);
@@ -389,6 +403,8 @@ typedef struct {
     double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
+static int64_t group_of(int64_t class) { return class & (GROUPS - 1); }
+
 static int64_t groups_of(const Problem *p) { return p->classes < GROUPS ? p->classes : GROUPS; }
 
 /* Samples trained on so far, each class once more. */
@@ -429,11 +445,11 @@ static void level(const Problem *p, const uint8_t *weighed, float *weight, State
     int64_t groups = groups_of(p), number[GROUPS];
     for (int64_t g = 0; g < groups; g++) total[g] = 0.0, kept[g] = 1.0, number[g] = 0;
     for (int64_t i = 0; i < p->batch; i++)
-        if (weighed[i]) weight[i] -= s->log_class_average[p->target[i] % GROUPS];
+        if (weighed[i]) weight[i] -= s->log_class_average[group_of(p->target[i])];
     rows_of.exp_row(weight, p->batch);
     for (int64_t i = 0; i < p->batch; i++)
         if (weighed[i]) {
-            int64_t g = p->target[i] % GROUPS;
+            int64_t g = group_of(p->target[i]);
             number[g]++;
             total[g] += weight[i];
             kept[g] *= decay;
@@ -449,9 +465,17 @@ static void level(const Problem *p, const uint8_t *weighed, float *weight, State
             over[g] = exp(before - s->log_class_average[g]);
         }
     for (int64_t i = 0; i < p->batch; i++) {
-        double over_average = weighed[i] ? over[p->target[i] % GROUPS] * weight[i] : 1.0;
+        double over_average = weighed[i] ? over[group_of(p->target[i])] * weight[i] : 1.0;
         weight[i] = (float)(over_average > LEAST_WEIGHT ? over_average : LEAST_WEIGHT);
     }
+}
+
+/* Numbers of all samples, where they have head h, else 0; in part unless all have. */
+static const float *of_head(const Problem *p, int64_t h, const float *numbers, float *part) {
+    if (!p->present) return numbers;
+    for (int64_t i = 0; i < p->batch; i++)
+        part[i] = p->present[h * p->batch + i] ? numbers[i] : 0.0f;
+    return part;
 }
 
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
@@ -461,10 +485,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     int64_t B = p->batch, H = p->heads;
     const float *loss = found->loss, *nll = found->nll;
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
-    float *scratch = malloc((size_t)(B ? B : 1) * (2 * sizeof *scratch + 4));
+    float *scratch = malloc((size_t)(B ? B : 1) * (3 * sizeof *scratch + 4));
     if (!scratch) return -1;
-    float *log_weight = scratch, *difficulty = scratch + B;
-    uint8_t *trained = (uint8_t *)(scratch + 2 * B), *weighed = trained + B, *held = weighed + B;
+    float *log_weight = scratch, *difficulty = scratch + B, *part = scratch + 2 * B;
+    uint8_t *trained = (uint8_t *)(scratch + 3 * B), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
@@ -478,33 +502,27 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
     Tally tally[2] = {{0}};
-    int64_t nonfinite = 0, held_back = 0, next = 0;
+    int64_t nonfinite = 0, held_back = 0, rows = work ? work->rows : ROWS;
     int holds_out = o->held_out > 0.0;
     double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
-    for (int64_t i = 0; i < B; i++) {
-        if (work && i == next) {
-            found->start = i;
-            statistics_of_rows(p, work, i, found);
-            next += work->rows;
+    Signals signals;
+    for (int64_t i = 0, from = 0; i < B; i++) {
+        int64_t y = p->target[i], here = i - found->start, r;
+        if (i == from) {
+            int64_t left = B - i < rows ? B - i : rows;
+            if (work) {
+                found->start = i;
+                statistics_of_rows(p, work, i, found);
+                here = 0;
+            }
+            rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
+                            found->distance + here, found->prediction + here, found->near, H, left,
+                            &signals);
+            from += left;
         }
-        int64_t y = p->target[i], present = 0, agreeing = 0, here = i - found->start;
-        double surprisal = 0.0, excess = 0.0, apart = 0.0, least = INFINITY;
-        int finite = 1;
-        for (int64_t h = 0; h < H; h++) {
-            int64_t at = h * B + i, near = h * found->near + here;
-            if (p->present && !p->present[at]) continue;
-            double more = (double)nll[at] - found->entropy[near];
-            finite &= isfinite(more);
-            present++;
-            surprisal += nll[at];
-            more = more > 0.0 ? more : 0.0;
-            excess += more;
-            least = more < least ? more : least;
-            apart += found->distance[near];
-            agreeing += found->prediction[near] == found->prediction[here];
-        }
-        int counts = y != p->ignore_index;
+        r = i % rows;
+        int counts = y != p->ignore_index, finite = signals.finite[r];
         held[i] = counts && holds_out && is_held_out(s->index[i], below);
         trained[i] = counts && !held[i];
         heard[i] = held[i] && finite;
@@ -513,8 +531,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         held_back += held[i];
         if (!counts || !finite) continue;
         double says[SIGNALS] = {
-            1.0 - expf((float)(-surprisal / (double)present)),
-            present > 1 ? apart / (double)(present - 1) : 0.0,
+            signals.deviation[r],
+            signals.consistency[r],
             clamp(found->entropy[here] * per_log, 0.0, 1.0),
         };
         Tally *t = tally + held[i];
@@ -524,9 +542,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             hard += share[k] * says[k];
         }
         t->count++;
-        if (present > 1 && agreeing == present && found->prediction[here] != y)
-            t->contradicted += 1.0 - expf((float)-least);
-        log_weight[i] = (float)(-rho * excess / (double)present);
+        if (signals.agree[r] && found->prediction[here] != y) t->contradicted += signals.doubt[r];
+        log_weight[i] = (float)-rho * signals.surprise[r];
         difficulty[i] = (float)hard;
         t->difficulty += hard;
         for (int64_t h = 0; held[i] && h < H; h++)
@@ -534,7 +551,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 t->seen[h]++;
                 int64_t prediction = found->prediction[h * found->near + here];
                 t->hits[h] += prediction == y;
-                t->chance[h] += (double)(s->class_seen[prediction % GROUPS] + 1) / all;
+                t->chance[h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
             }
     }
     const Tally *rest = tally, *asked = tally + 1;
@@ -556,22 +573,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
-    double mass[MAX_HEADS] = {0.0}, weighted[MAX_HEADS] = {0.0}, squares = 0.0;
-    for (int64_t h = 0; h < H; h++) {
-        double sum = 0.0, sum_of_nll = 0.0, sum_of_squares = 0.0;
-        for (int64_t i = 0; i < B; i++)
-            if (weighed[i] && (!p->present || p->present[h * B + i])) {
-                sum += weight[i];
-                sum_of_nll += (double)weight[i] * nll[h * B + i];
-                sum_of_squares += (double)weight[i] * weight[i];
-            }
-        mass[h] = sum;
-        weighted[h] = sum_of_nll;
-        if (h == 0) squares = sum_of_squares;
-    }
+    float *used = difficulty; /* of what is there and weighed, else 0 */
+    for (int64_t i = 0; i < B; i++) used[i] = weighed[i] ? weight[i] : 0.0f;
+    double sums[MAX_HEADS][3]; /* of weights, of those times nll, of their squares */
+    for (int64_t h = 0; h < H; h++)
+        rows_of.weighted_sums(of_head(p, h, used, part), nll + h * B, B, sums[h]);
     if (count) {
-        double effective = squares * some > 1e-12 ? squares * some : 1e-12;
-        average(s->effective_share, mass[0] * mass[0] / effective, first, o->decay);
+        double effective = sums[0][2] * some > 1e-12 ? sums[0][2] * some : 1e-12;
+        average(s->effective_share, sums[0][0] * sums[0][0] / effective, first, o->decay);
         for (int k = 0; k < SIGNALS; k++) {
             double now = rest->signal[k] / some, before = s->signal_mean[k];
             double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
@@ -584,8 +593,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     }
     if (asked->count) listen(p, asked, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
-        if (h < H && mass[h] > 0.0) {
-            average(s->log_quality + h, -weighted[h] / mass[h], s->seen[h] == 0, o->decay);
+        if (h < H && sums[h][0] > 0.0) {
+            average(s->log_quality + h, -sums[h][1] / sums[h][0], s->seen[h] == 0, o->decay);
             s->seen[h]++;
         } else if (s->seen[h] == 0) {
             s->log_quality[h] = s->log_quality[0];
@@ -622,17 +631,13 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         scale = 1.0 / (counted == 0.0 && held_back ? (double)held_back : counted);
     }
     if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
+    for (int64_t i = 0; i < B; i++)
+        used[i] = held[i] || (o->skip_nonfinite && !weighed[i]) ? 0.0f : weight[i];
+    int guard = p->present || may_skip;
     for (int64_t h = 0; h < H; h++)
-        for (int64_t i = 0; i < B; i++) {
-            int64_t at = h * B + i;
-            int skipped = held[i] || (o->skip_nonfinite && !weighed[i]);
-            int absent = p->present && !p->present[at];
-            double c = absent ? 0.0 : (skipped ? 0.0 : factor[h] * weight[i]) * scale;
-            double term = may_skip && c == 0.0 ? 0.0 : c * loss[at];
-            coefficient[at] = (float)c;
-            if (o->reduction == REDUCE_NONE) value[i] += (float)term;
-            else sum += term;
-        }
+        sum += rows_of.coefficients(of_head(p, h, used, part), (float)(factor[h] * scale),
+                                    loss + h * B, guard, B, coefficient + h * B,
+                                    o->reduction == REDUCE_NONE ? value : NULL);
     if (o->reduction != REDUCE_NONE) *value = (float)sum;
     free(scratch);
     return 0;

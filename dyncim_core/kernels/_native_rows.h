@@ -1,4 +1,5 @@
-/* Loops over the classes of one row, compiled once for each instruction set by _native.c.
+/* Loops over the classes of one row, and over samples, compiled once for each instruction set by
+ * _native.c.
  *
  * They work on whole vectors. What is left at the end of a row is the tail: the last vector of
  * the row, where it has one, whose first lanes whole vectors cover as well, else a part of one.
@@ -415,6 +416,115 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
 }
 
+/* What the statistics of a few samples say. Head h of sample i is at h * plane + i in nll and
+ * present, at h * near + i in the rest; of what a sample lacks, statistics are 0. */
+static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_t plane,
+                                const float *entropy, const float *distance,
+                                const int64_t *prediction, int64_t near, int64_t heads,
+                                int64_t count, Signals *out) {
+    static const uint8_t all[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    float number[ROWS] = {0.0f}, surprisal[ROWS] = {0.0f}, excess[ROWS] = {0.0f};
+    float apart[ROWS] = {0.0f}, least[ROWS];
+    int32_t finite[ROWS], differ[ROWS] = {0};
+    for (int r = 0; r < ROWS; r++) finite[r] = 1, least[r] = INFINITY;
+    for (int64_t h = 0; h < heads; h++) {
+        const uint8_t *here = present ? present + h * plane : all;
+        const float *x = nll + h * plane, *calm = entropy + h * near;
+        for (int64_t r = 0; r < count; r++) {
+            float more = x[r] - calm[r], beyond = more > 0.0f ? more : 0.0f;
+            finite[r] &= more - more == 0.0f;
+            beyond = beyond < LARGEST_NLL ? beyond : LARGEST_NLL;
+            surprisal[r] += x[r] < LARGEST_NLL ? x[r] : LARGEST_NLL;
+            excess[r] += beyond;
+            number[r] += here[r];
+            apart[r] += distance[h * near + r];
+            least[r] = here[r] && beyond < least[r] ? beyond : least[r];
+            differ[r] |= here[r] && prediction[h * near + r] != prediction[r];
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        float over = number[r] > 1.0f ? number[r] : 1.0f;
+        float others = over > 2.0f ? over - 1.0f : 1.0f;
+        surprisal[r] = -surprisal[r] / over;
+        least[r] = -least[r];
+        out->surprise[r] = excess[r] / over;
+        out->consistency[r] = apart[r] / others;
+        out->agree[r] = !differ[r] && number[r] > 1.0f;
+        out->finite[r] = finite[r];
+    }
+    FOR_TARGET(exp_row)(surprisal, ROWS);
+    FOR_TARGET(exp_row)(least, ROWS);
+    for (int r = 0; r < ROWS; r++) {
+        out->deviation[r] = 1.0f - surprisal[r];
+        out->doubt[r] = 1.0f - least[r];
+    }
+}
+
+/* Sums of w, w min(x, LARGEST_NLL) and w^2; x may be anything where w is 0. */
+static void FOR_TARGET(weighted_sums)(const float *w, const float *x, int64_t count,
+                                      double *sums) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
+    Floats weight = {0}, value = {0}, largest = (Floats){0} + LARGEST_NLL;
+    if (shape.left) {
+        weight = FOR_TARGET(load_tail)(w, shape, 0.0f);
+        value = FOR_TARGET(load_tail)(x, shape, 0.0f);
+    }
+    value = FOR_TARGET(choose)(value < largest, value, largest);
+    Floats product = FOR_TARGET(choose)(weight > 0.0f, weight * value, (Floats){0});
+    sums[0] = FOR_TARGET(sum)(weight);
+    sums[1] = FOR_TARGET(sum)(product);
+    sums[2] = FOR_TARGET(sum)(weight * weight);
+    for (int64_t start = 0; start < shape.whole; start += BLOCK) {
+        int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
+        Floats sum = {0}, weighted = {0}, squares = {0};
+        for (int64_t c = start; c < stop; c += LANES) {
+            weight = FOR_TARGET(load)(w + c);
+            value = FOR_TARGET(load)(x + c);
+            product = weight * FOR_TARGET(choose)(value < largest, value, largest);
+            sum += weight;
+            weighted += FOR_TARGET(choose)(weight > 0.0f, product, (Floats){0});
+            squares += weight * weight;
+        }
+        sums[0] += FOR_TARGET(sum)(sum);
+        sums[1] += FOR_TARGET(sum)(weighted);
+        sums[2] += FOR_TARGET(sum)(squares);
+    }
+}
+
+/* coefficient_i = factor * w_i, which may be where the loss is; adds its product with the loss to
+ * value, or returns the sum of those when NULL. With `guard`, a product with 0 is 0. */
+static double FOR_TARGET(coefficients)(const float *w, float factor, const float *loss, int guard,
+                                       int64_t count, float *coefficient, float *value) {
+    FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
+    Floats last = {0}, term = {0}, before = {0};
+    Ints kept = (Ints){0} - !guard;
+    double total = 0.0;
+    if (shape.left) {
+        last = FOR_TARGET(load_last)(w, shape) * factor;
+        term = last * FOR_TARGET(load_last)(loss, shape);
+        term = FOR_TARGET(choose)(kept | (last != 0.0f), term, (Floats){0});
+        if (value) before = FOR_TARGET(load_last)(value, shape);
+        else total = FOR_TARGET(sum)(FOR_TARGET(choose)(shape.covered, (Floats){0}, term));
+    }
+    for (int64_t start = 0; start < shape.whole; start += BLOCK) {
+        int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
+        Floats sum = {0};
+        for (int64_t c = start; c < stop; c += LANES) {
+            Floats f = FOR_TARGET(load)(w + c) * factor, t = f * FOR_TARGET(load)(loss + c);
+            t = FOR_TARGET(choose)(kept | (f != 0.0f), t, (Floats){0});
+            FOR_TARGET(store)(coefficient + c, f);
+            if (value) FOR_TARGET(store)(value + c, FOR_TARGET(load)(value + c) + t);
+            else sum += t;
+        }
+        total += FOR_TARGET(sum)(sum);
+    }
+    if (shape.left) {
+        FOR_TARGET(store_last)(coefficient, last, shape);
+        if (value) FOR_TARGET(store_last)(value, before + term, shape);
+    }
+    return total;
+}
+
 /* Sum over rows of x_a x_b; rows and those of out are WATCHED long, filled up with zeros. */
 static void FOR_TARGET(products)(const float *restrict x, int64_t rows, int64_t width,
                                  float *restrict out) {
@@ -454,7 +564,8 @@ static void FOR_TARGET(whiten)(const float *restrict factor, int64_t width, floa
 static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
-    FOR_TARGET(contradiction), FOR_TARGET(products),     FOR_TARGET(whiten),
+    FOR_TARGET(signals),       FOR_TARGET(weighted_sums), FOR_TARGET(coefficients),
+    FOR_TARGET(contradiction), FOR_TARGET(products),      FOR_TARGET(whiten),
 };
 
 #undef NOWHERE
