@@ -36,6 +36,7 @@ __all__ = [
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
 _LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
+_SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
 _SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
 
 
@@ -251,8 +252,9 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, any shape in [0, 1].
-        chance: The same for targets drawn from the training set, whatever the sample: the mean
-            frequency of the predicted classes, in [0, 1]; 1 / C when classes are balanced.
+        chance: The same if predictions and targets had nothing to do with each other,
+            ``sum_k p_k t_k`` of the shares of the classes among predictions and among targets, in
+            [0, 1]; 1 / C when either are balanced.
 
     Returns:
         Same shape, in [0, 1]; 0 for less than 1e-4.
@@ -261,8 +263,8 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
         >>> skill(torch.tensor([0.25, 0.5, 1.0]), chance=0.25)
         tensor([0.0000, 0.3333, 1.0000])
     """
-    missed_by_chance = 1.0 - torch.as_tensor(chance, dtype=hit_rate.dtype)
-    found = (hit_rate - chance) / missed_by_chance.clamp_min(_SMALLEST_SKILL)
+    left = torch.as_tensor(1.0 - chance, dtype=hit_rate.dtype, device=hit_rate.device)
+    found = (hit_rate - chance) / left.clamp_min(_SMALLEST_ERROR)
     return torch.where(found > _SMALLEST_SKILL, found, 0.0).clamp_max(1.0)
 
 

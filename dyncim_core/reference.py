@@ -403,7 +403,7 @@ def log_weights(
     pacing_strength: float,
     valid: ArrayLike | None = None,
 ) -> Array:
-    """``-surprise_strength * surprise - pacing_strength * z(difficulty)``, 40 at most.
+    """``-surprise_strength * surprise - pacing_strength * z(difficulty)`` in [-8, 8].
 
     Definition chosen here; the paper names a curriculum over samples.
 
@@ -428,7 +428,7 @@ def log_weights(
     if mask.any():
         z = (d[mask] - d[mask].mean()) / max(float(d[mask].std()), 1e-4)
         found[mask] = -surprise_strength * s[mask] - pacing_strength * z
-    return np.minimum(found, 40.0)
+    return np.clip(found, -8.0, 8.0)
 
 
 def sample_weights(
@@ -438,7 +438,7 @@ def sample_weights(
     decay: float,
     valid: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """What each sample has over the running average of its class, 1e-18 at least.
+    """What each sample has over the running average of its class.
 
     Definition chosen here.
 
@@ -466,10 +466,8 @@ def sample_weights(
         mine = mask & (of == k)
         kept = decay ** int(mine.sum())
         mean = np.exp(own[mine] - average[k]).mean()
-        with np.errstate(divide="ignore"):
-            moved = np.clip(average[k] + np.log(kept + (1.0 - kept) * mean), -20.0, 20.0)
-        weights[mine] = np.maximum(np.exp(own[mine] - moved), 1e-18)
-        average[k] = moved
+        average[k] += np.log(kept + (1.0 - kept) * mean)
+        weights[mine] = np.exp(own[mine] - average[k])
     return weights, average
 
 
@@ -679,7 +677,7 @@ def skill(hit_rate: ArrayLike, chance: ArrayLike) -> Array:
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, in [0, 1].
-        chance: The same for targets drawn from the training set, in [0, 1].
+        chance: The same if predictions and targets were independent, in [0, 1].
 
     Returns:
         In [0, 1]; 0 for less than 1e-4.
@@ -689,7 +687,7 @@ def skill(hit_rate: ArrayLike, chance: ArrayLike) -> Array:
         [0.0, 0.3333, 1.0]
     """
     h, c = np.asarray(hit_rate, dtype=np.float64), np.asarray(chance, dtype=np.float64)
-    found = (h - c) / np.maximum(1.0 - c, 1e-4)
+    found = (h - c) / np.maximum(1.0 - c, 1e-3)
     return np.where(found > 1e-4, np.minimum(found, 1.0), 0.0)
 
 

@@ -37,11 +37,9 @@ SIGNALS = ("deviation", "consistency", "stability")
 _32_BITS = 2**32 - 1
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
-# In nats, of a weight and of the average of a class: the former over the latter is finite.
-_LARGEST_LOG_WEIGHT = 40.0
-_MOST_LEVELLED = 20.0
-# Of a sample: next to no gradient, and yet means over such samples alone are right.
-_LEAST_WEIGHT = 1e-18
+# Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
+# class of nothing but such labels comes back as its average follows.
+_LARGEST_LOG_WEIGHT = 8.0
 
 
 def prediction_deviation(nll: Tensor, present: Tensor | None = None) -> Tensor:
@@ -311,7 +309,7 @@ def log_weights(
 ) -> Tensor:
     """Logarithm of the weight of each sample, before ``sample_weights`` levels the classes.
 
-    ``-surprise_strength * surprise - pacing_strength * z(difficulty)``, 40 at most: less for
+    ``-surprise_strength * surprise - pacing_strength * z(difficulty)`` in [-8, 8]: less for
     surprising labels, and easy samples first; ``z`` standardises over the valid samples. The
     paper names a curriculum that reweights samples; this definition is chosen here.
 
@@ -324,7 +322,7 @@ def log_weights(
             nothing.
 
     Returns:
-        ``[B]``.
+        ``[B]`` in [-8, 8].
 
     Example:
         >>> log_weights(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.5, 0.5, 0.5]),
@@ -335,7 +333,7 @@ def log_weights(
         valid = torch.ones_like(surprise, dtype=torch.bool)
     z = _standardised(difficulty, valid)
     found: Tensor = -surprise_strength * surprise - pacing_strength * z
-    return found.clamp_max(_LARGEST_LOG_WEIGHT)
+    return found.clamp(-_LARGEST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)
 
 
 def sample_weights(
@@ -349,8 +347,9 @@ def sample_weights(
 
     Samples compete with those of their own class: a class that is rare surprises all heads
     until it is learnt, and would not be if that took its weight away. The average runs over
-    all calls, this one included, so that a weight means the same in a batch of any size.
-    Definition chosen here.
+    all calls, this one included, so that a weight means the same in a batch of any size, and
+    those of n samples of a class are at most ``n / (1 - decay^n)`` together. Definition chosen
+    here.
 
     Args:
         log_weights: As the function of that name gives them, ``[B]``.
@@ -361,9 +360,9 @@ def sample_weights(
             they hold.
 
     Returns:
-        The weights, ``[B]``, 1e-18 at least, with mean 1 over the samples of a class in the long
-        run; and the average that they are over, ``log(decay^n average + (1 - decay^n) mean)``
-        for a class with n samples, ``[K]`` in [-20, 20].
+        The weights, ``[B]``, > 0, with mean 1 over the samples of a class in the long run; and the
+        average that they are over, ``log(decay^n average + (1 - decay^n) mean)`` for a class
+        with n samples, ``[K]``.
 
     Example:
         >>> own, group = torch.tensor([2.0, 2.0, 0.5]).log(), torch.tensor([0, 0, 1])
@@ -379,10 +378,9 @@ def sample_weights(
     sums = ahead.new_zeros((2, len(log_average)))
     number, total = sums.index_add_(1, group, torch.stack([counted, ahead]))
     kept: Tensor = decay**number
-    moved = (total / number.clamp_min(1.0)).lerp(kept.new_ones(()), kept)
-    average = (log_average + moved.log()).clamp(-_MOST_LEVELLED, _MOST_LEVELLED)
-    shift = before - average.index_select(0, group)
-    weights = (ahead * shift.exp()).clamp_min(_LEAST_WEIGHT)
+    moves = (total / number.clamp_min(1.0)).lerp(kept.new_ones(()), kept)
+    average = log_average + moves.log()
+    weights = (log_weights - average.index_select(0, group)).exp()
     return weights if valid is None else torch.where(valid, weights, 1.0), average
 
 

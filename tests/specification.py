@@ -36,10 +36,9 @@ class Specification(SimpleNamespace):
             skill=np.zeros(heads),
             held_out_mass=np.zeros(heads),
             held_out_hits=np.zeros(heads),
-            held_out_chance=np.zeros(heads),
+            held_out_classes=np.zeros((1024, 1 + heads)),
             held_out_doubt=0.0,
             log_class_average=np.zeros(1024),
-            class_seen=np.zeros(1024),
             effective_share=1.0,
             step=0,
             nonfinite=0,
@@ -78,7 +77,6 @@ class Specification(SimpleNamespace):
             self._listen(mask & heard, found.prediction, target, doubted)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
-        np.add.at(self.class_seen, target[valid] % 1024, 1)
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:
@@ -142,7 +140,7 @@ class Specification(SimpleNamespace):
         for h, rows in enumerate(counted):
             if rows.any():
                 mean = -np.average(nll[h, rows], weights=weights[rows])
-                rate = self._rate if self.seen[h] else 1.0
+                rate = self._rate * min(1.0, weights[rows].mean()) if self.seen[h] else 1.0
                 self.log_quality[h] += rate * (mean - self.log_quality[h])
                 self.seen[h] += 1
         self.log_quality[self.seen == 0] = self.log_quality[0]
@@ -153,13 +151,15 @@ class Specification(SimpleNamespace):
         self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
         right = heard & (prediction == target)
         self.held_out_hits += rate * (right.mean(axis=1) - self.held_out_hits)
-        frequency = (self.class_seen + 1) / (self.class_seen + 1)[:CLASSES].sum()
-        chance = np.where(heard, frequency[prediction], 0.0).mean(axis=1)
-        self.held_out_chance += rate * (chance - self.held_out_chance)
         self.held_out_doubt += self._rate * ((heard[0] * doubted).mean() - self.held_out_doubt)
         mass = self.held_out_mass
+        now = np.zeros_like(self.held_out_classes)
+        for h, said in enumerate((target, *prediction)):
+            np.add.at(now[:, h], said[heard[max(h - 1, 0)]] % 1024, 1 / len(target))
+        self.held_out_classes += np.append(rate[0], rate) * (now - self.held_out_classes)
         some = np.where(mass > 0, mass, 1.0)
-        skill = ref.skill(self.held_out_hits / some, self.held_out_chance / some)
+        shares = self.held_out_classes / np.append(some[0], some)
+        skill = ref.skill(self.held_out_hits / some, shares[:, 0] @ shares[:, 1:])
         self.skill = np.where(mass > 0, skill, skill[0])
         self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
 

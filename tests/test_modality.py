@@ -459,6 +459,9 @@ def test_skill_is_what_chance_does_not_explain(hits: Array, chance: float) -> No
 
 def test_where_there_is_one_class_there_is_no_skill() -> None:
     assert skill(torch.ones(2), 1.0).tolist() == [0.0, 0.0]
+    assert_allclose(skill(torch.ones(1).double(), 1.0 - 5e-4), 0.5, rtol=1e-9)  # a rare miss
+    with torch.device("meta"):
+        assert skill(torch.ones(1, device="cpu"), 0.25).item() == 1.0
 
 
 @given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))

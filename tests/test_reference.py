@@ -210,7 +210,7 @@ def test_log_weights_fall_with_standardised_difficulty() -> None:
     assert_allclose(found, [0.2, -0.2], rtol=1e-9)
     # The ease of a single sample among many does not grow without bound.
     many = np.r_[0.0, np.ones(99999)]
-    assert ref.log_weights(0.0 * many, many, **options).max() == 40.0
+    assert ref.log_weights(0.0 * many, many, **options).max() == 8.0
 
 
 def test_sample_weights_are_over_the_average_of_the_class() -> None:
@@ -227,9 +227,12 @@ def test_sample_weights_are_over_the_average_of_the_class() -> None:
 
 
 def test_sample_weights_of_a_hopeless_class_and_of_nothing_valid() -> None:
-    weights, average = ref.sample_weights([-1e4, -1e4], [0, 0], [0.0], decay=0.0)
-    assert weights.tolist() == [1e-18, 1e-18]
-    assert average.tolist() == [-20.0]
+    assert ref.log_weights(
+        [1e4, 0.0], [0.5, 0.5], surprise_strength=1.0, pacing_strength=1.0
+    ).tolist() == [-8.0, 0.0]
+    weights, average = ref.sample_weights([-8.0, -8.0], [0, 0], [0.0], decay=0.0)
+    assert_allclose(weights, 1.0, rtol=1e-13)
+    assert_allclose(average, -8.0, rtol=1e-13)
     weights, average = ref.sample_weights([NAN, NAN], [0, 0], [1.0], 0.9, valid=[False, False])
     assert weights.tolist() == [1.0, 1.0]
     assert average.tolist() == [1.0]

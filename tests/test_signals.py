@@ -307,7 +307,7 @@ def test_log_weights_agree_with_the_reference(
         surprised, hard, surprise_strength=rho, pacing_strength=kappa, valid=valid
     )
     assert_allclose(weigh(case)[valid], expected[valid], rtol=1e-9, atol=1e-8)
-    assert (expected <= 40.0).all()
+    assert (abs(expected) <= 8.0).all()
 
 
 @given(weighing())
@@ -327,7 +327,7 @@ def test_log_weights_in_float32_agree_with_the_reference(
 def test_what_is_far_easier_than_all_else_weighs_no_more_than_sums_can_hold() -> None:
     hard = torch.ones(100_000).scatter(0, torch.tensor([7]), 0.0)
     found = log_weights(torch.zeros(100_000), hard, surprise_strength=0.0, pacing_strength=2.0)
-    assert found.max() == found[7] == 40.0
+    assert found.max() == found[7] == 8.0
 
 
 @given(arrays(6, reals(0, 8)), reals(2**-6, 8))
@@ -361,9 +361,9 @@ def test_without_strength_all_weigh_one(surprised: Array, hard: Array) -> None:
 def classes_of(draw: st.DrawFn) -> tuple[Array, Array, Array, Array]:
     """Log weights, groups of classes, their averages and which samples are valid."""
     size = draw(st.integers(0, 12))
-    own = draw(arrays(size, reals(-8, 8)) | arrays(size, st.sampled_from([-1e4, 0.0, 40.0])))
+    own = draw(arrays(size, reals(-8, 8)) | arrays(size, st.sampled_from([-8.0, 0.0, 8.0])))
     group = draw(arrays(size, st.integers(0, 3))).astype(np.int64)
-    average = draw(arrays(5, reals(-4, 4) | st.sampled_from([-20.0, 20.0])))
+    average = draw(arrays(5, reals(-4, 4) | st.sampled_from([-8.0, 8.0])))
     return own, group, average, draw(arrays(size, st.booleans())).astype(bool)
 
 
@@ -393,9 +393,7 @@ def test_no_sample_outweighs_its_class_by_far(
     weights, _ = sample_weights(*(torch.from_numpy(x) for x in (own, group, average)), decay)
     for k in np.unique(group):
         n = (group == k).sum()
-        assert own[group == k].max() > 20.0 or weights[group == k].sum() <= 1.001 * n / (
-            1 - decay**n
-        )
+        assert weights[group == k].sum() <= 1.001 * n / (1 - decay**n)
 
 
 @given(arrays(12, reals(0, 3)), st.integers(0, 100), st.sampled_from([1, 3, 12]))
@@ -410,11 +408,10 @@ def test_classes_weigh_what_they_are_frequent_in_batches_of_any_size(
     for _ in range(60 // size):
         rows = rng.permutation(12)[:size]
         weights[rows], average = sample_weights(
-            torch.from_numpy(own[rows]), torch.from_numpy(group[rows]), average, 0.99
+            torch.from_numpy(own[rows]), torch.from_numpy(group[rows]), average, 0.998
         )
     seen = weights.numpy() > 0
-    assert_allclose(weights[seen], (np.exp(own) / means[group])[seen], rtol=0.5)
-    assert_allclose(average, np.log(means), atol=0.4)
+    assert_allclose(weights[seen], (np.exp(own) / means[group])[seen], rtol=0.1)
 
 
 @st.composite

@@ -24,12 +24,12 @@
 #define SIGNALS 3
 #define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
-#define LARGEST_LOG_WEIGHT 40.0f /* nats */
-#define MOST_LEVELLED 20.0
+#define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
 #define LANES_OF_SUM 8 /* numbers that are added up side by side */
+#define SMALLEST_ERROR 1e-3 /* of chance */
 #define SMALLEST_SKILL 1e-4 /* what is less is rounding */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
@@ -41,7 +41,6 @@
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
 #define LOWEST (-87.0f) /* exp of less is no normal number */
-#define LEAST_WEIGHT 1e-18 /* of a sample */
 
 static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -323,9 +322,8 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out_mass, *held_out_hits, *held_out_chance, *held_out_doubt, *skill;
+    float *held_out_mass, *held_out_hits, *held_out_classes, *held_out_doubt, *skill;
     float *log_class_average;
-    int64_t *class_seen;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -399,7 +397,6 @@ static int is_held_out(int64_t index, uint64_t below) {
 /* What valid samples say, summed up. */
 typedef struct {
     int64_t count, seen[MAX_HEADS], hits[MAX_HEADS];
-    double chance[MAX_HEADS]; /* hits to be had by chance */
     double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
@@ -407,11 +404,24 @@ static int64_t group_of(int64_t class) { return class & (GROUPS - 1); }
 
 static int64_t groups_of(const Problem *p) { return p->classes < GROUPS ? p->classes : GROUPS; }
 
-/* Samples trained on so far, each class once more. */
-static double trained_on(const Problem *p, const State *s) {
-    int64_t groups = groups_of(p), all = groups;
-    for (int64_t g = 0; g < groups; g++) all += s->class_seen[g];
-    return (double)all;
+/* One more sample held out of a class, by its target in column 0, or by the prediction of head h in
+ * column 1 + h; the first of a batch fades what was before. */
+static void hear(const Problem *p, State *s, int64_t class, int64_t column, int first,
+                 double decay) {
+    int64_t columns = s->heads + 1;
+    float *of_class = s->held_out_classes + column;
+    for (int64_t g = 0; first && g < groups_of(p); g++) of_class[g * columns] *= (float)decay;
+    of_class[group_of(class) * columns] += (float)((1.0 - decay) / (double)p->batch);
+}
+
+/* How often a head would be right if its predictions and the targets were independent. */
+static double chance_of(const Problem *p, const State *s, int64_t h) {
+    double both = 0.0;
+    for (int64_t g = 0; g < groups_of(p); g++) {
+        const float *of_class = s->held_out_classes + g * (s->heads + 1);
+        both += (double)of_class[0] * of_class[1 + h];
+    }
+    return both / s->held_out_mass[0] / s->held_out_mass[h];
 }
 
 /* Take in what heads say about samples that they were never trained on. */
@@ -421,11 +431,10 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
         if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
             average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
             average(s->held_out_hits + h, (double)heard->hits[h] / batch, 0, decay);
-            average(s->held_out_chance + h, heard->chance[h] / batch, 0, decay);
         }
         double hit_rate = s->held_out_hits[h] / (double)s->held_out_mass[h];
-        double chance = s->held_out_chance[h] / (double)s->held_out_mass[h];
-        double error = 1.0 - chance > SMALLEST_SKILL ? 1.0 - chance : SMALLEST_SKILL;
+        double chance = chance_of(p, s, h);
+        double error = 1.0 - chance > SMALLEST_ERROR ? 1.0 - chance : SMALLEST_ERROR;
         double skill = (hit_rate - chance) / error;
         skill = skill < 1.0 ? skill : 1.0;
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
@@ -437,11 +446,11 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
     *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
 }
 
-/* What weighed samples have over those of their class on average, this batch included: from
- * logarithms, in place; those of the others are 0. */
-static void level(const Problem *p, const uint8_t *weighed, float *weight, State *s,
-                  double decay) {
-    double total[GROUPS], kept[GROUPS];
+/* Weights of the weighed samples, over the average of their class, this batch included: from
+ * logarithms, in place. Those of the others, 0 before, become 1. */
+static void weigh_in_classes(const Problem *p, const uint8_t *weighed, float *weight, State *s,
+                             double decay) {
+    double total[GROUPS], kept[GROUPS], over[GROUPS];
     int64_t groups = groups_of(p), number[GROUPS];
     for (int64_t g = 0; g < groups; g++) total[g] = 0.0, kept[g] = 1.0, number[g] = 0;
     for (int64_t i = 0; i < p->batch; i++)
@@ -454,20 +463,15 @@ static void level(const Problem *p, const uint8_t *weighed, float *weight, State
             total[g] += weight[i];
             kept[g] *= decay;
         }
-    double *over = total;
     for (int64_t g = 0; g < groups; g++)
         if (number[g]) {
             double before = s->log_class_average[g];
-            double moved = log(kept[g] + (1.0 - kept[g]) * total[g] / (double)number[g]);
-            s->log_class_average[g] =
-                (float)clamp(before + moved, -MOST_LEVELLED, MOST_LEVELLED);
-            s->class_seen[g] += number[g];
+            double moves = kept[g] + (1.0 - kept[g]) * total[g] / (double)number[g];
+            s->log_class_average[g] = (float)(before + log(moves));
             over[g] = exp(before - s->log_class_average[g]);
         }
-    for (int64_t i = 0; i < p->batch; i++) {
-        double over_average = weighed[i] ? over[group_of(p->target[i])] * weight[i] : 1.0;
-        weight[i] = (float)(over_average > LEAST_WEIGHT ? over_average : LEAST_WEIGHT);
-    }
+    for (int64_t i = 0; i < p->batch; i++)
+        weight[i] = weighed[i] ? (float)(over[group_of(p->target[i])] * weight[i]) : 1.0f;
 }
 
 /* Numbers of all samples, where they have head h, else 0; in part unless all have. */
@@ -504,7 +508,6 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     Tally tally[2] = {{0}};
     int64_t nonfinite = 0, held_back = 0, rows = work ? work->rows : ROWS;
     int holds_out = o->held_out > 0.0;
-    double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
     for (int64_t i = 0, from = 0; i < B; i++) {
@@ -541,6 +544,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             t->signal[k] += says[k];
             hard += share[k] * says[k];
         }
+        if (held[i]) hear(p, s, y, 0, t->count == 0, o->decay);
         t->count++;
         if (signals.agree[r] && found->prediction[here] != y) t->contradicted += signals.doubt[r];
         log_weight[i] = (float)-rho * signals.surprise[r];
@@ -548,10 +552,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         t->difficulty += hard;
         for (int64_t h = 0; held[i] && h < H; h++)
             if (!p->present || p->present[h * B + i]) {
-                t->seen[h]++;
                 int64_t prediction = found->prediction[h * found->near + here];
+                hear(p, s, prediction, 1 + h, t->seen[h] == 0, o->decay);
+                t->seen[h]++;
                 t->hits[h] += prediction == y;
-                t->chance[h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
             }
     }
     const Tally *rest = tally, *asked = tally + 1;
@@ -564,23 +568,28 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     spread = sqrt(spread / some);
     spread = spread > 1e-4 ? spread : 1e-4;
     for (int64_t i = 0; i < B; i++) {
-        if (!weighed[i]) log_weight[i] = 0.0f;
-        else log_weight[i] -= (float)(kappa / spread * (difficulty[i] - mean_difficulty));
-        if (log_weight[i] > LARGEST_LOG_WEIGHT) log_weight[i] = LARGEST_LOG_WEIGHT;
+        double harder = kappa / spread * (difficulty[i] - mean_difficulty);
+        log_weight[i] = weighed[i] ? (float)clamp(log_weight[i] - harder, -LARGEST_LOG_WEIGHT,
+                                                  LARGEST_LOG_WEIGHT)
+                                   : 0.0f;
     }
     float *weight = log_weight;
-    level(p, weighed, weight, s, o->decay);
+    weigh_in_classes(p, weighed, weight, s, o->decay);
 
     /* The running averages. */
     int first = s->seen[0] == 0, second = s->seen[0] == 1;
     float *used = difficulty; /* of what is there and weighed, else 0 */
     for (int64_t i = 0; i < B; i++) used[i] = weighed[i] ? weight[i] : 0.0f;
     double sums[MAX_HEADS][3]; /* of weights, of those times nll, of their squares */
-    for (int64_t h = 0; h < H; h++)
-        rows_of.weighted_sums(of_head(p, h, used, part), nll + h * B, B, sums[h]);
+    int64_t number[MAX_HEADS] = {0};
+    for (int64_t h = 0; h < H; h++) {
+        const float *mine = of_head(p, h, used, part);
+        rows_of.weighted_sums(mine, nll + h * B, B, sums[h]);
+        for (int64_t i = 0; i < B; i++) number[h] += mine[i] > 0.0f;
+    }
     if (count) {
-        double effective = sums[0][2] * some > 1e-12 ? sums[0][2] * some : 1e-12;
-        average(s->effective_share, sums[0][0] * sums[0][0] / effective, first, o->decay);
+        double effective = sums[0][0] * sums[0][0] / (sums[0][2] * some);
+        average(s->effective_share, effective, first, o->decay);
         for (int k = 0; k < SIGNALS; k++) {
             double now = rest->signal[k] / some, before = s->signal_mean[k];
             double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
@@ -594,7 +603,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     if (asked->count) listen(p, asked, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && sums[h][0] > 0.0) {
-            average(s->log_quality + h, -sums[h][1] / sums[h][0], s->seen[h] == 0, o->decay);
+            /* A batch moves it as far as it is weighed, or labels in doubt would count in small
+             * ones. */
+            double rate = (1.0 - o->decay) * clamp(sums[h][0] / (double)number[h], 0.0, 1.0);
+            average(s->log_quality + h, -sums[h][1] / sums[h][0], s->seen[h] == 0, 1.0 - rate);
             s->seen[h]++;
         } else if (s->seen[h] == 0) {
             s->log_quality[h] = s->log_quality[0];
@@ -1027,8 +1039,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[16];
-    for (int k = 0; k < 16; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[15];
+    for (int k = 0; k < 15; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1041,11 +1053,10 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.nonfinite = address(of[8]);
     s.held_out_mass = address(of[9]);
     s.held_out_hits = address(of[10]);
-    s.held_out_chance = address(of[11]);
+    s.held_out_classes = address(of[11]);
     s.held_out_doubt = address(of[12]);
     s.skill = address(of[13]);
     s.log_class_average = address(of[14]);
-    s.class_seen = address(of[15]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));

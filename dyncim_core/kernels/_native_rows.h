@@ -179,7 +179,7 @@ ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) 
 
 #endif
 
-/* exp(x) for x in [LOWEST, 0] to float32 rounding; 0 at LOWEST; NaN stays. */
+/* exp(x) for x in [LOWEST, -LOWEST] to float32 rounding; 0 at LOWEST; NaN stays. */
 static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
     Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -191,8 +191,8 @@ static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
     return FOR_TARGET(times_power)(p * r + 1.0f, n, x);
 }
 
-/* exp(x) for x <= 0. */
-static inline Floats FOR_TARGET(exp_nonpositive)(Floats x) {
+/* exp(x) for x <= -LOWEST. */
+static inline Floats FOR_TARGET(exp_bounded)(Floats x) {
     return FOR_TARGET(exp_in_range)(FOR_TARGET(larger)((Floats){0} + LOWEST, x));
 }
 
@@ -383,7 +383,7 @@ static double FOR_TARGET(weighted_sum)(const float *restrict x, double shift,
 
 static inline Floats FOR_TARGET(gradient)(Floats x, float high, float low, float factor,
                                           Floats smooth) {
-    return FOR_TARGET(exp_nonpositive)(x - high - low) * factor - smooth;
+    return FOR_TARGET(exp_bounded)(x - high - low) * factor - smooth;
 }
 
 /* out_c = factor * exp(x_c - lse) - smooth * weight_c; lse in two parts, since float32 alone
@@ -406,14 +406,14 @@ static void FOR_TARGET(gradient_row)(const float *restrict x, double lse, float 
     }
 }
 
-/* exp of values <= 0, in place */
+/* exp of values of 87 at most, in place */
 static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
     Floats tail = {0};
     if (shape.left) tail = FOR_TARGET(load_last)(x, shape);
     for (int64_t c = 0; c < shape.whole; c += LANES)
-        FOR_TARGET(store)(x + c, FOR_TARGET(exp_nonpositive)(FOR_TARGET(load)(x + c)));
-    if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_nonpositive)(tail), shape);
+        FOR_TARGET(store)(x + c, FOR_TARGET(exp_bounded)(FOR_TARGET(load)(x + c)));
+    if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_bounded)(tail), shape);
 }
 
 /* What the statistics of a few samples say. Head h of sample i is at h * plane + i in nll and

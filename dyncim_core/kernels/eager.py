@@ -252,19 +252,18 @@ def weigh(
     noise = buffers.label_noise
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
-    own = log_weights(
+    log_weight = log_weights(
         surprise(nll, entropy, num_classes, present),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
     )
+    # Of class probabilities, the likeliest.
     classes = target.argmax(dim=1) if target.is_floating_point() else torch.where(counts, target, 0)
-    group = classes % len(buffers.class_seen)
-    weights, average = sample_weights(
-        own, group, buffers.log_class_average, settings.decay, weighed
-    )
-    buffers.log_class_average.copy_(average)
+    group, average = classes % len(buffers.log_class_average), buffers.log_class_average
+    weights, moved = sample_weights(log_weight, group, average, settings.decay, weighed)
+    average.copy_(moved)
 
     doubted = contradiction(found.prediction, nll, entropy, target, present)
     remembered = finite.expand_as(nll) if present is None else finite & present
@@ -273,10 +272,7 @@ def weigh(
         signals = torch.where(weighed, signals, 0.0)
         counted = remembered > held  # and not held
         heard = remembered & held
-        right = found.prediction == target
-        chance = frequency(found.prediction, num_classes, buffers.class_seen)
-        listen(heard, right, chance, doubted, buffers, settings.decay)
-    buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
+        listen(heard, found.prediction, target, doubted, buffers, settings.decay)
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
@@ -348,41 +344,41 @@ def remember(
     memory.visits.index_copy_(0, memory.rows, visits + counted.t())
 
 
-def frequency(prediction: Tensor, num_classes: int, seen: Tensor) -> Tensor:
-    """How frequent the predicted classes are among all samples trained on, each once more."""
-    groups = min(num_classes, len(seen))
-    if groups < num_classes:
-        prediction = prediction % groups
-    return (seen[prediction] + 1) / (seen.sum() + groups)
-
-
 def listen(
     heard: Tensor,
-    right: Tensor,
-    chance: Tensor,
+    prediction: Tensor,
+    target: Tensor,
     contradicted: Tensor,
     buffers: Buffers,
     decay: float,
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
-    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts;
-    ``chance``, how often it would be right by chance.
+    ``heard`` and ``prediction``, ``[M + 1, B]``, tell which of them a head sees, and what it says.
     """
-    kind, heads = buffers.skill.dtype, len(heard)
+    kind, (heads, batch) = buffers.skill.dtype, heard.shape
     doubted = torch.where(heard[:1], contradicted, 0.0)
-    by_chance = torch.where(heard, chance, 0.0)
-    said = torch.cat([heard, heard & right, by_chance, doubted])
-    shares = said.sum(dim=1, dtype=kind) / max(said.shape[1], 1)
-    held, right, by_chance, doubted = torch.split(shares, [heads, heads, heads, 1])
+    said = torch.cat([heard, heard & (prediction == target), doubted])
+    shares = said.sum(dim=1, dtype=kind) / max(batch, 1)
+    held, hits, doubted = torch.split(shares, [heads, heads, 1])
     some = held.sign()  # 0 where nothing is heard, of a modality or at all
     rate = some * (1.0 - decay)
     mass = buffers.held_out_mass.lerp_(held, rate)
-    hits = buffers.held_out_hits.lerp_(right, rate)
-    chance = buffers.held_out_chance.lerp_(by_chance, rate)
+    hits = buffers.held_out_hits.lerp_(hits, rate)
     doubt = buffers.held_out_doubt.lerp_(doubted[0], rate[0])
+
+    # Of each class, by the target and by the prediction of each head.
+    classes = buffers.held_out_classes
+    groups, columns = classes.shape
+    place = torch.cat([target.unsqueeze(0), prediction]) % groups * columns
+    place = place + torch.arange(columns, device=place.device).unsqueeze(1)
+    counted = torch.cat([heard[:1], heard]).to(kind)
+    found = classes.new_zeros(classes.numel()).index_add_(0, place.flatten(), counted.flatten())
+    classes.lerp_(found.view_as(classes) / max(batch, 1), torch.cat([rate[:1], rate]))
+
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
-    known = skill(hits / mass_or_tiny, chance / mass_or_tiny)
+    by_chance = (classes[:, 1:] * classes[:, :1]).sum(dim=0) / mass_or_tiny[0]
+    known = skill(hits / mass_or_tiny, by_chance / mass_or_tiny)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = torch.where(mass > 0.0, known, known[0])
     buffers.skill.lerp_(known, some[0])
@@ -420,7 +416,8 @@ def take_in(
     buffers.volatility.lerp_(change, torch.where(seen[0] == 1, start > 0, steps))
     buffers.signal_mean.lerp_(signal, start)
     fused = weights[0]
-    share = mass[0].square() / (some * fused.dot(fused)).clamp_min(1e-12)
+    tiny = torch.finfo(mass.dtype).tiny
+    share = mass[0].square() / (some * fused.dot(fused)).clamp_min(tiny)
     buffers.effective_share.lerp_(share.to(kind), start)
     if contradicted is not None:
         # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
@@ -428,8 +425,11 @@ def take_in(
         doubt, heard = contradicted.sum() / some, buffers.held_out_mass[0] > 0.0
         buffers.label_noise.lerp_(doubt.to(kind), torch.where(heard, 0.0, steps))
 
-    mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), rate)
+    mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(tiny)
+    # A batch moves it as far as it is weighed, or labels in doubt would count in small ones.
+    weighed = (mass / (weights > 0).sum(dim=1).clamp_min(1)).clamp_max(1.0).to(kind)
+    moves = torch.where(first, rate, rate * weighed)
+    log_quality = buffers.log_quality.lerp(-mean_nll.to(kind), moves)
     seen.add_(has_mass)
     # A modality never seen counts as equal to the fusion, which favours neither side.
     buffers.log_quality.copy_(torch.where(seen > 0, log_quality, log_quality[0]))

@@ -122,7 +122,7 @@ def curriculum(
             (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
             settings.label_noise,
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
-            found.rows.new_zeros((2, groups)),
+            found.rows.new_zeros((3 + len(buffers.seen), groups)),
             round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
@@ -240,12 +240,11 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
     return {"group": group, "lanes": lanes, "num_warps": group * lanes // 32, **_OPTIONS}
 
 
+_SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
 _LEAST_LOSS = tl.constexpr(0.1)
-_LEAST_WEIGHT = tl.constexpr(1e-18)  # of a sample
-_LARGEST_LOG_WEIGHT = tl.constexpr(40.0)  # nats
-_MOST_LEVELLED = tl.constexpr(20.0)  # nats
+_LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -482,18 +481,14 @@ def _curriculum(
     groups: tl.constexpr,
 ) -> None:
     """Passes over the batch: its moments, its classes, its weights, and what comes of them."""
-    # The whole state is read here, before any barrier, and written after one.
+    # The state, but for what it keeps of each class, is read here, and written after a barrier.
     head = tl.arange(0, heads)
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
     log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
     log_quality = log_quality.to(tl.float32)
     held_mass = tl.load(buffers.held_out_mass + head, mask=head < known, other=0.0)
     held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
-    held_chance = tl.load(buffers.held_out_chance + head, mask=head < known, other=0.0)
     held_doubt = tl.load(buffers.held_out_doubt)
-    group = tl.arange(0, groups)
-    smoothed = tl.load(buffers.class_seen + group, mask=group < classes, other=-1) + 1
-    trained_on = tl.sum(smoothed, 0).to(tl.float32)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -510,7 +505,7 @@ def _curriculum(
     if below is not None:
         held_out = (memory.rows, below)
     plane = tl.zeros([heads, samples], tl.float32)
-    listened, hits, chance = plane, plane, plane
+    listened, hits = plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     held_back = zero
     signals: tl.tuple = (zero, zero, zero)
@@ -543,8 +538,9 @@ def _curriculum(
             asked_here = here & heard[None, :]
             listened += asked_here.to(tl.float32)
             hits += (asked_here & (prediction == y[None, :])).to(tl.float32)
-            of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
-            chance += (of_class + 1).to(tl.float32) / trained_on
+            tl.atomic_add(of_classes + 2 * groups + y % groups, 1.0, mask=heard)
+            column = (3 + head[:, None]) * groups + prediction % groups
+            tl.atomic_add(of_classes + column, 1.0, mask=asked_here)
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
         heavy = zero + 1.0
         if criterion.weight is not None:
@@ -573,8 +569,7 @@ def _curriculum(
     tl.debug_barrier()
 
     squares = zero
-    weights = tl.zeros([heads, samples], tl.float32)
-    weighted = weights
+    numbers, weights, weighted = plane, plane, plane
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
@@ -582,14 +577,16 @@ def _curriculum(
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
-        weight = tl.maximum(tl.exp(log_weight - average), _LEAST_WEIGHT)
-        weight = tl.where(valid, weight, 1.0)
-        e_here = tl.where(here & valid[None, :], weight[None, :], 0.0)
-        fused = tl.sum(tl.where((head == 0)[:, None], e_here, 0.0), 0)
+        weight = tl.exp(log_weight - average)
+        weighed = here & valid[None, :]
+        weight_here = tl.where(weighed, weight[None, :], 0.0)
+        fused = tl.sum(tl.where((head == 0)[:, None], weight_here, 0.0), 0)
         squares += fused * fused
-        weights += e_here
-        weighted += e_here * tl.where(valid[None, :], nll, 0.0)
+        numbers += weighed.to(tl.float32)
+        weights += weight_here
+        weighted += weight_here * tl.where(valid[None, :], nll, 0.0)
     squares = tl.sum(squares, 0)
+    numbers = tl.sum(numbers, 1)
     weights = tl.sum(weights, 1)
     weighted = tl.sum(weighted, 1)
 
@@ -613,22 +610,26 @@ def _curriculum(
     else:
         skill = _listen(
             buffers,
-            (held_mass, held_hits, held_chance, held_doubt),
-            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(chance, 1), tl.sum(contradicted, 0)),
+            (held_mass, held_hits, held_doubt),
+            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(contradicted, 0)),
+            of_classes + 2 * groups,
             tl.maximum(batch, 1),
             1.0 - decays[0],
             head,
             known,
+            groups,
         )
     fused = tl.sum(tl.where(head == 0, weights, 0.0), 0)
-    share = fused * fused / tl.maximum(squares * counted, 1e-12)
+    share = fused * fused / tl.maximum(squares * counted, 1e-30)
     _average(buffers.effective_share, share, first_rate)
     tl.store(buffers.step, tl.load(buffers.step) + 1)
     nonfinite = tl.sum(nonfinite, 0).to(tl.int64)
     tl.store(buffers.nonfinite, tl.load(buffers.nonfinite) + nonfinite)
 
     weighted /= tl.where(weights > 0, weights, 1.0)
-    rate = tl.where(weights > 0, tl.where(seen == 0, 1.0, 1.0 - decays[0]), 0.0)
+    # A batch moves it as far as it is weighed, or labels in doubt would count in small ones.
+    rate = (1.0 - decays[0]) * tl.minimum(weights / tl.maximum(numbers, 1.0), 1.0)
+    rate = tl.where(weights > 0, tl.where(seen == 0, 1.0, rate), 0.0)
     log_quality += rate * (-weighted - log_quality)
     seen += (weights > 0).to(tl.int64)
     fused = tl.sum(tl.where(head == 0, log_quality, 0.0), 0)
@@ -658,7 +659,7 @@ def _curriculum(
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
-        weight = tl.maximum(tl.exp(log_weight - average), _LEAST_WEIGHT)
+        weight = tl.exp(log_weight - average)
         weight = tl.where(valid, weight, 1.0)
         if memory is not None:
             row = tl.load(memory.rows + i, mask=inside, other=-1)
@@ -692,21 +693,19 @@ def _curriculum(
 def _level(
     buffers: tl.tuple, of_classes: tl.tensor, log_decay: tl.tensor, groups: tl.constexpr
 ) -> None:
-    """Take the batch into what is kept of each class."""
+    """Move what the weights of each class are divided by."""
     group = tl.arange(0, groups)
     number = tl.load(of_classes + group)
     mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
     stays = tl.exp(number * log_decay)
-    average = tl.load(buffers.log_class_average + group) + tl.log(stays + (1.0 - stays) * mean)
-    average = tl.minimum(tl.maximum(average, -_MOST_LEVELLED), _MOST_LEVELLED)
-    tl.store(buffers.log_class_average + group, average)
-    seen = tl.load(buffers.class_seen + group)
-    tl.store(buffers.class_seen + group, seen + number.to(tl.int64))
+    moves = tl.where(number > 0, tl.log(stays + (1.0 - stays) * mean), 0.0)
+    tl.store(buffers.log_class_average + group, tl.load(buffers.log_class_average + group) + moves)
 
 
 @_jit
 def _log_weight(surprise: tl.tensor, harder: tl.tensor) -> tl.tensor:
-    return tl.minimum(-surprise - harder, _LARGEST_LOG_WEIGHT)
+    found = tl.minimum(-surprise - harder, _LARGEST_LOG_WEIGHT)
+    return tl.maximum(found, -_LARGEST_LOG_WEIGHT)
 
 
 @_jit
@@ -733,10 +732,12 @@ def _listen(
     buffers: tl.tuple,
     before: tl.tuple,
     found: tl.tuple,
+    of_classes: tl.tensor,
     batch: tl.tensor,
     rate: tl.tensor,
     head: tl.tensor,
     known: tl.constexpr,
+    groups: tl.constexpr,
 ) -> tl.tensor:
     """Take in what heads say about samples that they were never trained on; their skills."""
     some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
@@ -744,11 +745,23 @@ def _listen(
     heads_rate = tl.where(found[0] > 0, rate, 0.0)
     mass = before[0] + heads_rate * (found[0] / batch - before[0])
     hits = before[1] + heads_rate * (found[1] / batch - before[1])
-    chance = before[2] + heads_rate * (found[2] / batch - before[2])
-    doubt = before[3] + tl.where(some, rate, 0.0) * (found[3] / batch - before[3])
+    doubt = before[2] + tl.where(some, rate, 0.0) * (found[2] / batch - before[2])
     positive = tl.maximum(mass, 1e-30)
-    error = tl.maximum(1.0 - chance / positive, _SMALLEST_SKILL)
-    skill = tl.minimum((hits - chance) / positive / error, 1.0)
+    chance = tl.zeros(mass.shape, tl.float32)
+    group = tl.arange(0, groups)
+    at = buffers.held_out_classes + group * (known + 1)
+    targets = tl.load(at)
+    targets += tl.where(some, rate, 0.0) * (tl.load(of_classes + group) / batch - targets)
+    tl.store(at, targets)
+    for h in tl.static_range(known):
+        said = tl.load(at + 1 + h)
+        now = tl.load(of_classes + (1 + h) * groups + group) / batch
+        said += tl.sum(tl.where(head == h, heads_rate, 0.0), 0) * (now - said)
+        tl.store(at + 1 + h, said)
+        chance = tl.where(head == h, tl.sum(said * targets, 0), chance)
+    chance /= positive * tl.sum(tl.where(head == 0, positive, 0.0), 0)
+    error = tl.maximum(1.0 - chance, _SMALLEST_ERROR)
+    skill = tl.minimum((hits / positive - chance) / error, 1.0)
     skill = tl.where(skill > _SMALLEST_SKILL, skill, 0.0)
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
@@ -756,7 +769,6 @@ def _listen(
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.held_out_mass + head, mass, mask=head < known)
     tl.store(buffers.held_out_hits + head, hits, mask=head < known)
-    tl.store(buffers.held_out_chance + head, chance, mask=head < known)
     tl.store(buffers.held_out_doubt, doubt)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     skill = tl.where(mass > 0, skill, fused)
