@@ -26,7 +26,7 @@ class DynCIMLoss(nn.Module):
 
     Per sample, ``w_i * (loss[0, i] + gamma * sum_m c_m * loss[m, i])``, where head 0 is
     the fused prediction and heads 1 to M the unimodal ones. The sample weights ``w``
-    (mean 1) are small for labels that confident heads contradict, as far as the run
+    (mean 1 in the long run) are small for labels that confident heads contradict, as far as the run
     itself shows label noise, favour easy samples while the model is incompetent, and leave
     classes as frequent as they are.
     The modality coefficients ``c`` favour modalities that lag behind the fusion, and

@@ -246,15 +246,13 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None 
 def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
     """What is left of the hits after those of chance: 0 is guessing, 1 always right.
 
-    ``(h - c) / (1 - c)``, Cohen's kappa. Of samples that were not trained on, it tells what
-    generalises, which the quality of a head that knows its training set by heart does not. The
-    use of it is chosen here.
+    ``(h - c) / (1 - c)``. Of samples that were not trained on, it tells what generalises, which
+    the quality of a head that knows its training set by heart does not. Definition chosen here.
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, any shape in [0, 1].
-        chance: The same if predictions and targets had nothing to do with each other,
-            ``sum_k p_k t_k`` of the shares of the classes among predictions and among targets, in
-            [0, 1]; 1 / C when either are balanced.
+        chance: The same for targets drawn from the training set, whatever the sample: the mean
+            frequency of the predicted classes, in [0, 1]; 1 / C when classes are balanced.
 
     Returns:
         Same shape, in [0, 1]; 0 for less than 1e-4.

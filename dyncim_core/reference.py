@@ -671,13 +671,13 @@ def redundancy(
 
 
 def skill(hit_rate: ArrayLike, chance: ArrayLike) -> Array:
-    """What is left of the hits after those of chance, ``(h - c) / (1 - c)``, Cohen's kappa.
+    """What is left of the hits after those of chance, ``(h - c) / (1 - c)``.
 
-    The use of it is chosen here.
+    Definition chosen here.
 
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, in [0, 1].
-        chance: The same if predictions and targets were independent, in [0, 1].
+        chance: The same for targets drawn from the training set, in [0, 1].
 
     Returns:
         In [0, 1]; 0 for less than 1e-4.

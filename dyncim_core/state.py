@@ -25,7 +25,7 @@ from dyncim_core.signals import SIGNALS, volatility_weights
 
 __all__ = ["CurriculumState", "Suspects"]
 
-# Buffers with one entry per head at the end; with a memory, one row of them per sample.
+# Buffers with one entry per head; with a memory, one row of them per sample.
 _PER_HEAD = (
     "log_quality",
     "quality",
@@ -33,7 +33,7 @@ _PER_HEAD = (
     "skill",
     "held_out_mass",
     "held_out_hits",
-    "held_out_classes",
+    "held_out_chance",
 )
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
@@ -81,11 +81,12 @@ class CurriculumState(KeepsDtype):
             samples held out once there were any, before of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        held_out_mass, held_out_hits, held_out_classes, held_out_doubt: What it and
+        held_out_mass, held_out_hits, held_out_chance, held_out_doubt: What it and
             ``label_noise`` come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.
+        class_seen: int64 ``[1024]``, samples of each class trained on so far, in the same places.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
@@ -113,9 +114,10 @@ class CurriculumState(KeepsDtype):
     label_noise: Tensor
     skill: Tensor
     log_class_average: Tensor
+    class_seen: Tensor
     held_out_mass: Tensor
     held_out_hits: Tensor
-    held_out_classes: Tensor
+    held_out_chance: Tensor
     held_out_doubt: Tensor
     effective_share: Tensor
     step: Tensor
@@ -156,11 +158,10 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_mass", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer(
-            "held_out_classes", torch.zeros(_GROUPS, 1 + heads, dtype=torch.float32)
-        )
+        self.register_buffer("held_out_chance", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
         self.register_buffer("log_class_average", torch.zeros(_GROUPS, dtype=torch.float32))
+        self.register_buffer("class_seen", torch.zeros(_GROUPS, dtype=torch.int64))
         self.register_buffer("effective_share", torch.zeros((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ Array = NDArray[Any]
 class Specification(SimpleNamespace):
     """What a ``CurriculumState`` holds, by the names of its buffers."""
 
-    def __init__(self, decay: float, memory_decay: float) -> None:
+    def __init__(self, decay: float, memory_decay: float, classes: int) -> None:
         heads = 1 + MODALITIES
         super().__init__(
             log_quality=np.zeros(heads),
@@ -36,9 +37,10 @@ class Specification(SimpleNamespace):
             skill=np.zeros(heads),
             held_out_mass=np.zeros(heads),
             held_out_hits=np.zeros(heads),
-            held_out_classes=np.zeros((1024, 1 + heads)),
+            held_out_chance=np.zeros(heads),
             held_out_doubt=0.0,
             log_class_average=np.zeros(1024),
+            class_seen=np.zeros(1024),
             effective_share=1.0,
             step=0,
             nonfinite=0,
@@ -46,7 +48,7 @@ class Specification(SimpleNamespace):
             memory_visits=np.zeros((SAMPLES, heads)),
             memory_weight=np.ones(SAMPLES),
         )
-        self._decay = decay
+        self._decay, self._classes = decay, classes
         self._rate, self._memory_rate = 1.0 - decay, 1.0 - memory_decay
 
     def __call__(
@@ -77,6 +79,7 @@ class Specification(SimpleNamespace):
             self._listen(mask & heard, found.prediction, target, doubted)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
+        np.add.at(self.class_seen, target[valid] % 1024, 1)
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:
@@ -111,13 +114,13 @@ class Specification(SimpleNamespace):
             [
                 ref.prediction_deviation(nll, present),
                 ref.prediction_consistency(distance, present),
-                ref.prediction_stability(entropy, CLASSES),
+                ref.prediction_stability(entropy, self._classes),
             ]
         )
         noise = self.label_noise if settings.label_noise is None else settings.label_noise
         own = np.zeros(len(valid))
         own[valid] = ref.log_weights(
-            ref.surprise(nll, entropy, CLASSES, present),
+            ref.surprise(nll, entropy, self._classes, present),
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
             surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
@@ -144,22 +147,20 @@ class Specification(SimpleNamespace):
                 self.log_quality[h] += rate * (mean - self.log_quality[h])
                 self.seen[h] += 1
         self.log_quality[self.seen == 0] = self.log_quality[0]
-        self.quality = ref.quality(self.log_quality, CLASSES)
+        self.quality = ref.quality(self.log_quality, self._classes)
 
     def _listen(self, heard: Array, prediction: Array, target: Array, doubted: Array) -> None:
         rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
         self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
         right = heard & (prediction == target)
         self.held_out_hits += rate * (right.mean(axis=1) - self.held_out_hits)
+        seen = self.class_seen[: min(self._classes, 1024)] + 1
+        chance = np.where(heard, (seen / seen.sum())[prediction % len(seen)], 0.0).mean(axis=1)
+        self.held_out_chance += rate * (chance - self.held_out_chance)
         self.held_out_doubt += self._rate * ((heard[0] * doubted).mean() - self.held_out_doubt)
         mass = self.held_out_mass
-        now = np.zeros_like(self.held_out_classes)
-        for h, said in enumerate((target, *prediction)):
-            np.add.at(now[:, h], said[heard[max(h - 1, 0)]] % 1024, 1 / len(target))
-        self.held_out_classes += np.append(rate[0], rate) * (now - self.held_out_classes)
         some = np.where(mass > 0, mass, 1.0)
-        shares = self.held_out_classes / np.append(some[0], some)
-        skill = ref.skill(self.held_out_hits / some, shares[:, 0] @ shares[:, 1:])
+        skill = ref.skill(self.held_out_hits / some, self.held_out_chance / some)
         self.skill = np.where(mass > 0, skill, skill[0])
         self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
 
@@ -192,6 +193,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nothing of any weight is left": {"weighted": True, "worthless": True, "ignored": True},
     "none held": {"share": 1e-12},
     "known noise": {"noise": 0.1, "share": 0.0},
+    "more classes than are told apart": {"classes": (0, 5, 1024, 1029, 1039)},
 }
 
 
@@ -213,29 +215,33 @@ def run(
     worthless: bool = False,
     share: float = 0.3,
     noise: float | None = None,
+    classes: tuple[int, ...] = tuple(range(CLASSES)),
 ) -> list[tuple[str, Tensor, Array]]:
     """Six steps of a backend and of the specification: names, what was got and expected.
 
     ``spoilt``: which samples have logits that are not finite: some "held" out, all "trained" on,
     or some of "both". ``mixed``: every other step holds nothing out, ``late`` the first one.
     ``whole``: batches of which all would be held out. ``worthless``: all others have a class
-    of weight 0.
+    of weight 0. ``classes``: those that occur, up to the largest there is.
     """
     generator = torch.Generator().manual_seed(0)
     state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
     state = state.to(device)
-    truth = Specification(state.decay, state.memory_decay)
+    number = classes[-1] + 1
+    truth = Specification(state.decay, state.memory_decay, number)
     options = {"ignore_index": -1, "label_smoothing": smoothing}
-    weight = torch.rand(CLASSES, generator=generator) + 0.1 if weighted else None
+    weight = torch.rand(number, generator=generator) + 0.1 if weighted else None
     found: list[tuple[str, Tensor, Array]] = []
     for step in range(6):
         index = torch.randperm(SAMPLES, generator=generator)
         hashed = torch.from_numpy(ref.held_out(index.numpy(), share))
         index = index[hashed][:21] if whole else index[:21]
         hashed = torch.from_numpy(ref.held_out(index.numpy(), share))
-        target = torch.randint(CLASSES, index.shape, generator=generator)
-        logits = 2.0 * torch.randn(1 + MODALITIES, len(index), CLASSES, generator=generator)
-        logits += 2.0 * torch.nn.functional.one_hot((target + (index % 3 == 0)) % CLASSES, CLASSES)
+        kind = torch.randint(len(classes), index.shape, generator=generator)
+        seeming = (kind + (index % 3 == 0)) % len(classes)
+        target, seeming = torch.tensor(classes)[kind], torch.tensor(classes)[seeming]
+        logits = 2.0 * torch.randn(1 + MODALITIES, len(index), number, generator=generator)
+        logits += 1.25 * math.log(number) * torch.nn.functional.one_hot(seeming, number)
         if worthless:
             target[~hashed], weight[0] = 0, 0.0
         if ignored:

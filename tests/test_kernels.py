@@ -535,6 +535,20 @@ def test_backends_are_told_apart_with_their_reasons() -> None:
         assert "GPU" in status["triton"]
 
 
+def test_c_kernels_of_other_sources_are_not_called() -> None:
+    """Which would read what is not there: an editable install keeps them when its sources move."""
+    program = """
+import sys, types
+sys.modules["dyncim_core.kernels._native"] = types.ModuleType("_native")
+import dyncim_core
+print(dyncim_core.backends()["native"])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "install the package again" in ran.stdout
+
+
 LOGITS, TARGET = [torch.zeros(2, 3)], torch.tensor([0, 1])
 
 

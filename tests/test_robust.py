@@ -348,8 +348,8 @@ def test_a_rare_class_that_all_heads_deny_keeps_its_weight(backend: str, decay: 
 
 
 @each_backend
-def test_who_always_predicts_the_most_frequent_class_has_no_skill(backend: str) -> None:
-    """However few of the samples held out are of another class."""
+def test_who_always_predicts_the_most_frequent_class_has_next_to_no_skill(backend: str) -> None:
+    """However frequent that is; who recognises half of the others has about half."""
     index = torch.arange(400)
     target = (index % 10 == 0).long()
     constant = torch.tensor([2.0, 0.0]).expand(400, 2)
@@ -358,13 +358,16 @@ def test_who_always_predicts_the_most_frequent_class_has_no_skill(backend: str) 
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.2, backend=backend)
     generator = torch.Generator().manual_seed(0)
     skills = []
-    for rows in [r for _ in range(6) for r in torch.randperm(400, generator=generator).split(16)]:
+    for rows in [r for _ in range(9) for r in torch.randperm(400, generator=generator).split(16)]:
         fused = informed[rows].requires_grad_()
         others = [constant[rows], informed[rows]]
         criterion(fused, target[rows], unimodal=others, index=index[rows])
-        assert state.skill[1] < 1e-3
-        skills.append(float(state.skill[2]))
-    assert 0.4 < sum(skills[50:]) / len(skills[50:]) < 0.9
+        skills.append(state.skill.clone())
+    assert state.class_seen[:2].tolist() == [
+        9 * int((target[~held_out(index, 0.2)] == c).sum()) for c in (0, 1)
+    ]
+    _, of_constant, of_informed = torch.stack(skills[50:]).mean(dim=0)
+    assert of_constant < 0.15 < 0.35 < of_informed < 0.8
 
 
 @each_backend
@@ -445,7 +448,7 @@ def test_a_modality_that_is_not_heard_for_long_keeps_its_skill(backend: str) -> 
     assert 0 < before[2] < 1
     for _ in range(2200):
         criterion(logits, target, unimodal=[logits.detach(), weak], index=index, present=one)
-    assert torch.equal(criterion.state.skill[2], before[2])
+    assert_allclose(criterion.state.skill[2], before[2], rtol=1e-5)
 
 
 def test_a_compiled_loss_takes_no_negative_index() -> None:

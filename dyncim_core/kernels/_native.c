@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+#define INTERFACE 1 /* raised, as in native.py, when what a call passes changes */
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 #define MAX_HEADS 9 /* of a loss; or modalities of a fusion, whose state has one more */
@@ -322,8 +324,9 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out_mass, *held_out_hits, *held_out_classes, *held_out_doubt, *skill;
+    float *held_out_mass, *held_out_hits, *held_out_chance, *held_out_doubt, *skill;
     float *log_class_average;
+    int64_t *class_seen;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -397,6 +400,7 @@ static int is_held_out(int64_t index, uint64_t below) {
 /* What valid samples say, summed up. */
 typedef struct {
     int64_t count, seen[MAX_HEADS], hits[MAX_HEADS];
+    double chance[MAX_HEADS]; /* hits to be had by chance */
     double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
@@ -404,24 +408,11 @@ static int64_t group_of(int64_t class) { return class & (GROUPS - 1); }
 
 static int64_t groups_of(const Problem *p) { return p->classes < GROUPS ? p->classes : GROUPS; }
 
-/* One more sample held out of a class, by its target in column 0, or by the prediction of head h in
- * column 1 + h; the first of a batch fades what was before. */
-static void hear(const Problem *p, State *s, int64_t class, int64_t column, int first,
-                 double decay) {
-    int64_t columns = s->heads + 1;
-    float *of_class = s->held_out_classes + column;
-    for (int64_t g = 0; first && g < groups_of(p); g++) of_class[g * columns] *= (float)decay;
-    of_class[group_of(class) * columns] += (float)((1.0 - decay) / (double)p->batch);
-}
-
-/* How often a head would be right if its predictions and the targets were independent. */
-static double chance_of(const Problem *p, const State *s, int64_t h) {
-    double both = 0.0;
-    for (int64_t g = 0; g < groups_of(p); g++) {
-        const float *of_class = s->held_out_classes + g * (s->heads + 1);
-        both += (double)of_class[0] * of_class[1 + h];
-    }
-    return both / s->held_out_mass[0] / s->held_out_mass[h];
+/* Samples trained on so far, each class once more. */
+static double trained_on(const Problem *p, const State *s) {
+    int64_t groups = groups_of(p), all = groups;
+    for (int64_t g = 0; g < groups; g++) all += s->class_seen[g];
+    return (double)all;
 }
 
 /* Take in what heads say about samples that they were never trained on. */
@@ -431,9 +422,10 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
         if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
             average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
             average(s->held_out_hits + h, (double)heard->hits[h] / batch, 0, decay);
+            average(s->held_out_chance + h, heard->chance[h] / batch, 0, decay);
         }
         double hit_rate = s->held_out_hits[h] / (double)s->held_out_mass[h];
-        double chance = chance_of(p, s, h);
+        double chance = s->held_out_chance[h] / (double)s->held_out_mass[h];
         double error = 1.0 - chance > SMALLEST_ERROR ? 1.0 - chance : SMALLEST_ERROR;
         double skill = (hit_rate - chance) / error;
         skill = skill < 1.0 ? skill : 1.0;
@@ -468,6 +460,7 @@ static void weigh_in_classes(const Problem *p, const uint8_t *weighed, float *we
             double before = s->log_class_average[g];
             double moves = kept[g] + (1.0 - kept[g]) * total[g] / (double)number[g];
             s->log_class_average[g] = (float)(before + log(moves));
+            s->class_seen[g] += number[g];
             over[g] = exp(before - s->log_class_average[g]);
         }
     for (int64_t i = 0; i < p->batch; i++)
@@ -508,6 +501,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     Tally tally[2] = {{0}};
     int64_t nonfinite = 0, held_back = 0, rows = work ? work->rows : ROWS;
     int holds_out = o->held_out > 0.0;
+    double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
     for (int64_t i = 0, from = 0; i < B; i++) {
@@ -544,7 +538,6 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             t->signal[k] += says[k];
             hard += share[k] * says[k];
         }
-        if (held[i]) hear(p, s, y, 0, t->count == 0, o->decay);
         t->count++;
         if (signals.agree[r] && found->prediction[here] != y) t->contradicted += signals.doubt[r];
         log_weight[i] = (float)-rho * signals.surprise[r];
@@ -553,9 +546,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         for (int64_t h = 0; held[i] && h < H; h++)
             if (!p->present || p->present[h * B + i]) {
                 int64_t prediction = found->prediction[h * found->near + here];
-                hear(p, s, prediction, 1 + h, t->seen[h] == 0, o->decay);
                 t->seen[h]++;
                 t->hits[h] += prediction == y;
+                t->chance[h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
             }
     }
     const Tally *rest = tally, *asked = tally + 1;
@@ -1039,8 +1032,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[15];
-    for (int k = 0; k < 15; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[16];
+    for (int k = 0; k < 16; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1053,10 +1046,11 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.nonfinite = address(of[8]);
     s.held_out_mass = address(of[9]);
     s.held_out_hits = address(of[10]);
-    s.held_out_classes = address(of[11]);
+    s.held_out_chance = address(of[11]);
     s.held_out_doubt = address(of[12]);
     s.skill = address(of[13]);
     s.log_class_average = address(of[14]);
+    s.class_seen = address(of[15]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));
@@ -1262,5 +1256,7 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__native(void) {
     choose_kernels();
-    return PyModule_Create(&module);
+    PyObject *created = PyModule_Create(&module);
+    if (created && PyModule_AddIntConstant(created, "INTERFACE", INTERFACE)) Py_CLEAR(created);
+    return created;
 }

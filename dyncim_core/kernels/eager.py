@@ -272,7 +272,10 @@ def weigh(
         signals = torch.where(weighed, signals, 0.0)
         counted = remembered > held  # and not held
         heard = remembered & held
-        listen(heard, found.prediction, target, doubted, buffers, settings.decay)
+        right = found.prediction == target
+        chance = frequency(found.prediction, num_classes, buffers)
+        listen(heard, right, chance, doubted, buffers, settings.decay)
+    buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
@@ -344,40 +347,40 @@ def remember(
     memory.visits.index_copy_(0, memory.rows, visits + counted.t())
 
 
+def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
+    """How frequent the predicted classes are among all samples trained on, each once more."""
+    seen, kind = buffers.class_seen, buffers.skill.dtype
+    groups = min(num_classes, len(seen))
+    if groups < num_classes:
+        prediction = prediction % groups
+    return (seen[prediction] + 1).to(kind) / (seen.sum() + groups).to(kind)
+
+
 def listen(
     heard: Tensor,
-    prediction: Tensor,
-    target: Tensor,
+    right: Tensor,
+    chance: Tensor,
     contradicted: Tensor,
     buffers: Buffers,
     decay: float,
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
-    ``heard`` and ``prediction``, ``[M + 1, B]``, tell which of them a head sees, and what it says.
+    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts;
+    ``chance``, how often it would by chance.
     """
-    kind, (heads, batch) = buffers.skill.dtype, heard.shape
+    kind, heads = buffers.skill.dtype, len(heard)
+    said = [heard, heard & right, torch.where(heard, chance, 0.0)]
     doubted = torch.where(heard[:1], contradicted, 0.0)
-    said = torch.cat([heard, heard & (prediction == target), doubted])
-    shares = said.sum(dim=1, dtype=kind) / max(batch, 1)
-    held, hits, doubted = torch.split(shares, [heads, heads, 1])
+    shares = torch.cat([*said, doubted]).sum(dim=1, dtype=kind) / max(heard.shape[1], 1)
+    held, hits, by_chance, doubt = torch.split(shares, [heads, heads, heads, 1])
     some = held.sign()  # 0 where nothing is heard, of a modality or at all
     rate = some * (1.0 - decay)
     mass = buffers.held_out_mass.lerp_(held, rate)
     hits = buffers.held_out_hits.lerp_(hits, rate)
-    doubt = buffers.held_out_doubt.lerp_(doubted[0], rate[0])
-
-    # Of each class, by the target and by the prediction of each head.
-    classes = buffers.held_out_classes
-    groups, columns = classes.shape
-    place = torch.cat([target.unsqueeze(0), prediction]) % groups * columns
-    place = place + torch.arange(columns, device=place.device).unsqueeze(1)
-    counted = torch.cat([heard[:1], heard]).to(kind)
-    found = classes.new_zeros(classes.numel()).index_add_(0, place.flatten(), counted.flatten())
-    classes.lerp_(found.view_as(classes) / max(batch, 1), torch.cat([rate[:1], rate]))
-
+    by_chance = buffers.held_out_chance.lerp_(by_chance, rate)
+    doubt = buffers.held_out_doubt.lerp_(doubt[0], rate[0])
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
-    by_chance = (classes[:, 1:] * classes[:, :1]).sum(dim=0) / mass_or_tiny[0]
     known = skill(hits / mass_or_tiny, by_chance / mass_or_tiny)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = torch.where(mass > 0.0, known, known[0])

@@ -54,11 +54,11 @@ class Buffers(NamedTuple):
 
     Of samples held out, averages that start at 0, of shares of a batch: ``held_out_mass``
     ``[M + 1]``, held out and seen by a head, of them ``held_out_hits`` ``[M + 1]``, predicted by
-    it, ``held_out_classes`` ``[K, M + 2]``, those of each class by their target and by the
-    prediction of each head, and ``held_out_doubt``, contradicted by all heads. ``skill``
-    ``[M + 1]`` follows from them, and so does ``label_noise`` from the first sample held out on.
-    ``log_class_average`` ``[K]`` is what levels the weights of the classes. Class c is at
-    ``c % K``.
+    it, ``held_out_chance`` ``[M + 1]``, to be predicted by chance, and ``held_out_doubt``,
+    contradicted by all heads. ``skill`` ``[M + 1]`` follows from them, and so does
+    ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
+    ``log_class_average`` ``[K]``, what levels the weights of the classes, and ``class_seen``
+    ``[K]``, the samples trained on.
     """
 
     log_quality: Tensor
@@ -72,10 +72,11 @@ class Buffers(NamedTuple):
     nonfinite: Tensor
     held_out_mass: Tensor
     held_out_hits: Tensor
-    held_out_classes: Tensor
+    held_out_chance: Tensor
     held_out_doubt: Tensor
     skill: Tensor
     log_class_average: Tensor
+    class_seen: Tensor
 
 
 class Memory(NamedTuple):

@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+_INTERFACE = 1  # raised, as in _native.c, when what a call passes changes
+if getattr(_native, "INTERFACE", None) != _INTERFACE:
+    raise ImportError("the C kernels were built for other sources; install the package again")
+
 # Logits that pay for handing them to another thread.
 _WORTH_A_THREAD = 2**19
 # Logits whose gradients are made with the curriculum, while a cache holds them.

@@ -122,7 +122,7 @@ def curriculum(
             (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
             settings.label_noise,
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
-            found.rows.new_zeros((3 + len(buffers.seen), groups)),
+            found.rows.new_zeros((2, groups)),
             round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
@@ -488,7 +488,11 @@ def _curriculum(
     log_quality = log_quality.to(tl.float32)
     held_mass = tl.load(buffers.held_out_mass + head, mask=head < known, other=0.0)
     held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
+    held_chance = tl.load(buffers.held_out_chance + head, mask=head < known, other=0.0)
     held_doubt = tl.load(buffers.held_out_doubt)
+    group = tl.arange(0, groups)
+    smoothed = tl.load(buffers.class_seen + group, mask=group < classes, other=-1) + 1
+    trained_on = tl.sum(smoothed, 0).to(tl.float32)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -505,7 +509,7 @@ def _curriculum(
     if below is not None:
         held_out = (memory.rows, below)
     plane = tl.zeros([heads, samples], tl.float32)
-    listened, hits = plane, plane
+    listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     held_back = zero
     signals: tl.tuple = (zero, zero, zero)
@@ -538,9 +542,8 @@ def _curriculum(
             asked_here = here & heard[None, :]
             listened += asked_here.to(tl.float32)
             hits += (asked_here & (prediction == y[None, :])).to(tl.float32)
-            tl.atomic_add(of_classes + 2 * groups + y % groups, 1.0, mask=heard)
-            column = (3 + head[:, None]) * groups + prediction % groups
-            tl.atomic_add(of_classes + column, 1.0, mask=asked_here)
+            of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
+            chance += (of_class + 1).to(tl.float32) / trained_on
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
         heavy = zero + 1.0
         if criterion.weight is not None:
@@ -610,14 +613,12 @@ def _curriculum(
     else:
         skill = _listen(
             buffers,
-            (held_mass, held_hits, held_doubt),
-            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(contradicted, 0)),
-            of_classes + 2 * groups,
+            (held_mass, held_hits, held_chance, held_doubt),
+            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(chance, 1), tl.sum(contradicted, 0)),
             tl.maximum(batch, 1),
             1.0 - decays[0],
             head,
             known,
-            groups,
         )
     fused = tl.sum(tl.where(head == 0, weights, 0.0), 0)
     share = fused * fused / tl.maximum(squares * counted, 1e-30)
@@ -693,13 +694,15 @@ def _curriculum(
 def _level(
     buffers: tl.tuple, of_classes: tl.tensor, log_decay: tl.tensor, groups: tl.constexpr
 ) -> None:
-    """Move what the weights of each class are divided by."""
+    """Take the batch into what is kept of each class."""
     group = tl.arange(0, groups)
     number = tl.load(of_classes + group)
     mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
     stays = tl.exp(number * log_decay)
     moves = tl.where(number > 0, tl.log(stays + (1.0 - stays) * mean), 0.0)
     tl.store(buffers.log_class_average + group, tl.load(buffers.log_class_average + group) + moves)
+    seen = tl.load(buffers.class_seen + group)
+    tl.store(buffers.class_seen + group, seen + number.to(tl.int64))
 
 
 @_jit
@@ -732,12 +735,10 @@ def _listen(
     buffers: tl.tuple,
     before: tl.tuple,
     found: tl.tuple,
-    of_classes: tl.tensor,
     batch: tl.tensor,
     rate: tl.tensor,
     head: tl.tensor,
     known: tl.constexpr,
-    groups: tl.constexpr,
 ) -> tl.tensor:
     """Take in what heads say about samples that they were never trained on; their skills."""
     some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
@@ -745,23 +746,11 @@ def _listen(
     heads_rate = tl.where(found[0] > 0, rate, 0.0)
     mass = before[0] + heads_rate * (found[0] / batch - before[0])
     hits = before[1] + heads_rate * (found[1] / batch - before[1])
-    doubt = before[2] + tl.where(some, rate, 0.0) * (found[2] / batch - before[2])
+    chance = before[2] + heads_rate * (found[2] / batch - before[2])
+    doubt = before[3] + tl.where(some, rate, 0.0) * (found[3] / batch - before[3])
     positive = tl.maximum(mass, 1e-30)
-    chance = tl.zeros(mass.shape, tl.float32)
-    group = tl.arange(0, groups)
-    at = buffers.held_out_classes + group * (known + 1)
-    targets = tl.load(at)
-    targets += tl.where(some, rate, 0.0) * (tl.load(of_classes + group) / batch - targets)
-    tl.store(at, targets)
-    for h in tl.static_range(known):
-        said = tl.load(at + 1 + h)
-        now = tl.load(of_classes + (1 + h) * groups + group) / batch
-        said += tl.sum(tl.where(head == h, heads_rate, 0.0), 0) * (now - said)
-        tl.store(at + 1 + h, said)
-        chance = tl.where(head == h, tl.sum(said * targets, 0), chance)
-    chance /= positive * tl.sum(tl.where(head == 0, positive, 0.0), 0)
-    error = tl.maximum(1.0 - chance, _SMALLEST_ERROR)
-    skill = tl.minimum((hits / positive - chance) / error, 1.0)
+    error = tl.maximum(1.0 - chance / positive, _SMALLEST_ERROR)
+    skill = tl.minimum((hits - chance) / positive / error, 1.0)
     skill = tl.where(skill > _SMALLEST_SKILL, skill, 0.0)
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
@@ -769,6 +758,7 @@ def _listen(
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.held_out_mass + head, mass, mask=head < known)
     tl.store(buffers.held_out_hits + head, hits, mask=head < known)
+    tl.store(buffers.held_out_chance + head, chance, mask=head < known)
     tl.store(buffers.held_out_doubt, doubt)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     skill = tl.where(mass > 0, skill, fused)
