@@ -76,13 +76,14 @@ def autograd(logits: list[Tensor], target: Tensor) -> Step:
                     prediction_stability(entropy, classes),
                 ]
             )
-            own = log_weights(
+            log_weight = log_weights(
                 surprise(nll, entropy, classes),
                 difficulty(signals, volatility_weights(torch.ones_like(signals[:, 0]))),
                 surprise_strength=1.0,
                 pacing_strength=0.2,
             )
-            weights, _ = sample_weights(own, target, own.new_zeros(classes), decay=0.95)
+            even = log_weight.new_zeros(classes)
+            weights, _ = sample_weights(log_weight, target, even, decay=0.95)
             factors = torch.cat([nll.new_ones(1), modality_coefficients(-nll.mean(dim=1))])
         loss = (weights * factors.unsqueeze(1) * nll).sum() / len(target)
         return torch.autograd.grad(loss, logits)

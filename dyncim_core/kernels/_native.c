@@ -561,10 +561,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     spread = sqrt(spread / some);
     spread = spread > 1e-4 ? spread : 1e-4;
     for (int64_t i = 0; i < B; i++) {
-        double harder = kappa / spread * (difficulty[i] - mean_difficulty);
-        log_weight[i] = weighed[i] ? (float)clamp(log_weight[i] - harder, -LARGEST_LOG_WEIGHT,
-                                                  LARGEST_LOG_WEIGHT)
-                                   : 0.0f;
+        double harder = weighed[i] ? difficulty[i] - mean_difficulty : 0.0;
+        double found = weighed[i] ? log_weight[i] - kappa / spread * harder : 0.0;
+        log_weight[i] = (float)clamp(found, -LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT);
     }
     float *weight = log_weight;
     weigh_in_classes(p, weighed, weight, s, o->decay);
