@@ -490,8 +490,8 @@ def _curriculum(
     held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
     held_chance = tl.load(buffers.held_out_chance + head, mask=head < known, other=0.0)
     held_doubt = tl.load(buffers.held_out_doubt)
-    group = tl.arange(0, groups)
-    smoothed = tl.load(buffers.class_seen + group, mask=group < classes, other=-1) + 1
+    each = tl.arange(0, groups)
+    smoothed = tl.load(buffers.class_seen + each, mask=each < classes, other=-1) + 1
     trained_on = tl.sum(smoothed, 0).to(tl.float32)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
