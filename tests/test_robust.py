@@ -490,6 +490,7 @@ def test_a_fusion_takes_as_many_modalities_as_its_kernels(backend: str, modaliti
 @each_backend
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # torch's own, from 2.14 on
 def test_a_forward_mode_gradient_is_refused_before_the_state_moves(
     backend: str, plain: bool
 ) -> None:
