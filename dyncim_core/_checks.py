@@ -13,9 +13,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "as_list",
     "check_choice",
-    "check_class_counts",
     "check_class_weight",
-    "check_classes_counted",
     "check_count",
     "check_device",
     "check_features",
@@ -49,21 +47,6 @@ def check_count(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def check_class_counts(counts: object) -> Tensor:
-    """Numbers >= 0, one for each class, as a float32 tensor."""
-    try:
-        found = torch.as_tensor(counts, dtype=torch.float32, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"class_counts: expected a sequence of numbers, got {type(counts).__name__}"
-        ) from error
-    if found.dim() != 1 or len(found) == 0:
-        raise ValueError(f"class_counts: expected shape [C] with C >= 1, got {_shape(found)}")
-    if not (found.isfinite() & (found >= 0)).all():
-        raise ValueError(f"class_counts: expected finite numbers >= 0, got {found.tolist()}")
-    return found
 
 
 def check_instance(name: str, value: object, kind: type) -> None:
@@ -122,15 +105,6 @@ def check_unimodal(
             raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
         _check_shape(name, head, (batch, logits[0].shape[1]))
         check_device(name, head, device)
-
-
-def check_classes_counted(logits: Tensor, counted: int) -> None:
-    """Logits of as many classes as were counted."""
-    if logits.shape[1] != counted:
-        raise ValueError(
-            f"unimodal logits: expected {counted} classes, as class_counts has, "
-            f"got {logits.shape[1]}"
-        )
 
 
 def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:

@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
-from dyncim_core.gates import log_prior, novelty_penalty
+from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
 from dyncim_core.kernels.interface import Gate, Kernels, Learnt
 from dyncim_core.moments import FeatureMoments
-from dyncim_core.state import CurriculumState
+from dyncim_core.state import GROUPS, CurriculumState
 
 __all__ = ["FusionOutput", "GatedFusion"]
 
@@ -62,12 +62,10 @@ class GatedFusion(KeepsDtype):
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
             count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
+            Predictions contradict each other only in what goes beyond the frequencies of the
+            classes that it has seen, see ``log_prior``; of more than 1024 classes, in all.
             What was last seen in training is kept for inference. All modalities count alike, and
             disturbances in full, when ``None``.
-        class_counts: How often each class occurs in training, ``[C]``, for classes that are
-            imbalanced: predictions then contradict each other only in what goes beyond these
-            frequencies, see ``log_prior``. Leave it out where the criterion's class weights
-            even them out.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.
@@ -88,6 +86,8 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
+        log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
+            before they are compared; ``None`` of less than three modalities, which are not.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -114,7 +114,6 @@ class GatedFusion(KeepsDtype):
         features: Mapping[str, int] | Sequence[int],
         *,
         state: CurriculumState | None = None,
-        class_counts: Sequence[float] | Tensor | None = None,
         disagreement_slope: float = 2.0,
         novelty_slope: float = 2.0,
         threshold: float = 0.05,
@@ -151,20 +150,10 @@ class GatedFusion(KeepsDtype):
         if state is not None:
             self.follow(state)
         self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
-        self.class_counts: tuple[float, ...] | None = None
-        self.register_buffer("log_prior", None, persistent=False)  # it is known
-        if class_counts is not None:
-            counts = _checks.check_class_counts(class_counts)
-            self.class_counts = tuple(counts.tolist())
-            self.log_prior = torch.zeros(len(counts), dtype=torch.float32)
-        self.reset_parameters()
+        self.register_buffer(
+            "log_prior", torch.zeros(GROUPS, dtype=torch.float32) if len(widths) > 2 else None
+        )
         self.moments = FeatureMoments(widths) if novelty_slope else None
-
-    @override
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.log_prior is not None:
-            self.log_prior.copy_(log_prior(torch.tensor(self.class_counts, device="cpu")))
 
     def follow(self, state: CurriculumState) -> None:
         """Read another ``state`` from now on.
@@ -224,15 +213,14 @@ class GatedFusion(KeepsDtype):
             logits = _checks.as_list("unimodal", unimodal, self.modalities)
             _checks.check_unimodal(logits, self.modalities, batch, device)
             logits = [x.detach() for x in logits]
-            if self.log_prior is not None:
-                _checks.check_classes_counted(logits[0], len(self.log_prior))
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.skill, device)
-        evidence = logits
+        evidence, prior = logits, self.log_prior
         if evidence is None:  # all agree
+            prior = None
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
-        elif self.log_prior is not None:
-            evidence = [x - self.log_prior for x in evidence]
+        if prior is not None and evidence[0].shape[1] > len(prior):
+            prior = None
         kernels = select(self.backend, evidence)
         # What was asked for is for the logits; C takes the features that it can.
         by = "eager" if kernels is eager else None
@@ -251,6 +239,7 @@ class GatedFusion(KeepsDtype):
         gating = kernels.gate(
             evidence,
             self.skill,
+            prior,
             learnt,
             there,
             chance,
@@ -271,10 +260,11 @@ class GatedFusion(KeepsDtype):
         if state is None:
             return None
         _checks.check_device("state", state.skill, self.skill.device)
-        learnt = state.log_quality, state.quality, state.skill
+        held = state._buffers  # where Module.__getattr__, which is slow, would find them
+        learnt = [held[name] for name in Learnt._fields]
         if torch.compiler.is_compiling():
             return Learnt(*map(_as_it_is_now, learnt))
-        return Learnt(*learnt)
+        return Learnt(*learnt)  # type: ignore[arg-type]
 
     @override
     def extra_repr(self) -> str:

@@ -68,24 +68,26 @@ def disagreement(
     return torch.where(comparable, apart * believed, 0.0)
 
 
-def log_prior(class_counts: Tensor) -> Tensor:
-    """What the classes' frequencies alone say of a sample, ``log((n_c + 1) / sum_k (n_k + 1))``.
+def log_prior(class_mass: Tensor) -> Tensor:
+    """What the classes' frequencies alone say of a sample, over the most frequent.
 
     Taken off the logits, it leaves what an input says: modalities that know little predict what
     is frequent, and would outvote together one that recognises a rare class. Menon et al. (ICLR
     2021) adjust logits so; that only the disagreement is asked of such logits is chosen here.
 
     Args:
-        class_counts: How often each class occurs in training, ``[C]``, >= 0.
+        class_mass: How often each class was trained on, times its class weight, ``[C]``, >= 0.
 
     Returns:
-        ``[C]``, in nats, < 0 for C > 1.
+        ``[C]``, in nats, in [-30, 0]; 0 for a class that was not trained on, of which it says
+        nothing.
 
     Example:
-        >>> log_prior(torch.tensor([5.0, 1.0])).exp()
-        tensor([0.7500, 0.2500])
+        >>> log_prior(torch.tensor([6, 3, 0])).exp()
+        tensor([1.0000, 0.5000, 1.0000])
     """
-    return (class_counts + 1.0).log() - (class_counts + 1.0).sum().log()
+    share = class_mass / class_mass.max()
+    return torch.where(class_mass > 0, share.log().clamp_min(-30.0), 0.0)
 
 
 def reliability_gates(

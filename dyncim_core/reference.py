@@ -820,23 +820,24 @@ def disagreement(
     return result
 
 
-def log_prior(class_counts: ArrayLike) -> Array:
-    """What the classes' frequencies alone say of a sample, ``log((n_c + 1) / sum_k (n_k + 1))``.
+def log_prior(class_mass: ArrayLike) -> Array:
+    """What the classes' frequencies alone say of a sample, over the most frequent.
 
     Definition chosen here.
 
     Args:
-        class_counts: ``[C]``, >= 0.
+        class_mass: ``[C]``, >= 0.
 
     Returns:
-        ``[C]``, in nats.
+        ``[C]``, in nats, in [-30, 0]; 0 for a class of mass 0.
 
     Example:
-        >>> np.exp(log_prior([5, 1])).round(4).tolist()
-        [0.75, 0.25]
+        >>> np.exp(log_prior([6, 3, 0])).round(4).tolist()
+        [1.0, 0.5, 1.0]
     """
-    n = np.asarray(class_counts, dtype=np.float64) + 1.0
-    return np.asarray(np.log(n / n.sum()))
+    mass = np.asarray(class_mass, dtype=np.float64)
+    share = np.where(mass > 0, mass / max(mass.max(), 1e-300), 1.0)
+    return np.log(np.maximum(share, np.exp(-30.0)))
 
 
 def reliability_gates(

@@ -38,8 +38,8 @@ _PER_HEAD = (
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
 
-# Classes whose weights are levelled apart; more of them share.
-_GROUPS = 1024
+# Classes that are told apart; more of them share.
+GROUPS = 1024
 
 
 class Suspects(NamedTuple):
@@ -87,6 +87,7 @@ class CurriculumState(KeepsDtype):
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.
         class_seen: int64 ``[1024]``, samples of each class trained on so far, in the same places.
+        class_weight: ``[1024]``, weights that the criterion gives the first so many classes.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
@@ -115,6 +116,7 @@ class CurriculumState(KeepsDtype):
     skill: Tensor
     log_class_average: Tensor
     class_seen: Tensor
+    class_weight: Tensor
     held_out_mass: Tensor
     held_out_hits: Tensor
     held_out_chance: Tensor
@@ -127,7 +129,7 @@ class CurriculumState(KeepsDtype):
     memory_visits: Tensor
     memory_weight: Tensor
 
-    _at_first_1 = ("effective_share", "memory_weight")
+    _at_first_1 = ("class_weight", "effective_share", "memory_weight")
 
     def __init__(
         self,
@@ -160,8 +162,9 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_chance", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("log_class_average", torch.zeros(_GROUPS, dtype=torch.float32))
-        self.register_buffer("class_seen", torch.zeros(_GROUPS, dtype=torch.int64))
+        self.register_buffer("log_class_average", torch.zeros(GROUPS, dtype=torch.float32))
+        self.register_buffer("class_seen", torch.zeros(GROUPS, dtype=torch.int64))
+        self.register_buffer("class_weight", torch.zeros(GROUPS, dtype=torch.float32))
         self.register_buffer("effective_share", torch.zeros((), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))

@@ -216,16 +216,18 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
     fusion = GatedFusion(WIDTHS, state=criterion.state)
     criterion.state.skill.copy_(torch.tensor([0.9, 0.36, 0.6, 0.7]))
+    criterion.state.class_seen[:CLASSES] = torch.arange(CLASSES)
     before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.skill, [0.36, 0.6, 0.7])
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert {name.partition(".")[0] for name in fusion.state_dict()} == {"moments", "skill"}
+    kept = {name.partition(".")[0] for name in fusion.state_dict()}
+    assert kept == {"log_prior", "moments", "skill"}
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
-    criterion.state.skill.zero_()
+    criterion.state.reset_parameters()
     expected = fusion.eval()(features, unimodal=unimodal)
     found = alone(features, unimodal=unimodal)
     assert torch.equal(found.gates, expected.gates)
@@ -374,11 +376,6 @@ def test_errors_name_argument_expected_and_got(
         ({"audio": 2.5}, {}, TypeError, r"width of audio: expected a whole number, got float"),
         ([1], {"state": nn.Identity()}, TypeError, r"state: expected a Curr.*, got Identity"),
         (3, {}, TypeError, r"features: expected a mapping or a sequence.*, got int"),
-        ([1], {"class_counts": "many"}, TypeError, r"class_counts: expected a seq.*, got str"),
-        ([1], {"class_counts": 3}, ValueError, r"class_counts: expected shape \[C\].*got \[\]"),
-        ([1], {"class_counts": []}, ValueError, r"class_counts: .* with C >= 1, got \[0\]"),
-        ([1], {"class_counts": [2, -1]}, ValueError, r"class_counts: .*>= 0, got \[2.0, -1.0\]"),
-        ([1], {"class_counts": [math.nan]}, ValueError, r"class_counts: .*>= 0, got \[nan\]"),
         ([1, 1], {"threshold": 0.5}, ValueError, r"threshold: .*\[0, 0.5\), got 0.5"),
         ([1, 1], {"swap": 1.5}, ValueError, r"swap: expected a value in \[0, 1\], got 1.5"),
         ([1, 1], {"swap": 0.6, "dropout": 0.6}, ValueError, r"swap \+ dropout: .*got 1.2"),
@@ -563,7 +560,7 @@ def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> Non
     kernel = kernels.select(backend, rows)
     penalty = torch.tensor([[2.0], [0.0], [0.0]])
     settings = Gate(3.0, 0.2, 0.0, 0.0)
-    found = kernel.gate(rows, fusion.skill, None, None, None, penalty, settings)
+    found = kernel.gate(rows, fusion.skill, None, None, None, None, penalty, settings)
     expected = ref.reliability_gates(evidence - penalty.numpy())
     assert_allclose(found.gates, expected, rtol=1e-4)
     assert_allclose(found.scale, ref.relative_gates(expected), rtol=1e-4)
@@ -594,18 +591,32 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion = still()
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
-    assert [name for name, _ in fusion.named_buffers(recurse=False)] == ["skill"]
+    kept = [name for name, _ in fusion.named_buffers(recurse=False)]
+    assert kept == ["skill", "log_prior"]
+
+
+def state_that_saw(counts: list[int], weight: list[float] | None = None) -> CurriculumState:
+    state = CurriculumState(len(WIDTHS) if weight is None else NAMES)
+    state.class_seen[: len(counts)] = torch.tensor(counts)
+    if weight is not None:
+        state.class_weight[: len(weight)] = torch.tensor(weight)
+    return state
 
 
 @each_backend
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_frequent_is_no_contradiction(backend: str, training: bool) -> None:
-    counts = [97, 0, 7, 0]
+    counts, weight = [97, 0, 7, 5], [1.0, 2.0, 3.0, 0.0]
     features, unimodal = inputs()
-    prior = torch.from_numpy(ref.log_prior(counts)).float()
-    fusion = still(backend=backend, class_counts=counts).train(training)
-    found = fusion(features, unimodal={name: x + prior for name, x in unimodal.items()})
-    expected = still(backend=backend).train(training)(features, unimodal=unimodal)
+    prior = torch.from_numpy(ref.log_prior(np.multiply(counts, weight))).float()
+    fusion = still(backend=backend, state=state_that_saw(counts, weight))
+    fusion(features, unimodal=unimodal)  # what was last seen in training is kept
+    found = fusion.train(training)(
+        features, unimodal={name: x + prior for name, x in unimodal.items()}
+    )
+    plain = still(backend=backend)
+    plain(features, unimodal=unimodal)
+    expected = plain.train(training)(features, unimodal=unimodal)
     assert_allclose(found.gates, expected.gates, rtol=1e-5)
     assert_allclose(found.fused, expected.fused, rtol=1e-5)
     assert found.logits is not None
@@ -618,27 +629,43 @@ def test_a_rare_class_is_not_outvoted_by_those_that_know_only_what_is_frequent()
     features = [torch.ones(1, 2)] * 3
     prior = torch.log(torch.tensor([[0.9, 0.05, 0.05]]))
     unimodal = [torch.tensor([[0.0, 0.0, 3.0]]), prior, prior + torch.tensor([[0.0, 0.0, 0.5]])]
-    uninformed, informed = (
-        GatedFusion([2] * 3, dropout=0.0, class_counts=counts)(features, unimodal=unimodal).gates
-        for counts in (None, [899, 49, 49])
-    )
+    state = CurriculumState(3)
+    fusion = GatedFusion([2] * 3, dropout=0.0, state=state)
+    uninformed = fusion(features, unimodal=unimodal).gates
+    state.class_seen[:3] = torch.tensor([900, 50, 50])
+    informed = fusion(features, unimodal=unimodal).gates
     assert uninformed[0, 0] < 0.2
     assert informed[0, 0] > 0.25
 
 
-def test_class_counts_follow_the_module_and_are_not_saved() -> None:
-    fusion = GatedFusion([2, 2], class_counts=np.array([3, 1])).half()
+def test_the_frequency_of_the_classes_is_that_of_what_the_loss_trained_on() -> None:
+    weight = torch.tensor([2.0, 1.0, 1.0, 1.0])
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(weight), modalities=NAMES)
+    fusion = still(state=criterion.state)
+    features, unimodal = inputs()
+    target = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, -100])
+    logits = torch.zeros(9, CLASSES, requires_grad=True)
+    for _ in range(2):
+        criterion(logits, target, unimodal=unimodal)
+    fusion(features, unimodal=unimodal)
     assert fusion.log_prior is not None
-    assert fusion.log_prior.dtype == torch.float32
-    assert fusion.state_dict().keys() == GatedFusion([2, 2]).state_dict().keys()
-    with torch.device("meta"):
-        started = GatedFusion([2, 2], class_counts=[3, 1])
-    assert started.log_prior is not None
-    assert started.log_prior.is_meta
-    started.to_empty(device="cpu").reset_parameters()
-    assert_allclose(started.log_prior, ref.log_prior([3, 1]), rtol=1e-6)
-    with pytest.raises(ValueError, match="expected 2 classes, as class_counts has, got 3"):
-        started([torch.ones(4, 2)] * 2, unimodal=[torch.ones(4, 3)] * 2)
+    assert_allclose(fusion.log_prior[:CLASSES].exp(), [1.0, 0.2, 0.1, 1.0], rtol=1e-6)
+    assert not fusion.log_prior[CLASSES:].any()
+    assert still(state=criterion.state).eval().log_prior.count_nonzero() == 0
+    criterion.criterion.weight = None
+    criterion(logits, target, unimodal=unimodal)
+    fusion(features, unimodal=unimodal)
+    assert_allclose(fusion.log_prior[:CLASSES].exp(), [1.0, 0.4, 0.2, 1.0], rtol=1e-6)
+
+
+def test_two_modalities_or_more_classes_than_are_told_apart_have_no_prior() -> None:
+    assert GatedFusion([2, 2]).log_prior is None
+    features, unimodal = [torch.ones(3, 2)] * 3, [*torch.randn(3, 3, 1025).unbind()]
+    state = CurriculumState(3)
+    state.class_seen.copy_(torch.arange(1024))
+    fusion = GatedFusion([2] * 3, dropout=0.0, state=state)
+    expected = GatedFusion([2] * 3, dropout=0.0)(features, unimodal=unimodal)
+    assert torch.equal(fusion(features, unimodal=unimodal).gates, expected.gates)
 
 
 @each_backend
@@ -701,15 +728,21 @@ def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on() -> None:
+@pytest.mark.parametrize("widths", [(3, 2), (3, 2, 2)])
+def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on(
+    widths: tuple[int, ...],
+) -> None:
     torch.manual_seed(0)
     samples = torch.arange(400)
     out = held_out(samples, 0.05)
     index = torch.cat([samples[out][:6], samples[~out][:58]])
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=400)
-    fusion = GatedFusion([3, 2], state=criterion.state, dropout=0.0, novelty_slope=0.0)
-    encoders = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 2)])
-    heads, head = nn.ModuleList([nn.Linear(3, 3), nn.Linear(2, 3)]), nn.Linear(5, 3)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=len(widths), num_samples=400)
+    fusion = GatedFusion(widths, state=criterion.state, dropout=0.0, novelty_slope=0.0)
+    encoders = nn.ModuleList([nn.Linear(4, width) for width in widths])
+    heads, head = (
+        nn.ModuleList([nn.Linear(width, 3) for width in widths]),
+        nn.Linear(sum(widths), 3),
+    )
     x, target = torch.randn(64, 4), torch.arange(64) % 3
 
     def model(x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -721,7 +754,9 @@ def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on() ->
     def gradient(call: Any) -> Tensor:
         state = criterion.state
         state.reset_parameters()
-        state.skill.copy_(torch.tensor([0.8, 0.8, 0.1]))  # the second has little of a vote
+        skills = torch.tensor([0.8, 0.8, 0.1, 0.6])  # the second has little of a vote
+        state.skill.copy_(skills[: 1 + len(widths)])
+        state.class_seen[:3] = torch.tensor([9, 1, 1])
         logits, unimodal = call(x)
         criterion(logits, target, unimodal=unimodal, index=index)
         assert not 0.05 < state.skill[2] < 0.15

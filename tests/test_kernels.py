@@ -172,6 +172,7 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     slope=st.sampled_from([0.0, 1.5]),
     disturbed=st.booleans(),
     novel=st.booleans(),
+    prior=st.booleans(),
     skill=st.sampled_from([None, 0.0, 0.6]),
 )
 def test_native_gates_are_those_of_eager(
@@ -181,6 +182,7 @@ def test_native_gates_are_those_of_eager(
     slope: float,
     disturbed: bool,
     novel: bool,
+    prior: bool,
     skill: float | None,
 ) -> None:
     from dyncim_core.kernels import native
@@ -193,14 +195,24 @@ def test_native_gates_are_those_of_eager(
     learnt = None
     if skill is not None:
         quality = torch.linspace(0.9, 0.1, 1 + modalities)
-        learnt = Learnt(quality.log(), quality, skill * torch.linspace(1.0, 0.0, 1 + modalities))
+        learnt = Learnt(
+            quality.log(),
+            quality,
+            skill * torch.linspace(1.0, 0.0, 1 + modalities),
+            torch.randint(3, (1024,), generator=generator) ** 9,
+            torch.rand(1024, generator=generator).sub(0.1).relu() if novel else torch.ones(1024),
+        )
     settings = Gate(slope, 0.05, swap, dropout)
     ours, theirs = torch.linspace(0.0, 0.9, modalities).repeat(2, 1)
+    prior = prior and logits[0].shape[1] <= 1024
+    priors = (-9.0 * torch.rand(1024, generator=generator)).repeat(2, 1) if prior else [None, None]
     actual, expected = (
-        backend.gate(logits, skills, learnt, present, chance, penalty, settings)
-        for backend, skills in ((native, ours), (eager, theirs))
+        backend.gate(logits, skills, own, learnt, present, chance, penalty, settings)
+        for backend, skills, own in zip((native, eager), (ours, theirs), priors, strict=True)
     )
     assert torch.equal(ours, theirs)
+    if prior:
+        assert_allclose(priors[0], priors[1], rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(actual[2:], expected[2:], strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)

@@ -61,7 +61,6 @@ def problem(modalities: int = 2, samples: int = 32, hidden: int = 0) -> Problem:
     return Problem(
         names,
         samples,
-        torch.full((4,), samples // 4),
         epochs=4,
         steps=40,
         network=network,

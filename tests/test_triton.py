@@ -414,17 +414,20 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
     if swap or dropout:
         chance = torch.rand(3, 21, generator=generator).to(DEVICE)
         quality = torch.linspace(0.9, 0.1, 1 + modalities, device=DEVICE)
-        learnt = Learnt(quality.log(), quality, quality.flip(0))
+        seen = torch.randint(9, (1024,), generator=generator).to(DEVICE)
+        learnt = Learnt(quality.log(), quality, quality.flip(0), seen, seen.sqrt() + 0.1)
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)
     skill = torch.linspace(0.0, 0.9, modalities, device=DEVICE)
-    kept = [skill.clone() for _ in range(2)]
+    prior = -3.0 * torch.rand(1024, generator=generator).to(DEVICE)
+    kept = [(skill.clone(), prior.clone()) for _ in range(2)]
     ours, theirs = (
-        b.gate(c.logits, of, learnt, c.present, chance, penalty, settings)
+        b.gate(c.logits, *of, learnt, c.present, chance, penalty, settings)
         for b, of in zip((kernel, eager), kept, strict=True)
     )
-    assert torch.equal(*kept)
+    for x, y in zip(*kept, strict=True):
+        assert torch.equal(x, y)
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
     close(ours.gates, theirs.gates)
@@ -510,7 +513,8 @@ for criterion, mask, memory, known, chance in (
     kernel.gradients(*args, mask is not None)
     penalty = None if chance is None else torch.ones(3, 4)
     gate = Gate(1.5, 0.05, 0.1, 0.1)
-    kernel.gate(logits, torch.ones(3), None, mask, chance, penalty, gate)
+    prior = None if chance is None else torch.zeros(1024)
+    kernel.gate(logits, torch.ones(3), prior, None, mask, chance, penalty, gate)
 settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
 kernel.curriculum(
     logits, None, Criterion(target), state.averages(), state.memory(target), settings

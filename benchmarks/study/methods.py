@@ -31,6 +31,7 @@ from .models import (
     Network,
     OneModality,
     Specialists,
+    Uncounted,
     Unskilled,
 )
 
@@ -56,7 +57,6 @@ class Problem:
     Attributes:
         modalities: Their names.
         num_samples: Size of the training set.
-        class_counts: How often each class occurs in it, ``[C]``.
         epochs: Passes over it.
         steps: Number of steps of the training.
         network: Makes the network with a fusion, the same encoders for each method.
@@ -65,7 +65,6 @@ class Problem:
 
     modalities: tuple[str, ...]
     num_samples: int
-    class_counts: Tensor
     epochs: int
     steps: int
     network: Callable[[Fusion], Network]
@@ -464,16 +463,6 @@ class WholeLosses(EqualModalities):
         return weights / loss_shares(self.objective.state.skill).unsqueeze(1)
 
 
-class CountedClasses(DynCIM):
-    """Variant: the fusion is told how often each class occurs."""
-
-    def __init__(self, problem: Problem, decay: float) -> None:
-        counts = problem.class_counts
-        super().__init__(
-            problem, decay, gate=lambda state: partial(Gated, state=state, class_counts=counts)
-        )
-
-
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
 
 
@@ -485,6 +474,11 @@ def no_gate(state: CurriculumState) -> Fusion:
 def no_skill(state: CurriculumState) -> Fusion:
     """Ablation: the fusion takes all modalities alike, whatever their skill."""
     return partial(Unskilled, state=state)
+
+
+def no_prior(state: CurriculumState) -> Fusion:
+    """Ablation: modalities contradict each other in what is frequent as well."""
+    return partial(Uncounted, state=state)
 
 
 def no_novelty(state: CurriculumState) -> Fusion:
@@ -608,7 +602,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
-    "dyncim/class-counts": Entry(CountedClasses),
+    "dyncim/no-prior": Entry(partial(DynCIM, gate=no_prior)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),

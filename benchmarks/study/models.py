@@ -206,6 +206,14 @@ class Unskilled(Gated):
         return super().forward(features, unimodal, present)
 
 
+class Uncounted(Gated):
+    """``Gated`` that does not hear how frequent the classes are."""
+
+    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
+        super().__init__(modalities, head, state=state)
+        self.gates.log_prior = None
+
+
 class GatedUnderShare(Gated):
     """``Gated`` whose dropout is done in front of the gates: at a ``share`` of the samples.
 

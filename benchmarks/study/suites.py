@@ -68,11 +68,11 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "breadth": (
         Block((*OTHERS, ALL), ("clean", "symmetric-40"), PEERS, range(5)),
         Block((TRIPLE,), RARER, PEERS, range(5)),
-        Block((TRIPLE,), ("imbalanced-20",), ("dyncim/class-counts",), range(5)),
+        Block((TRIPLE,), ("imbalanced-20",), ("dyncim/no-prior",), range(5)),
         Block(("diabetes",), ("symmetric-40",), PEERS, range(5)),
         Block((OTHERS[1], ALL), ("clean",), (CEILING,), range(5)),
         Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(5)),
-        Block(("rare",), ("clean",), (*PEERS, "dyncim/class-counts"), range(5)),
+        Block(("rare",), ("clean",), PEERS, range(5)),
     ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (

@@ -91,18 +91,11 @@ def _problem(split: Split, seed: int, epochs: int, per_epoch: int) -> Problem:
     return Problem(
         split.modalities,
         len(split.target),
-        _class_counts(split),
         epochs,
         epochs * per_epoch,
         network,
         partial(_rehearse, split, seed, per_epoch),
     )
-
-
-def _class_counts(split: Split) -> Tensor:
-    if split.target.is_floating_point():
-        return split.target.sum(dim=0)
-    return split.target.bincount(minlength=split.num_classes)
 
 
 def _fit(method: Method, split: Split, problem: Problem, seed: int, marks: int) -> Iterator[float]:

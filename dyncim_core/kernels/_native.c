@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 1 /* raised, as in native.py, when what a call passes changes */
+#define INTERFACE 2 /* raised, as in native.py, when what a call passes changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -27,6 +27,7 @@
 #define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
+#define LOWEST_LOG_PRIOR (-30.0) /* nats */
 #define BLOCK 512
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
@@ -78,6 +79,7 @@ typedef struct {
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
                            int64_t count, float *coefficient, float *value);
+    float (*multiply)(float *x, const float *factor, int64_t count);
     double (*contradiction)(const float *probs, int64_t stride, int64_t modalities, int64_t m,
                             const float *share, int64_t classes);
     void (*products)(const float *x, int64_t rows, int64_t width, float *out);
@@ -327,6 +329,7 @@ typedef struct {
     float *held_out_mass, *held_out_hits, *held_out_chance, *held_out_doubt, *skill;
     float *log_class_average;
     int64_t *class_seen;
+    float *class_weight;
     int64_t samples; /* 0 without a memory */
     const int64_t *index;
     float *memory_nll;
@@ -608,6 +611,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     }
     *s->step += 1;
     *s->nonfinite += nonfinite;
+    for (int64_t g = 0; g < GROUPS; g++)
+        s->class_weight[g] = p->weight && g < p->classes ? p->weight[g] : 1.0f;
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
@@ -715,9 +720,28 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
     if (event >= 1.0 - o->dropout * rate) has[m] = 0;
 }
 
+/* What is taken off the logits of each class, from what a state has seen of them. */
+static void take_up_prior(const int64_t *seen, const float *weight, float *log_prior) {
+    double top = 0.0;
+    for (int64_t c = 0; c < GROUPS; c++) {
+        double mass = (double)seen[c] * weight[c];
+        top = mass > top ? mass : top;
+    }
+    for (int64_t c = 0; c < GROUPS; c++) {
+        double mass = (double)seen[c] * weight[c];
+        log_prior[c] = mass > 0.0 ? (float)clamp(log(mass / top), LOWEST_LOG_PRIOR, 0.0) : 0.0f;
+    }
+}
+
+/* What that multiplies probabilities by, up to the last class; 0 from there on. */
+static void odds_of(const float *log_prior, int64_t classes, float *odds) {
+    for (int64_t c = 0; c < GROUPS; c++) odds[c] = c < classes ? -log_prior[c] : 0.0f;
+    rows_of.exp_row(odds, classes);
+}
+
 /* Two modalities that contradict each other outvote nobody: the gate takes three. */
 static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Trust *t,
-                const float *penalty, float *gates, float *scale) {
+                const float *odds, const float *penalty, float *gates, float *scale) {
     int64_t M = p->heads, B = p->batch, padded = (p->classes + PADDING - 1) / PADDING * PADDING;
     float *probs = calloc((size_t)(M * padded), sizeof *probs);
     if (!probs) return -1;
@@ -738,6 +762,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
             float *e = probs + m * padded;
             Softmaxes f;
             rows_of.softmax_rows(p->logits[m] + from * p->stride[m], 0, 1, p->classes, e, 0, &f);
+            if (odds) *f.inverse_total = 1.0f / rows_of.multiply(e, odds, padded);
             rows_of.scale_rows(e, 1, p->classes, f.inverse_total, NULL, NULL);
         }
         double evidence[MAX_HEADS], share[MAX_HEADS], total = 0.0, kept = 0.0;
@@ -1031,8 +1056,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[16];
-    for (int k = 0; k < 16; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[17];
+    for (int k = 0; k < 17; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1050,6 +1075,7 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.skill = address(of[13]);
     s.log_class_average = address(of[14]);
     s.class_seen = address(of[15]);
+    s.class_weight = address(of[16]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));
@@ -1126,25 +1152,31 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 8)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 9)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    float *skill = address(args[0]), *learnt[MAX_HEADS];
-    if (args[1] != Py_None) addresses(args[1], learnt);
-    const float *penalty = address(args[3]);
-    Disturbance d = {address(args[2]), address(args[4])};
+    float *skill = address(args[0]), *prior = address(args[1]), *learnt[MAX_HEADS];
+    int takes_up = args[2] != Py_None, whole = p.start == 0;
+    if (takes_up) addresses(args[2], learnt);
+    const float *penalty = address(args[4]);
+    Disturbance d = {address(args[3]), address(args[5])};
     Gate o;
     double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
-    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[5], k));
-    float *gates = address(args[6]), *scale = address(args[7]);
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[6], k));
+    float *gates = address(args[7]), *scale = address(args[8]);
     if (PyErr_Occurred()) return NULL;
-    int takes_up = args[1] != Py_None;
     Trust t;
     trust_in(p.heads, takes_up ? learnt[2] + 1 : skill, takes_up ? learnt : NULL, &t);
     int failed;
+    float log_prior[GROUPS], odds[GROUPS];
     Py_BEGIN_ALLOW_THREADS
-    failed = gate(&p, &o, &d, &t, penalty, gates, scale);
-    if (takes_up && p.start == 0) memcpy(skill, learnt[2] + 1, (size_t)p.heads * sizeof *skill);
+    if (prior && takes_up) take_up_prior((const int64_t *)(void *)learnt[3], learnt[4], log_prior);
+    if (prior) odds_of(takes_up ? log_prior : prior, p.classes, odds);
+    failed = gate(&p, &o, &d, &t, prior ? odds : NULL, penalty, gates, scale);
+    if (takes_up && whole) {
+        memcpy(skill, learnt[2] + 1, (size_t)p.heads * sizeof *skill);
+        if (prior) memcpy(prior, log_prior, sizeof log_prior);
+    }
     Py_END_ALLOW_THREADS
     return answer(failed, NULL);
 }

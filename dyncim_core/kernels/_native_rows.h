@@ -349,6 +349,17 @@ static void FOR_TARGET(distance_rows)(float *restrict e, const float *restrict p
     for (int64_t r = 0; r < rows; r++) squared[r] = FOR_TARGET(sum)(sums[r]);
 }
 
+/* x_c *= factor_c, of rows filled up with zeros; their sum. */
+static float FOR_TARGET(multiply)(float *restrict x, const float *restrict factor, int64_t count) {
+    Floats sum = {0};
+    for (int64_t c = 0; c < count; c += LANES) {
+        Floats v = FOR_TARGET(load)(x + c) * FOR_TARGET(load)(factor + c);
+        FOR_TARGET(store)(x + c, v);
+        sum += v;
+    }
+    return FOR_TARGET(sum)(sum);
+}
+
 /* Of modality m: ||p_m - consensus||^2 / 2 * max_c consensus_c, where the consensus of the
  * others is their mean under the given weights, of sum 1. Rows are padded. */
 static double FOR_TARGET(contradiction)(const float *restrict probs, int64_t stride,
@@ -565,7 +576,8 @@ static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
     FOR_TARGET(signals),       FOR_TARGET(weighted_sums), FOR_TARGET(coefficients),
-    FOR_TARGET(contradiction), FOR_TARGET(products),      FOR_TARGET(whiten),
+    FOR_TARGET(multiply),      FOR_TARGET(contradiction), FOR_TARGET(products),
+    FOR_TARGET(whiten),
 };
 
 #undef NOWHERE

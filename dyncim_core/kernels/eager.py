@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core.gates import disagreement, relative_gates, reliability_gates
+from dyncim_core.gates import disagreement, log_prior, relative_gates, reliability_gates
 from dyncim_core.gates import novelty as mahalanobis_novelty
 from dyncim_core.kernels.interface import (
     Buffers,
@@ -291,6 +291,10 @@ def weigh(
         settings.decay,
     )
     buffers.nonfinite.add_((counts ^ finite).sum())
+    buffers.class_weight.fill_(1.0)
+    if criterion.weight is not None:
+        own = criterion.weight[: len(buffers.class_weight)]
+        buffers.class_weight[: len(own)].copy_(own)
     if memory is not None:
         remember(memory, recalled, visits, nll, remembered, settings.memory_decay)
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))
@@ -444,6 +448,7 @@ def take_in(
 def gate(
     logits: Sequence[Tensor],
     skill: Tensor,
+    prior: Tensor | None,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -451,7 +456,7 @@ def gate(
     settings: Gate,
 ) -> Gating:
     """Gates of the modalities from their logits, times their votes."""
-    take_up(learnt, skill)
+    take_up(learnt, skill, prior)
     source = None
     if chance is not None:
         rates = disturbance_rates(learnt, skill).unsqueeze(1)
@@ -461,8 +466,10 @@ def gate(
         else:
             source = None
     if len(logits) > 2:
-        probs = torch.stack([x.float() for x in logits]).softmax(dim=-1)
-        conflict = disagreement(probs, skill, available)
+        evident = torch.stack([x.float() for x in logits])
+        if prior is not None:
+            evident = evident - prior[: evident.shape[2]]
+        conflict = disagreement(evident.softmax(dim=-1), skill, available)
     else:  # nobody is outvoted
         conflict = skill.new_zeros((len(logits), logits[0].shape[0]))
     evidence = -settings.disagreement_slope * conflict
@@ -475,10 +482,13 @@ def gate(
 
 
 @torch.no_grad()
-def take_up(learnt: Learnt | None, skill: Tensor) -> None:
+def take_up(learnt: Learnt | None, skill: Tensor, prior: Tensor | None) -> None:
     """Keep what the state knows now, if there is one."""
-    if learnt is not None:
-        skill.copy_(learnt.skill[1:])
+    if learnt is None:
+        return
+    skill.copy_(learnt.skill[1:])
+    if prior is not None:
+        prior.copy_(log_prior(learnt.class_seen * learnt.class_weight))
 
 
 @torch.no_grad()

@@ -57,8 +57,8 @@ class Buffers(NamedTuple):
     it, ``held_out_chance`` ``[M + 1]``, to be predicted by chance, and ``held_out_doubt``,
     contradicted by all heads. ``skill`` ``[M + 1]`` follows from them, and so does
     ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
-    ``log_class_average`` ``[K]``, what levels the weights of the classes, and ``class_seen``
-    ``[K]``, the samples trained on.
+    ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
+    the samples trained on, and ``class_weight`` ``[K]``, the criterion's weight, 1 without one.
     """
 
     log_quality: Tensor
@@ -77,6 +77,7 @@ class Buffers(NamedTuple):
     skill: Tensor
     log_class_average: Tensor
     class_seen: Tensor
+    class_weight: Tensor
 
 
 class Memory(NamedTuple):
@@ -128,11 +129,16 @@ class Gate(NamedTuple):
 
 
 class Learnt(NamedTuple):
-    """What a ``CurriculumState`` has of the fused head and each modality, ``[M + 1]``."""
+    """What a ``CurriculumState`` has of the fused head and each modality, ``[M + 1]``.
+
+    And of each class, ``[K]``.
+    """
 
     log_quality: Tensor
     quality: Tensor
     skill: Tensor
+    class_seen: Tensor
+    class_weight: Tensor
 
 
 class Gating(NamedTuple):
@@ -213,6 +219,7 @@ class Kernels(Protocol):
         self,
         logits: Sequence[Tensor],
         skill: Tensor,
+        prior: Tensor | None,
         learnt: Learnt | None,
         available: Tensor | None,
         chance: Tensor | None,
@@ -221,7 +228,9 @@ class Kernels(Protocol):
     ) -> Gating:
         """Gates of the modalities from their logits, times their votes.
 
-        ``skill``, ``[M]``, of the fusion takes up what is ``learnt`` first. ``chance``, uniform
+        ``skill``, ``[M]``, of the fusion takes up what is ``learnt`` first, and so does ``prior``,
+        ``[K]``, what is taken off the logits of the first K classes, C at least, before they are
+        compared; nothing is when ``None``. ``chance``, uniform
         in [0, 1), ``[3, B]``, swaps or drops one modality of some samples; ``penalty``,
         ``[M, B]``, comes off the gates' logits.
         """

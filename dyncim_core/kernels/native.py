@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 1  # raised, as in _native.c, when what a call passes changes
+_INTERFACE = 2  # raised, as in _native.c, when what a call passes changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 
@@ -164,6 +164,7 @@ def gradients(
 def gate(
     logits: Sequence[Tensor],
     skill: Tensor,
+    prior: Tensor | None,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -180,14 +181,15 @@ def gate(
         penalty = penalty.contiguous()
     if chance is not None and settings.swap:
         source = _empty(*shape, dtype=torch.int64)
-    _check_kept("fusion", skill)
+    _check_kept("fusion", skill, *(() if prior is None else (prior,)))
     if learnt is not None:
         _check_kept("state", *learnt)
     _in_parts(
         _native.gate,
         problem,
-        (skill, learnt, source, chance, penalty, gates, scale),
+        (skill, prior, learnt, source, chance, penalty, gates, scale),
         skill.data_ptr(),
+        0 if prior is None else prior.data_ptr(),
         None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
         0 if penalty is None else penalty.data_ptr(),

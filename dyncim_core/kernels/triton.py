@@ -177,6 +177,7 @@ def gradients(
 def gate(
     logits: Sequence[Tensor],
     skill: Tensor,
+    prior: Tensor | None,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
@@ -187,7 +188,7 @@ def gate(
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
     shape, like = (len(logits), batch), skill
-    take_up(learnt, skill)
+    take_up(learnt, skill, prior)
     rates = None if chance is None else disturbance_rates(learnt, skill)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
@@ -200,6 +201,7 @@ def gate(
             logits,
             strides,
             skill,
+            prior,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
             rates,
@@ -626,6 +628,10 @@ def _curriculum(
     tl.store(buffers.step, tl.load(buffers.step) + 1)
     nonfinite = tl.sum(nonfinite, 0).to(tl.int64)
     tl.store(buffers.nonfinite, tl.load(buffers.nonfinite) + nonfinite)
+    class_weight = tl.full([groups], 1.0, tl.float32)
+    if criterion.weight is not None:
+        class_weight = tl.load(criterion.weight + each, mask=each < classes, other=1.0)
+    tl.store(buffers.class_weight + each, class_weight.to(tl.float32))
 
     weighted /= tl.where(weights > 0, weights, 1.0)
     # A batch moves it as far as it is weighed, or labels in doubt would count in small ones.
@@ -848,6 +854,7 @@ def _gate(
     logits: tl.tuple,
     strides: tl.tuple,
     skill: tl.tensor,
+    prior: tl.tensor,
     available: tl.tensor,
     chance: tl.tensor,
     rates: tl.tensor,
@@ -910,6 +917,7 @@ def _gate(
         for m in tl.static_range(count):
             top, total = softmaxes[m]
             x = _columns(logits[m], strides[m], rows[m], present[m], start, classes, lanes)
+            x = _beyond(prior, x, start, classes, lanes)
             peak = tl.maximum(top, x)
             total = tl.exp(top - peak) * total + tl.exp(x - peak)
             updated += ((peak, total),)
@@ -937,6 +945,7 @@ def _gate(
         for m in tl.static_range(count):
             top, scale = normalisers[m]
             x = _columns(logits[m], strides[m], rows[m], present[m], start, classes, lanes)
+            x = _beyond(prior, x, start, classes, lanes)
             share = tl.exp(x - top[:, None]) * scale[:, None]
             shares += (tl.where(present[m][:, None], share, 0.0),)
         widened: tl.tuple = ()
@@ -999,3 +1008,14 @@ def _columns(
     mask = here[:, None] & (column < classes)[None, :]
     at = logits + (row * stride)[:, None] + column[None, :]
     return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@_jit
+def _beyond(
+    prior: tl.tensor, x: tl.tensor, start: tl.tensor, classes: tl.tensor, lanes: tl.constexpr
+) -> tl.tensor:
+    """Logits less the prior of their classes, if there is one."""
+    if prior is not None:
+        column = start + tl.arange(0, lanes)
+        x -= tl.load(prior + column, mask=column < classes, other=0.0)[None, :]
+    return x
