@@ -62,8 +62,9 @@ class GatedFusion(KeepsDtype):
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
             count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
-            Predictions contradict each other only in what goes beyond the frequencies of the
-            classes that it has seen, see ``log_prior``; of more than 1024 classes, in all.
+            Of at most 1024 classes, under ``nn.CrossEntropyLoss`` of class indices without label
+            smoothing, predictions contradict each other only in what goes beyond how frequent the
+            classes are, see ``log_prior``.
             What was last seen in training is kept for inference. All modalities count alike, and
             disturbances in full, when ``None``.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
@@ -87,7 +88,7 @@ class GatedFusion(KeepsDtype):
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
-            before they are compared; ``None`` of less than three modalities, which are not.
+            before they are compared; ``None`` with less than three modalities, which never are.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -79,15 +79,16 @@ def log_prior(class_mass: Tensor) -> Tensor:
         class_mass: How often each class was trained on, times its class weight, ``[C]``, >= 0.
 
     Returns:
-        ``[C]``, in nats, in [-30, 0]; 0 for a class that was not trained on, of which it says
-        nothing.
+        ``[C]``, in nats, in [-30, 0]; 0 for a class of no mass, or none that is a number, of which
+        it says nothing.
 
     Example:
         >>> log_prior(torch.tensor([6, 3, 0])).exp()
         tensor([1.0000, 0.5000, 1.0000])
     """
-    share = class_mass / class_mass.max()
-    return torch.where(class_mass > 0, share.log().clamp_min(-30.0), 0.0)
+    known = (class_mass > 0) & (class_mass < torch.inf)
+    mass = torch.where(known, class_mass, 0)
+    return torch.where(known, (mass / mass.max()).log().clamp_min(-30.0), 0.0)
 
 
 def reliability_gates(

@@ -829,15 +829,16 @@ def log_prior(class_mass: ArrayLike) -> Array:
         class_mass: ``[C]``, >= 0.
 
     Returns:
-        ``[C]``, in nats, in [-30, 0]; 0 for a class of mass 0.
+        ``[C]``, in nats, in [-30, 0]; 0 for a class of no mass, or none that is a number.
 
     Example:
         >>> np.exp(log_prior([6, 3, 0])).round(4).tolist()
         [1.0, 0.5, 1.0]
     """
     mass = np.asarray(class_mass, dtype=np.float64)
-    share = np.where(mass > 0, mass / max(mass.max(), 1e-300), 1.0)
-    return np.log(np.maximum(share, np.exp(-30.0)))
+    known = (mass > 0) & np.isfinite(mass)
+    share = np.where(known, mass, 0.0) / max(mass[known].max(initial=0.0), 1e-300)
+    return np.log(np.where(known, np.maximum(share, np.exp(-30.0)), 1.0))
 
 
 def reliability_gates(

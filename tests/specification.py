@@ -41,7 +41,7 @@ class Specification(SimpleNamespace):
             held_out_doubt=0.0,
             log_class_average=np.zeros(1024),
             class_seen=np.zeros(1024),
-            class_weight=np.ones(1024),
+            class_weight=np.zeros(1024),
             effective_share=1.0,
             step=0,
             nonfinite=0,
@@ -81,8 +81,10 @@ class Specification(SimpleNamespace):
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
         np.add.at(self.class_seen, target[valid] % 1024, 1)
+        self.class_weight[:] = 1.0
         if weight is not None:
             self.class_weight[: len(weight)] = weight[:1024]
+        self.class_weight *= options["label_smoothing"] == 0.0
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:

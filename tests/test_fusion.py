@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels, redundancy
 from dyncim_core import reference as ref
@@ -217,6 +218,7 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     fusion = GatedFusion(WIDTHS, state=criterion.state)
     criterion.state.skill.copy_(torch.tensor([0.9, 0.36, 0.6, 0.7]))
     criterion.state.class_seen[:CLASSES] = torch.arange(CLASSES)
+    criterion.state.class_weight.fill_(1.0)
     before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
@@ -595,20 +597,31 @@ def test_what_it_keeps_stays_in_float32() -> None:
     assert kept == ["skill", "log_prior"]
 
 
-def state_that_saw(counts: list[int], weight: list[float] | None = None) -> CurriculumState:
-    state = CurriculumState(len(WIDTHS) if weight is None else NAMES)
+def state_that_saw(counts: list[int], weight: list[float]) -> CurriculumState:
+    state = CurriculumState(NAMES)
     state.class_seen[: len(counts)] = torch.tensor(counts)
-    if weight is not None:
-        state.class_weight[: len(weight)] = torch.tensor(weight)
+    state.class_weight[: len(weight)] = torch.tensor(weight)
     return state
 
 
 @each_backend
 @pytest.mark.parametrize("training", [False, True])
-def test_what_is_frequent_is_no_contradiction(backend: str, training: bool) -> None:
-    counts, weight = [97, 0, 7, 5], [1.0, 2.0, 3.0, 0.0]
+@pytest.mark.parametrize(
+    ("counts", "weight"),
+    [
+        ([97, 0, 7, 5], [1.0, 2.0, 3.0, 0.0]),
+        ([97, 10**15, 0, 5], [1e-30, 1.0, math.inf, -1.0]),
+        ([97, 3, 8, 5], [math.nan, 1.0, 1.0, math.inf]),
+    ],
+)
+def test_what_is_frequent_is_no_contradiction(
+    backend: str, training: bool, counts: list[int], weight: list[float]
+) -> None:
     features, unimodal = inputs()
-    prior = torch.from_numpy(ref.log_prior(np.multiply(counts, weight))).float()
+    with np.errstate(invalid="ignore"):
+        prior = torch.from_numpy(ref.log_prior(np.multiply(counts, weight))).float()
+    assert prior.isfinite().all()
+    assert prior.any()
     fusion = still(backend=backend, state=state_that_saw(counts, weight))
     fusion(features, unimodal=unimodal)  # what was last seen in training is kept
     found = fusion.train(training)(
@@ -633,6 +646,7 @@ def test_a_rare_class_is_not_outvoted_by_those_that_know_only_what_is_frequent()
     fusion = GatedFusion([2] * 3, dropout=0.0, state=state)
     uninformed = fusion(features, unimodal=unimodal).gates
     state.class_seen[:3] = torch.tensor([900, 50, 50])
+    state.class_weight.fill_(1.0)
     informed = fusion(features, unimodal=unimodal).gates
     assert uninformed[0, 0] < 0.2
     assert informed[0, 0] > 0.25
@@ -651,11 +665,44 @@ def test_the_frequency_of_the_classes_is_that_of_what_the_loss_trained_on() -> N
     assert fusion.log_prior is not None
     assert_allclose(fusion.log_prior[:CLASSES].exp(), [1.0, 0.2, 0.1, 1.0], rtol=1e-6)
     assert not fusion.log_prior[CLASSES:].any()
-    assert still(state=criterion.state).eval().log_prior.count_nonzero() == 0
+    untrained = still(state=criterion.state).eval()
+    untrained(features, unimodal=unimodal)
+    assert untrained.log_prior is not None
+    assert not untrained.log_prior.any()
     criterion.criterion.weight = None
     criterion(logits, target, unimodal=unimodal)
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.log_prior[:CLASSES].exp(), [1.0, 0.4, 0.2, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("kind", ["smoothing", "probabilities", "another criterion"])
+def test_where_predictions_do_not_follow_the_frequency_of_the_classes_there_is_no_prior(
+    kind: str, backend: str | None
+) -> None:
+    """Smoothed ones keep a floor; other criteria may weigh the classes as they like."""
+    criterion = DynCIMLoss(
+        nn.NLLLoss() if kind == "another criterion" else nn.CrossEntropyLoss(),
+        modalities=NAMES,
+        backend=backend,
+    )
+    fusion = still(state=criterion.state)
+    features, unimodal = inputs()
+    target = torch.arange(9) // 5
+    logits = torch.zeros(9, CLASSES, requires_grad=True)
+    if kind != "another criterion":
+        criterion(logits, target, unimodal=unimodal)
+        fusion(features, unimodal=unimodal)
+        assert fusion.log_prior is not None
+        assert fusion.log_prior.any()
+    if kind == "smoothing":
+        criterion.criterion.label_smoothing = 0.1
+    probs = F.one_hot(target, CLASSES).float()
+    criterion(logits, probs if kind == "probabilities" else target, unimodal=unimodal)
+    fusion(features, unimodal=unimodal)
+    assert criterion.state.class_seen.any()
+    assert fusion.log_prior is not None
+    assert not fusion.log_prior.any()
 
 
 def test_two_modalities_or_more_classes_than_are_told_apart_have_no_prior() -> None:
@@ -663,6 +710,7 @@ def test_two_modalities_or_more_classes_than_are_told_apart_have_no_prior() -> N
     features, unimodal = [torch.ones(3, 2)] * 3, [*torch.randn(3, 3, 1025).unbind()]
     state = CurriculumState(3)
     state.class_seen.copy_(torch.arange(1024))
+    state.class_weight.fill_(1.0)
     fusion = GatedFusion([2] * 3, dropout=0.0, state=state)
     expected = GatedFusion([2] * 3, dropout=0.0)(features, unimodal=unimodal)
     assert torch.equal(fusion(features, unimodal=unimodal).gates, expected.gates)
@@ -757,6 +805,7 @@ def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on(
         skills = torch.tensor([0.8, 0.8, 0.1, 0.6])  # the second has little of a vote
         state.skill.copy_(skills[: 1 + len(widths)])
         state.class_seen[:3] = torch.tensor([9, 1, 1])
+        state.class_weight.fill_(1.0)
         logits, unimodal = call(x)
         criterion(logits, target, unimodal=unimodal, index=index)
         assert not 0.05 < state.skill[2] < 0.15

@@ -20,7 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncim_core
-from dyncim_core import CurriculumState, DynCIMLoss, head_statistics, held_out, kernels
+from dyncim_core import (
+    CurriculumState,
+    DynCIMLoss,
+    GatedFusion,
+    head_statistics,
+    held_out,
+    kernels,
+)
 from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import (
     Criterion,
@@ -366,6 +373,28 @@ def test_work_is_shared_between_threads(
         close(x, y)
     with pytest.raises(IndexError, match=r"target: expected class indices in \[0, 40\).* to 99"):
         native.statistics(logits, None, Criterion(torch.full((50,), 99)))
+    kept = [(torch.zeros(3), torch.zeros(1024)) for _ in range(2)]
+    learnt = Learnt(
+        torch.zeros(4), torch.ones(4), torch.rand(4), state.class_seen, torch.rand(1024)
+    )
+    settings = Gate(2.0, 0.05, 0.0, 0.0)
+    gates, expected = (
+        kernels.gate(logits, *own, learnt, None, None, None, settings)
+        for kernels, own in zip((native, eager), kept, strict=True)
+    )
+    close(gates.gates, expected.gates)
+    assert kept[0][1].any()
+    for x, y in zip(*kept, strict=True):
+        close(x, y)
+
+
+@needs_native
+def test_a_prior_of_another_length_is_refused() -> None:
+    fusion = GatedFusion([1, 1, 1], state=CurriculumState(3), backend="native")
+    fusion.log_prior = torch.zeros(2)
+    features, unimodal = [torch.ones(4, 1)] * 3, [torch.randn(4, 2)] * 3
+    with pytest.raises(ValueError, match=r"log_prior: expected shape \[1024\], got \[2\]"):
+        fusion(features, unimodal=unimodal)
 
 
 def objective(

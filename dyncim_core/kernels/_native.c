@@ -24,7 +24,7 @@
 
 #define MAX_HEADS 9 /* of a loss; or modalities of a fusion, whose state has one more */
 #define SIGNALS 3
-#define GROUPS 1024 /* of classes, whose weights are levelled apart; a power of 2 */
+#define GROUPS 1024 /* of classes that are told apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
@@ -611,8 +611,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     }
     *s->step += 1;
     *s->nonfinite += nonfinite;
-    for (int64_t g = 0; g < GROUPS; g++)
-        s->class_weight[g] = p->weight && g < p->classes ? p->weight[g] : 1.0f;
+    for (int64_t c = 0; c < GROUPS; c++) {
+        float weight = p->weight && c < p->classes ? p->weight[c] : 1.0f;
+        s->class_weight[c] = p->smoothing > 0.0 ? 0.0f : weight;
+    }
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
@@ -724,13 +726,13 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
 static void take_up_prior(const int64_t *seen, const float *weight, float *log_prior) {
     double top = 0.0;
     for (int64_t c = 0; c < GROUPS; c++) {
-        double mass = (double)seen[c] * weight[c];
-        top = mass > top ? mass : top;
+        float mass = (float)seen[c] * weight[c];
+        log_prior[c] = mass > 0.0f && mass < INFINITY ? mass : 0.0f;
+        top = log_prior[c] > top ? log_prior[c] : top;
     }
-    for (int64_t c = 0; c < GROUPS; c++) {
-        double mass = (double)seen[c] * weight[c];
-        log_prior[c] = mass > 0.0 ? (float)clamp(log(mass / top), LOWEST_LOG_PRIOR, 0.0) : 0.0f;
-    }
+    for (int64_t c = 0; c < GROUPS; c++)
+        if (log_prior[c] > 0.0f)
+            log_prior[c] = (float)clamp(log(log_prior[c] / top), LOWEST_LOG_PRIOR, 0.0);
 }
 
 /* What that multiplies probabilities by, up to the last class; 0 from there on. */
@@ -1156,7 +1158,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
     float *skill = address(args[0]), *prior = address(args[1]), *learnt[MAX_HEADS];
-    int takes_up = args[2] != Py_None, whole = p.start == 0;
+    int takes_up = args[2] != Py_None;
     if (takes_up) addresses(args[2], learnt);
     const float *penalty = address(args[4]);
     Disturbance d = {address(args[3]), address(args[5])};
@@ -1173,7 +1175,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (prior && takes_up) take_up_prior((const int64_t *)(void *)learnt[3], learnt[4], log_prior);
     if (prior) odds_of(takes_up ? log_prior : prior, p.classes, odds);
     failed = gate(&p, &o, &d, &t, prior ? odds : NULL, penalty, gates, scale);
-    if (takes_up && whole) {
+    if (takes_up && p.start == 0) { /* once, of several parts */
         memcpy(skill, learnt[2] + 1, (size_t)p.heads * sizeof *skill);
         if (prior) memcpy(prior, log_prior, sizeof log_prior);
     }

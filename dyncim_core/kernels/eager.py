@@ -180,9 +180,19 @@ def curriculum(
         found = statistics(logits, present, criterion)
         classes = logits[0].shape[1]
         coefficient = weigh(found, present, criterion, classes, buffers, memory, settings)
+        keep_weight(criterion, buffers.class_weight)
     with torch.no_grad():
         value = combine(coefficient, found.rows[0], settings)
     return Curriculum(value, coefficient, found.normaliser)
+
+
+def keep_weight(criterion: Criterion, kept: Tensor) -> None:
+    """Keep what classes weigh, or 0 where predictions do not follow how frequent they are."""
+    follows = not (criterion.label_smoothing or criterion.target.is_floating_point())
+    kept.fill_(float(follows))
+    if follows and criterion.weight is not None:
+        weight = criterion.weight[: len(kept)]
+        kept[: len(weight)].copy_(weight)
 
 
 def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:
@@ -291,10 +301,6 @@ def weigh(
         settings.decay,
     )
     buffers.nonfinite.add_((counts ^ finite).sum())
-    buffers.class_weight.fill_(1.0)
-    if criterion.weight is not None:
-        own = criterion.weight[: len(buffers.class_weight)]
-        buffers.class_weight[: len(own)].copy_(own)
     if memory is not None:
         remember(memory, recalled, visits, nll, remembered, settings.memory_decay)
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))

@@ -58,7 +58,9 @@ class Buffers(NamedTuple):
     contradicted by all heads. ``skill`` ``[M + 1]`` follows from them, and so does
     ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
-    the samples trained on, and ``class_weight`` ``[K]``, the criterion's weight, 1 without one.
+    the samples trained on, and ``class_weight`` ``[K]``, the criterion's weight of the first K
+    classes, 1 without one; 0 where predictions do not follow the frequency of the classes, as with
+    label smoothing and for class probabilities.
     """
 
     log_quality: Tensor
@@ -129,10 +131,7 @@ class Gate(NamedTuple):
 
 
 class Learnt(NamedTuple):
-    """What a ``CurriculumState`` has of the fused head and each modality, ``[M + 1]``.
-
-    And of each class, ``[K]``.
-    """
+    """What a ``CurriculumState`` has of each head, ``[M + 1]``, and of each class, ``[K]``."""
 
     log_quality: Tensor
     quality: Tensor

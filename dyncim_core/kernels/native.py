@@ -184,6 +184,9 @@ def gate(
     _check_kept("fusion", skill, *(() if prior is None else (prior,)))
     if learnt is not None:
         _check_kept("state", *learnt)
+        if prior is not None and len(prior) != len(learnt.class_seen):
+            expected, got = len(learnt.class_seen), list(prior.shape)
+            raise ValueError(f"log_prior: expected shape [{expected}], got {got}")
     _in_parts(
         _native.gate,
         problem,
