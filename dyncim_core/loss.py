@@ -20,6 +20,8 @@ __all__ = ["DynCIMLoss"]
 
 Reduction = Literal["mean", "sum", "none"]
 
+_ENOUGH_TO_HOLD_OUT = 100  # samples of which one in twenty tells something
+
 
 class DynCIMLoss(nn.Module):
     """Wraps a criterion with a sample-level and a modality-level curriculum.
@@ -57,7 +59,8 @@ class DynCIMLoss(nn.Module):
             takes at least one modality's logits; without, the surprise weighting stays
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
-            labels are judged by heads that cannot know them by heart. It takes what tells the
+            labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
+            less than 100 samples, of which so few tell next to nothing. It takes what tells the
             samples apart, ``index=``, class indices, a cross-entropy and unimodal logits;
             otherwise, and with 0, everything is trained on, and is judged as well until
             something is held out. Their loss is 0, as is that of a batch of nothing else.
@@ -102,7 +105,7 @@ class DynCIMLoss(nn.Module):
         state: CurriculumState | None = None,
         surprise_strength: float = 2.0,
         label_noise: float | None = None,
-        held_out: float = 0.05,
+        held_out: float | None = None,
         pacing_strength: float = 0.2,
         unimodal_strength: float = 1.0,
         nonfinite: Literal["propagate", "skip"] = "propagate",
@@ -136,6 +139,8 @@ class DynCIMLoss(nn.Module):
         self.state = state
         if label_noise is not None:
             _checks.check_range("label_noise", label_noise, 0.0, 1.0)
+        if held_out is None:
+            held_out = 0.05 if (state.num_samples or 0) >= _ENOUGH_TO_HOLD_OUT else 0.0
         _checks.check_range("held_out", held_out, 0.0, 0.5)
         self.held_out = held_out
         self.surprise_strength = surprise_strength

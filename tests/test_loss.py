@@ -230,7 +230,7 @@ def test_absent_modalities_hold_anything_and_get_nothing() -> None:
 
 
 def test_everything_ignored() -> None:
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
     fused, others, _ = batch()
     train(criterion)
     before = buffers(criterion)
@@ -499,6 +499,22 @@ def test_what_is_learnt_by_heart_does_not_hide_label_noise() -> None:
     assert noise[1] < 2e-2
 
 
+def test_of_few_samples_none_are_held_out_unless_asked_for() -> None:
+    fused, others, target = batch()
+    held = int(held_out(torch.arange(12), 0.05).sum())
+    assert held
+    for samples, share, expected in ((99, None, 0), (100, None, held), (99, 0.05, held)):
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(),
+            modalities=2,
+            num_samples=samples,
+            held_out=share,
+            reduction="none",
+        )
+        losses = criterion(fused, target, unimodal=others, index=torch.arange(12))
+        assert (losses == 0).sum() == expected
+
+
 def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
     fused, others, target = batch()
     index = torch.arange(12)
@@ -511,7 +527,7 @@ def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
     ]
     for options, arguments, labels in calls:
         criterion = DynCIMLoss(
-            nn.CrossEntropyLoss(), modalities=2, num_samples=12, reduction="none", **options
+            nn.CrossEntropyLoss(), modalities=2, num_samples=120, reduction="none", **options
         )
         assert (criterion(fused, labels, **arguments) > 0).all(), (options, arguments)
 
@@ -520,7 +536,7 @@ def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
 def test_what_is_ignored_is_not_asked_about(ignored: int) -> None:
     fused, others, target = batch()
     criterion = DynCIMLoss(
-        nn.CrossEntropyLoss(ignore_index=ignored), modalities=2, num_samples=12, held_out=0.3
+        nn.CrossEntropyLoss(ignore_index=ignored), modalities=2, num_samples=120, held_out=0.3
     )
     target = torch.where(torch.arange(12) < 3, ignored, target)
     assert criterion(fused, target, unimodal=others, index=torch.arange(12)).isfinite()
@@ -528,7 +544,7 @@ def test_what_is_ignored_is_not_asked_about(ignored: int) -> None:
 
 def test_a_wrong_label_held_out_is_rejected_before_anything_moves() -> None:
     fused, others, target = batch()
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
     before = buffers(criterion)
     target[0] = 77  # held out, as the first sample always is
     with pytest.raises(IndexError, match="target"):
@@ -538,7 +554,7 @@ def test_a_wrong_label_held_out_is_rejected_before_anything_moves() -> None:
 
 def test_an_empty_batch_says_nothing_of_label_noise() -> None:
     fused, others, target = batch()
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
     for rows in (12, 0, 12):
         heads = [x[:rows] for x in (fused, *others)]
         index = torch.arange(rows)
@@ -557,7 +573,7 @@ def test_what_is_held_out_cannot_hurt(skip: bool) -> None:
         spoiled[bad] = math.nan
         spoiled.requires_grad_()
         criterion = DynCIMLoss(
-            nn.CrossEntropyLoss(), modalities=2, num_samples=12, nonfinite=nonfinite
+            nn.CrossEntropyLoss(), modalities=2, num_samples=120, nonfinite=nonfinite
         )
         loss = criterion(spoiled, target, unimodal=others, index=torch.arange(12))
         loss.backward()
@@ -692,7 +708,7 @@ def test_sharp_heads_can_doubt() -> None:
 def test_a_batch_is_never_held_out_whole() -> None:
     """As far as the criterion ignores nothing of it anyway."""
     fused, others, target = batch()
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12, held_out=0.05)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120, held_out=0.05)
     first = [x[:1] for x in (fused, *others)]
     loss = criterion(first[0], target[:1], unimodal=first[1:], index=torch.tensor([0]))
     assert loss.isfinite()
@@ -716,7 +732,7 @@ def test_one_head_alone_doubts_no_label_unless_told() -> None:
 
 
 def test_a_step_without_unimodal_logits_leaves_the_modalities_alone() -> None:
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
     fused, others, target = batch()
     criterion(fused, target, unimodal=others, index=torch.arange(12))
     before = copy.deepcopy(criterion.state)
@@ -763,7 +779,8 @@ def test_autocast_keeps_the_curriculum_in_float32() -> None:
 )
 def test_compiles_without_a_break(options: dict[str, Any]) -> None:
     eager, traced = (
-        DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12, **options) for _ in range(2)
+        DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120, **options)
+        for _ in range(2)
     )
 
     def step(criterion: DynCIMLoss, fused: Tensor, a: Tensor, b: Tensor, target: Tensor) -> Tensor:
@@ -973,7 +990,7 @@ def test_gradients_accumulate_over_losses() -> None:
 
 def test_batch_sizes_do_not_compile_anew() -> None:
     """The second size makes the batch symbolic; from then on nothing is compiled."""
-    state = CurriculumState(2, num_samples=40)
+    state = CurriculumState(2, num_samples=100)
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
     fusion = GatedFusion([3, 3], state=state)
     counter = CompileCounter()

@@ -437,7 +437,7 @@ def test_class_probabilities_are_levelled_by_their_likeliest_class() -> None:
 @each_backend
 def test_a_modality_that_is_not_heard_for_long_keeps_its_skill(backend: str) -> None:
     """Averages of nothing would fade to the smallest numbers, whose ratio is anything."""
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=64, backend=backend)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=128, backend=backend)
     index, target = torch.arange(64), torch.arange(64) % 4
     assert held_out(index, 0.05).any()
     logits = torch.eye(4)[target].requires_grad_()
@@ -452,7 +452,7 @@ def test_a_modality_that_is_not_heard_for_long_keeps_its_skill(backend: str) -> 
 
 
 def test_a_compiled_loss_takes_no_negative_index() -> None:
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, num_samples=8)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, num_samples=8, held_out=0.05)
     compiled = torch.compile(criterion, backend="aot_eager")
     logits, target = heads(count=2)
     with pytest.raises((IndexError, RuntimeError), match=r"index|out of"):

@@ -534,7 +534,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Any) -> None:
 def test_a_step_is_captured_in_a_graph_and_reads_nothing_on_the_host() -> None:
     torch.manual_seed(0)
     criterion = DynCIMLoss(
-        nn.CrossEntropyLoss(), modalities=2, num_samples=64, backend="triton"
+        nn.CrossEntropyLoss(), modalities=2, num_samples=128, backend="triton"
     ).cuda()
     index = torch.arange(64, device="cuda")
     heads = [torch.randn(64, 101, device="cuda", requires_grad=True) for _ in range(3)]
