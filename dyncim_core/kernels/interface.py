@@ -227,11 +227,10 @@ class Kernels(Protocol):
     ) -> Gating:
         """Gates of the modalities from their logits, times their votes.
 
-        ``skill``, ``[M]``, of the fusion takes up what is ``learnt`` first, and so does ``prior``,
-        ``[K]``, what is taken off the logits of the first K classes, C at least, before they are
-        compared; nothing is when ``None``. ``chance``, uniform
-        in [0, 1), ``[3, B]``, swaps or drops one modality of some samples; ``penalty``,
-        ``[M, B]``, comes off the gates' logits.
+        ``skill``, ``[M]``, and ``prior``, ``[K]`` with K >= C, of the fusion take up what is
+        ``learnt`` first; the prior comes off the logits of the first K classes before they are
+        compared. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops one modality of some
+        samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
         """
 
     def mix(
