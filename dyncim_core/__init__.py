@@ -26,11 +26,13 @@ from dyncim_core.modality import (
     loss_shares,
     modality_coefficients,
     modality_weights,
+    pooled_skill,
     quality,
     redundancy,
     skill,
     trust,
     votes,
+    witnesses,
 )
 from dyncim_core.signals import (
     contradiction,
@@ -78,6 +80,7 @@ __all__ = [
     "noise_pressure",
     "novelty",
     "novelty_penalty",
+    "pooled_skill",
     "prediction_consistency",
     "prediction_deviation",
     "prediction_stability",
@@ -92,4 +95,5 @@ __all__ = [
     "trust",
     "volatility_weights",
     "votes",
+    "witnesses",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core._units import per_log_classes
+from dyncim_core._units import own_share, per_log_classes
 
 __all__ = [
     "augmentation_rates",
@@ -27,11 +27,13 @@ __all__ = [
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
+    "pooled_skill",
     "quality",
     "redundancy",
     "skill",
     "trust",
     "votes",
+    "witnesses",
 ]
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
@@ -266,6 +268,49 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
     return torch.where(found > _SMALLEST_SKILL, found, 0.0).clamp_max(1.0)
 
 
+def pooled_skill(skill: Tensor, samples: float) -> Tensor:
+    """Skills of heads, the nearer to their mean the fewer samples they were found on.
+
+    ``(n s_h + 20 s) / (n + 20)`` of the mean ``s``: a handful of samples cannot tell a head that
+    is good from one that is not. Definition chosen here.
+
+    Args:
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
+        samples: How many are held out, >= 0.
+
+    Returns:
+        Same shape, in [0, 1].
+
+    Example:
+        >>> pooled_skill(torch.tensor([0.8, 0.4]), samples=20)
+        tensor([0.7000, 0.5000])
+    """
+    return torch.lerp(skill.mean(dim=-1, keepdim=True), skill, own_share(samples))
+
+
+def witnesses(skill: Tensor) -> Tensor:
+    """Heads that are asked whether a label looks wrong: the fused one and able modalities.
+
+    A modality that has not half the skill of the best one has no say: it could agree with nobody,
+    whatever the label. Definition chosen here.
+
+    Args:
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
+
+    Returns:
+        Bool, same shape.
+
+    Example:
+        >>> witnesses(torch.tensor([0.8, 0.6, 0.3, 0.2]))
+        tensor([ True,  True,  True, False])
+    """
+    if skill.shape[-1] == 1:
+        return torch.ones_like(skill, dtype=torch.bool)
+    asked = 2.0 * skill >= skill[..., 1:].amax(dim=-1, keepdim=True)
+    asked[..., 0] = True
+    return asked
+
+
 def trust(skill: Tensor) -> Tensor:
     """How far each head is to be believed: its skill, 0.02 at least.
 
@@ -288,7 +333,7 @@ def trust(skill: Tensor) -> Tensor:
 def votes(skill: Tensor) -> Tensor:
     """What each modality's word counts in a fusion: less the nearer it is to guessing.
 
-    In full from half of the best one's skill on, so that what is reliable in training need
+    In full from a third of the best one's skill on, so that what is reliable in training need
     not be so elsewhere; a modality with next to nothing to say is next to silenced.
     Definition chosen here.
 
@@ -302,13 +347,13 @@ def votes(skill: Tensor) -> Tensor:
         ValueError: There is no modality (M = 0).
 
     Example:
-        >>> votes(torch.tensor([0.8, 0.5, 0.2, 0.0]))
+        >>> votes(torch.tensor([0.9, 0.3, 0.15, 0.0]))
         tensor([1.0000, 1.0000, 0.2500, 0.0200])
     """
     _check_modalities(skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
     share = skill / torch.where(best > 0.0, best, 1.0)
-    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
+    counts = (3.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
     return torch.where(best > 0.0, counts, 1.0)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "noise_pressure",
     "novelty",
     "novelty_penalty",
+    "pooled_skill",
     "prediction_consistency",
     "prediction_deviation",
     "prediction_stability",
@@ -56,6 +57,7 @@ __all__ = [
     "trust",
     "volatility_weights",
     "votes",
+    "witnesses",
 ]
 
 Array = NDArray[np.float64]
@@ -691,6 +693,45 @@ def skill(hit_rate: ArrayLike, chance: ArrayLike) -> Array:
     return np.where(found > 1e-4, np.minimum(found, 1.0), 0.0)
 
 
+def pooled_skill(skill: ArrayLike, samples: float) -> Array:
+    """Skills of heads, the nearer to their mean the fewer samples they were found on.
+
+    Definition chosen here.
+
+    Args:
+        skill: ``[M + 1]`` in [0, 1].
+        samples: How many are held out, >= 0.
+
+    Returns:
+        ``(n s_h + 20 s) / (n + 20)`` of the mean ``s``.
+
+    Example:
+        >>> pooled_skill([0.8, 0.4], 20).round(4).tolist()
+        [0.7, 0.5]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    return np.asarray((samples * s + 20.0 * s.mean()) / (samples + 20.0))
+
+
+def witnesses(skill: ArrayLike) -> Mask:
+    """Heads that are asked whether a label looks wrong: the fused one, ``s_m >= max_k s_k / 2``.
+
+    Definition chosen here.
+
+    Args:
+        skill: ``[M + 1]`` in [0, 1].
+
+    Returns:
+        Bool ``[M + 1]``.
+
+    Example:
+        >>> witnesses([0.8, 0.6, 0.3, 0.2]).tolist()
+        [True, True, True, False]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    return np.append(True, 2.0 * s[1:] >= s[1:].max(initial=0.0))
+
+
 def trust(skill: ArrayLike) -> Array:
     """How far each head is to be believed, ``max(0.02, s_h)``.
 
@@ -711,7 +752,7 @@ def trust(skill: ArrayLike) -> Array:
 
 
 def votes(skill: ArrayLike) -> Array:
-    """What each modality's word counts, ``max(0.02, min(1, 2 s_m / max_k s_k)^2)``.
+    """What each modality's word counts, ``max(0.02, min(1, 3 s_m / max_k s_k)^2)``.
 
     Definition chosen here.
 
@@ -722,13 +763,13 @@ def votes(skill: ArrayLike) -> Array:
         ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
 
     Example:
-        >>> votes([0.8, 0.5, 0.2, 0.0]).tolist()
+        >>> votes([0.9, 0.3, 0.15, 0.0]).round(4).tolist()
         [1.0, 1.0, 0.25, 0.02]
     """
     s = np.asarray(skill, dtype=np.float64)
     if not s.max() > 0:
         return np.ones_like(s)
-    return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
+    return np.asarray(np.maximum(0.02, np.minimum(1.0, 3.0 * s / s.max()) ** 2))
 
 
 def loss_shares(skill: ArrayLike) -> Array:

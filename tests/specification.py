@@ -74,10 +74,12 @@ class Specification(SimpleNamespace):
         valid, heard = counts & finite & ~held, finite & held
         weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
         said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
-        doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), mask)
+        asked = mask & ref.witnesses(self.skill)[:, None]
+        doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), asked)
         self._take_in(found.nll, mask & valid, weights, signals)
         if heard.any():
-            self._listen(mask & heard, found.prediction, target, doubted)
+            samples = settings.held_out * SAMPLES
+            self._listen(mask & heard, found.prediction, target, doubted, samples)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
         np.add.at(self.class_seen, target[valid] % 1024, 1)
@@ -99,7 +101,7 @@ class Specification(SimpleNamespace):
         coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask
         if settings.reduction == "mean":
             masses = np.ones(len(target)) if weight is None else weight[np.where(kept, target, 0)]
-            coefficient /= masses[kept].sum() or held.sum()
+            coefficient /= masses[kept].sum() or (counts & ~kept).sum()
         left_out = (coefficient == 0.0) & (settings.skip_nonfinite or settings.held_out > 0.0)
         with np.errstate(invalid="ignore"):
             terms = np.where(left_out, 0.0, coefficient * found.loss).sum(axis=0)
@@ -154,7 +156,9 @@ class Specification(SimpleNamespace):
         self.log_quality[self.seen == 0] = self.log_quality[0]
         self.quality = ref.quality(self.log_quality, self._classes)
 
-    def _listen(self, heard: Array, prediction: Array, target: Array, doubted: Array) -> None:
+    def _listen(
+        self, heard: Array, prediction: Array, target: Array, doubted: Array, samples: float
+    ) -> None:
         rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
         self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
         right = heard & (prediction == target)
@@ -166,7 +170,7 @@ class Specification(SimpleNamespace):
         mass = self.held_out_mass
         some = np.where(mass > 0, mass, 1.0)
         skill = ref.skill(self.held_out_hits / some, self.held_out_chance / some)
-        self.skill = np.where(mass > 0, skill, skill[0])
+        self.skill = ref.pooled_skill(np.where(mass > 0, skill, skill[0]), samples)
         self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
 
     def _remember(self, index: Array, nll: Array, counted: Array, weights: Array) -> None:

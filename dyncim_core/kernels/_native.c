@@ -32,6 +32,7 @@
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
 #define LANES_OF_SUM 8 /* numbers that are added up side by side */
+#define SAMPLES_OF_POOL 20.0 /* held out, on which a skill is half its own */
 #define SMALLEST_ERROR 1e-3 /* of chance */
 #define SMALLEST_SKILL 1e-4 /* what is less is rounding */
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
@@ -74,8 +75,8 @@ typedef struct {
                          const float *weight, int64_t classes, float *out);
     void (*exp_row)(float *x, int64_t count);
     void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
-                    const float *distance, const int64_t *prediction, int64_t near, int64_t heads,
-                    int64_t count, Signals *out);
+                    const float *distance, const int64_t *prediction, int64_t near,
+                    const uint8_t *asked, int64_t heads, int64_t count, Signals *out);
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
                            int64_t count, float *coefficient, float *value);
@@ -418,9 +419,18 @@ static double trained_on(const Problem *p, const State *s) {
     return (double)all;
 }
 
-/* Take in what heads say about samples that they were never trained on. */
-static void listen(const Problem *p, const Tally *heard, State *s, double decay) {
-    double batch = (double)p->batch;
+/* Heads that are asked whether a label looks wrong. */
+static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
+    float best = 0.0f;
+    for (int64_t h = 1; h < heads; h++) best = skill[h] > best ? skill[h] : best;
+    for (int64_t h = 0; h < heads; h++) asked[h] = h == 0 || 2.0f * skill[h] >= best;
+}
+
+/* Take in what heads say about samples that they were never trained on, of which there are so
+ * many in all. */
+static void listen(const Problem *p, const Tally *heard, double samples, State *s,
+                   double decay) {
+    double batch = (double)p->batch, own = samples / (samples + SAMPLES_OF_POOL), mean = 0.0;
     for (int64_t h = 0; h < p->heads; h++) {
         if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
             average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
@@ -435,7 +445,10 @@ static void listen(const Problem *p, const Tally *heard, State *s, double decay)
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
         if (skill <= SMALLEST_SKILL) skill = 0.0;
         s->skill[h] = s->held_out_mass[h] > 0.0f ? (float)skill : s->skill[0];
+        mean += s->skill[h] / (double)p->heads;
     }
+    for (int64_t h = 0; h < p->heads; h++)
+        s->skill[h] = (float)(own * s->skill[h] + (1.0 - own) * mean);
     average(s->held_out_doubt, heard->contradicted / batch, 0, decay);
     double contradicted = *s->held_out_doubt / (double)s->held_out_mass[0];
     *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
@@ -502,11 +515,13 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
     Tally tally[2] = {{0}};
-    int64_t nonfinite = 0, held_back = 0, rows = work ? work->rows : ROWS;
+    int64_t nonfinite = 0, left_out = 0, rows = work ? work->rows : ROWS;
     int holds_out = o->held_out > 0.0;
     double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
+    uint8_t asked[MAX_HEADS];
+    find_witnesses(s->skill, H, asked);
     for (int64_t i = 0, from = 0; i < B; i++) {
         int64_t y = p->target[i], here = i - found->start, r;
         if (i == from) {
@@ -517,8 +532,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 here = 0;
             }
             rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
-                            found->distance + here, found->prediction + here, found->near, H, left,
-                            &signals);
+                            found->distance + here, found->prediction + here, found->near, asked, H,
+                            left, &signals);
             from += left;
         }
         r = i % rows;
@@ -528,7 +543,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         heard[i] = held[i] && finite;
         weighed[i] = trained[i] && finite;
         nonfinite += counts && !finite;
-        held_back += held[i];
+        left_out += held[i] || (o->skip_nonfinite && counts && !finite);
         if (!counts || !finite) continue;
         double says[SIGNALS] = {
             signals.deviation[r],
@@ -554,7 +569,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 t->chance[h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
             }
     }
-    const Tally *rest = tally, *asked = tally + 1;
+    const Tally *rest = tally, *heard_of = tally + 1;
 
     int64_t count = rest->count;
     double some = count ? (double)count : 1.0, spread = 0.0;
@@ -595,7 +610,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         if (!holds_out && s->held_out_mass[0] == 0.0f)
             average(s->label_noise, rest->contradicted / some, 0, o->decay);
     }
-    if (asked->count) listen(p, asked, s, o->decay);
+    if (heard_of->count) listen(p, heard_of, o->held_out * (double)s->samples, s, o->decay);
     for (int64_t h = 0; h < s->heads; h++) {
         if (h < H && sums[h][0] > 0.0) {
             /* A batch moves it as far as it is weighed, or labels in doubt would count in small
@@ -638,8 +653,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         for (int64_t i = 0; i < B; i++)
             if (o->skip_nonfinite ? weighed[i] : trained[i])
                 counted += p->weight ? p->weight[p->target[i]] : 1.0;
-        /* Of a batch held out as a whole, 0. */
-        scale = 1.0 / (counted == 0.0 && held_back ? (double)held_back : counted);
+        /* Of a batch left out as a whole, 0. */
+        scale = 1.0 / (counted == 0.0 && left_out ? (double)left_out : counted);
     }
     if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t i = 0; i < B; i++)
@@ -694,7 +709,7 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
         t->believed[m] = 1.0;
         if (best > 0.0) {
             t->believed[m] = trust_of(skill[m]);
-            vote = clamp(2.0 * skill[m] / best, 0.0, 1.0);
+            vote = clamp(3.0 * skill[m] / best, 0.0, 1.0);
             vote = trust_of(vote * vote);
         }
         t->log_votes[m] = log(vote);

@@ -427,16 +427,17 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_bounded)(tail), shape);
 }
 
-/* What the statistics of a few samples say. Head h of sample i is at h * plane + i in nll and
+/* What the statistics of a few samples say; of the label, the heads that are asked. Head h of sample i is at h * plane + i in nll and
  * present, at h * near + i in the rest; of what a sample lacks, statistics are 0. */
 static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_t plane,
                                 const float *entropy, const float *distance,
-                                const int64_t *prediction, int64_t near, int64_t heads,
-                                int64_t count, Signals *out) {
+                                const int64_t *prediction, int64_t near,
+                                const uint8_t *asked, int64_t heads, int64_t count,
+                                Signals *out) {
     static const uint8_t all[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     float number[ROWS] = {0.0f}, surprisal[ROWS] = {0.0f}, excess[ROWS] = {0.0f};
     float apart[ROWS] = {0.0f}, least[ROWS];
-    int32_t finite[ROWS], differ[ROWS] = {0};
+    int32_t finite[ROWS], differ[ROWS] = {0}, witnesses[ROWS] = {0};
     for (int r = 0; r < ROWS; r++) finite[r] = 1, least[r] = INFINITY;
     for (int64_t h = 0; h < heads; h++) {
         const uint8_t *here = present ? present + h * plane : all;
@@ -449,8 +450,10 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             excess[r] += beyond;
             number[r] += here[r];
             apart[r] += distance[h * near + r];
-            least[r] = here[r] && beyond < least[r] ? beyond : least[r];
-            differ[r] |= here[r] && prediction[h * near + r] != prediction[r];
+            int32_t says = here[r] & asked[h];
+            witnesses[r] += says;
+            least[r] = says && beyond < least[r] ? beyond : least[r];
+            differ[r] |= says && prediction[h * near + r] != prediction[r];
         }
     }
     for (int r = 0; r < ROWS; r++) {
@@ -460,7 +463,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
         least[r] = -least[r];
         out->surprise[r] = excess[r] / over;
         out->consistency[r] = apart[r] / others;
-        out->agree[r] = !differ[r] && number[r] > 1.0f;
+        out->agree[r] = !differ[r] && witnesses[r] > 1;
         out->finite[r] = finite[r];
     }
     FOR_TARGET(exp_row)(surprisal, ROWS);

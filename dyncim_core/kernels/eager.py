@@ -30,10 +30,12 @@ from dyncim_core.modality import (
     augmentation_rates,
     loss_shares,
     modality_coefficients,
+    pooled_skill,
     quality,
     redundancy,
     skill,
     votes,
+    witnesses,
 )
 from dyncim_core.signals import (
     contradiction,
@@ -275,7 +277,11 @@ def weigh(
     weights, moved = sample_weights(log_weight, group, average, settings.decay, weighed)
     average.copy_(moved)
 
-    doubted = contradiction(found.prediction, nll, entropy, target, present)
+    asked = present
+    if held is not None:  # else nobody has shown any skill, or the answer is not taken
+        asked = witnesses(buffers.skill).unsqueeze(1)
+        asked = asked.expand_as(nll) if present is None else asked & present
+    doubted = contradiction(found.prediction, nll, entropy, target, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
@@ -284,7 +290,9 @@ def weigh(
         heard = remembered & held
         right = found.prediction == target
         chance = frequency(found.prediction, num_classes, buffers)
-        listen(heard, right, chance, doubted, buffers, settings.decay)
+        assert memory is not None  # noqa: S101
+        samples = settings.held_out * len(memory.nll)
+        listen(heard, right, chance, doubted, samples, buffers, settings.decay)
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
@@ -318,8 +326,8 @@ def weigh(
             mass = torch.where(
                 trained, criterion.weight[torch.where(trained, target, 0)], 0.0
             ).sum()
-        if held is not None:  # of a batch held out as a whole, 0
-            mass = torch.where(mass != 0, mass, held.sum())
+        if held is not None or settings.skip_nonfinite:  # of a batch left out as a whole, 0
+            mass = torch.where(mass != 0, mass, (counts ^ trained).sum())
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
@@ -371,13 +379,14 @@ def listen(
     right: Tensor,
     chance: Tensor,
     contradicted: Tensor,
+    samples: float,
     buffers: Buffers,
     decay: float,
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
     ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts;
-    ``chance``, how often it would by chance.
+    ``chance``, how often it would by chance; ``samples``, how many there are in all.
     """
     kind, heads = buffers.skill.dtype, len(heard)
     said = [heard, heard & right, torch.where(heard, chance, 0.0)]
@@ -393,7 +402,7 @@ def listen(
     mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
     known = skill(hits / mass_or_tiny, by_chance / mass_or_tiny)
     # A modality never heard counts as equal to the fusion, which favours neither side.
-    known = torch.where(mass > 0.0, known, known[0])
+    known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
     noise = credible_noise(doubt / mass_or_tiny[0], known[0])
     buffers.label_noise.lerp_(noise, some[0])

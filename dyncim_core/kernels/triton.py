@@ -20,7 +20,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from dyncim_core._units import per_log_classes
+from dyncim_core._units import own_share, per_log_classes
 from dyncim_core.kernels.eager import disturbance_rates, mix, novelty, observe, take_up, unmix
 from dyncim_core.kernels.interface import (
     Buffers,
@@ -124,6 +124,7 @@ def curriculum(
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
             found.rows.new_zeros((2, groups)),
             round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
+            0.0 if memory is None else own_share(settings.held_out * len(memory.nll)),
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
             count=len(logits),
@@ -474,6 +475,7 @@ def _curriculum(
     decays: tl.tuple,
     of_classes: tl.tensor,
     below: tl.tensor,
+    own_skill: tl.tensor,
     skip: tl.constexpr,
     reduction: tl.constexpr,
     count: tl.constexpr,
@@ -495,6 +497,9 @@ def _curriculum(
     each = tl.arange(0, groups)
     smoothed = tl.load(buffers.class_seen + each, mask=each < classes, other=-1) + 1
     trained_on = tl.sum(smoothed, 0).to(tl.float32)
+    skill = tl.load(buffers.skill + head, mask=head < known, other=0.0).to(tl.float32)
+    able = tl.max(tl.where((head > 0) & (head < count), skill, 0.0), 0)
+    asked_heads = (head == 0) | (2.0 * skill >= able)
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -513,12 +518,23 @@ def _curriculum(
     plane = tl.zeros([heads, samples], tl.float32)
     listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
-    held_back = zero
+    left_out = zero
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, kept, valid, held, heard, signal, difficulty, _, doubt = _signals(
-            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            shares,
+            moved,
+            held_out,
+            asked_heads,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         summed: tl.tuple = ()
         for k in tl.static_range(3):
@@ -531,7 +547,7 @@ def _curriculum(
         nonfinite += ((kept & (valid == 0)) | (held & (heard == 0))).to(tl.float32)
 
         y = tl.load(criterion.target + i, mask=i < batch, other=0)
-        others = here & (head > 0)[:, None]
+        others = here & ((head > 0) & asked_heads)[:, None]
         at = head[:, None] * batch + i[None, :]
         prediction = tl.load(found.prediction + at, mask=here, other=0)
         fused = tl.load(found.prediction + i, mask=i < batch, other=0)
@@ -540,13 +556,15 @@ def _curriculum(
         asked = valid
         if below is not None:
             asked = heard
-            held_back += held.to(tl.float32)
+            left_out += held.to(tl.float32)
             asked_here = here & heard[None, :]
             listened += asked_here.to(tl.float32)
             hits += (asked_here & (prediction == y[None, :])).to(tl.float32)
             of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
             chance += (of_class + 1).to(tl.float32) / trained_on
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
+        if skip:
+            left_out += (kept & (valid == 0)).to(tl.float32)
         heavy = zero + 1.0
         if criterion.weight is not None:
             real = kept & (y >= 0) & (y < classes)
@@ -563,7 +581,18 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         _, _, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            shares,
+            moved,
+            held_out,
+            asked_heads,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         group, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -578,7 +607,18 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            shares,
+            moved,
+            held_out,
+            asked_heads,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -611,7 +651,6 @@ def _curriculum(
         # Once any was held out, those trained on, known by heart, are not asked for it.
         doubt_rate = tl.where(tl.sum(tl.where(head == 0, held_mass, 0.0), 0) > 0, 0.0, rate)
         _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
-        skill = tl.load(buffers.skill + head, mask=head < known, other=0.0).to(tl.float32)
     else:
         skill = _listen(
             buffers,
@@ -619,6 +658,7 @@ def _curriculum(
             (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(chance, 1), tl.sum(contradicted, 0)),
             tl.maximum(batch, 1),
             1.0 - decays[0],
+            own_skill,
             head,
             known,
         )
@@ -656,14 +696,25 @@ def _curriculum(
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
         mass = tl.sum(mass, 0)
-        # Of a batch held out as a whole, 0.
-        factor /= tl.where(mass != 0, mass, tl.sum(held_back, 0))
+        # Of a batch left out as a whole, 0.
+        factor /= tl.where(mass != 0, mass, tl.sum(left_out, 0))
     value = zero
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         inside = i < batch
         nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, held_out, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            shares,
+            moved,
+            held_out,
+            asked_heads,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -744,6 +795,7 @@ def _listen(
     found: tl.tuple,
     batch: tl.tensor,
     rate: tl.tensor,
+    own: tl.tensor,
     head: tl.tensor,
     known: tl.constexpr,
 ) -> tl.tensor:
@@ -760,6 +812,10 @@ def _listen(
     skill = tl.minimum((hits - chance) / positive / error, 1.0)
     skill = tl.where(skill > _SMALLEST_SKILL, skill, 0.0)
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
+    # A modality never heard counts as equal to the fusion, which favours neither side.
+    skill = tl.where(mass > 0, skill, fused)
+    skill = own * skill + (1.0 - own) * tl.sum(tl.where(head < known, skill, 0.0), 0) / known
+    fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
@@ -767,8 +823,6 @@ def _listen(
     tl.store(buffers.held_out_hits + head, hits, mask=head < known)
     tl.store(buffers.held_out_chance + head, chance, mask=head < known)
     tl.store(buffers.held_out_doubt, doubt)
-    # A modality never heard counts as equal to the fusion, which favours neither side.
-    skill = tl.where(mass > 0, skill, fused)
     tl.store(buffers.skill + head, skill, mask=head < known)
     return skill
 
@@ -790,6 +844,7 @@ def _signals(
     shares: tl.tuple,
     moved: tl.tensor,
     held_out: tl.tuple,
+    asked: tl.tensor,
     i: tl.tensor,
     head: tl.tensor,
     count: tl.constexpr,
@@ -827,7 +882,7 @@ def _signals(
     for k in tl.static_range(3):
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
     excess = tl.maximum(nll - entropy, 0.0)
-    doubt = 1.0 - tl.exp(-tl.min(tl.where(here, excess, float("inf")), 0))
+    doubt = 1.0 - tl.exp(-tl.min(tl.where(here & asked[:, None], excess, float("inf")), 0))
     surprise = tl.sum(excess, 0) / number
     return nll, here, kept, valid, held, heard, signals, difficulty, surprise, doubt
 
@@ -977,7 +1032,7 @@ def _gate(
     highest = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         kept = present[m] & (tl.exp(evidence[m] - top) / total >= settings.threshold)
-        word = tl.minimum(2.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
+        word = tl.minimum(3.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
         vote = tl.where(best > 0, tl.maximum(word * word, _LEAST), 1.0)
         logit = evidence[m] + tl.log(vote)
         if penalty is not None:
