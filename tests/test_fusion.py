@@ -802,13 +802,13 @@ def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on(
     def gradient(call: Any) -> Tensor:
         state = criterion.state
         state.reset_parameters()
-        skills = torch.tensor([0.8, 0.8, 0.1, 0.6])  # the second has little of a vote
+        skills = torch.tensor([0.8, 0.8, 0.02, 0.6])  # the second has little of a vote
         state.skill.copy_(skills[: 1 + len(widths)])
         state.class_seen[:3] = torch.tensor([9, 1, 1])
         state.class_weight.fill_(1.0)
         logits, unimodal = call(x)
         criterion(logits, target, unimodal=unimodal, index=index)
-        assert not 0.05 < state.skill[2] < 0.15
+        assert not 0.01 < state.skill[2] < 0.04
         return torch.autograd.grad(logits.sum(), [encoders[1].weight])[0]
 
     assert_allclose(gradient(torch.compile(model)), gradient(model), rtol=1e-4)

@@ -24,11 +24,13 @@ from dyncim_core.modality import (
     loss_shares,
     modality_coefficients,
     modality_weights,
+    pooled_skill,
     quality,
     redundancy,
     skill,
     trust,
     votes,
+    witnesses,
 )
 
 SCALARS = [geometric_mean_ratio, harmonic_mean_improvement_rate, balance_factor]
@@ -473,13 +475,39 @@ def test_trust_is_the_skill_or_whole_where_none_is_known(skills: Array) -> None:
     assert skills.any() or (found == 1).all()
 
 
+@given(
+    st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))),
+    st.sampled_from([0.0, 3.0, 20.0, 1e6]),
+)
+def test_skills_are_pooled_the_less_the_more_samples_there_are(
+    skills: Array, samples: float
+) -> None:
+    found = pooled_skill(to_torch(skills), samples).numpy()
+    assert_allclose(found, ref.pooled_skill(skills, samples), rtol=1e-12, atol=1e-15)
+    assert_allclose(found.mean(), skills.mean(), rtol=1e-9, atol=1e-12)
+    own = {0.0: 0.0, 3.0: 3.0 / 23.0, 20.0: 0.5, 1e6: 1e6 / (1e6 + 20)}[samples]
+    assert_allclose(np.ptp(found), own * np.ptp(skills), rtol=1e-9, atol=1e-12)
+    assert (np.diff(found[np.argsort(skills)]) >= -1e-15).all()  # never less for more skill
+
+
+@given(st.integers(1, 6).flatmap(lambda h: arrays(h, st.just(0.0) | reals(0, 1))))
+def test_witnesses_are_the_fused_head_and_able_modalities(skills: Array) -> None:
+    found = witnesses(to_torch(skills)).numpy()
+    assert (found == ref.witnesses(skills)).all()
+    assert found[0]
+    if len(skills) > 1:
+        assert found[1:].any()
+        assert found[1:][skills[1:] >= 0.501 * skills[1:].max()].all()
+        assert not found[1:][skills[1:] < 0.499 * skills[1:].max()].any()
+
+
 @given(st.integers(1, 6).flatmap(lambda m: arrays(m, st.just(0.0) | reals(0, 1))))
 def test_votes_silence_only_who_has_next_to_nothing_to_say(skills: Array) -> None:
     found = votes(to_torch(skills)).numpy()
     assert_allclose(found, ref.votes(skills), rtol=1e-12)
     assert found.max() == 1
     assert found.min() >= 0.02
-    assert (found[skills >= 0.5 * skills.max()] == 1).all()
+    assert (found[skills >= 0.334 * skills.max()] == 1).all()
     assert (np.diff(found[np.argsort(skills)]) >= 0).all()  # never less for more skill
     if skills.max() > 1e-3:
         assert_allclose(votes(to_torch(0.5 * skills)), found, rtol=1e-9)

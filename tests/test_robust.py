@@ -508,3 +508,43 @@ def test_a_forward_mode_gradient_is_refused_before_the_state_moves(
                 criterion(dual, target, unimodal=logits[1:])
             criterion(logits[0], target, unimodal=logits[1:])
     assert criterion.state.step == (0 if plain else 1)
+
+
+@each_backend
+def test_a_modality_that_knows_nothing_does_not_hide_label_noise(backend: str) -> None:
+    """It agrees with nobody, whatever the label; but where none knows more, all must agree."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(1000)
+    target = index % 4
+    wrong = torch.rand(1000, generator=generator) < 0.3
+    given = torch.where(wrong, (target + 1) % 4, target)
+    right = 6.0 * F.one_hot(target, 4).float()
+    guess, other = 6.0 * F.one_hot(torch.randint(4, (2, 1000), generator=generator), 4).float()
+    found = []
+    for others in ([right, right], [right, guess], [guess, other]):
+        state = CurriculumState(2, num_samples=1000)
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, backend=backend)
+        for _ in range(3):
+            for rows in torch.randperm(1000, generator=generator).split(100):
+                fused = right[rows].requires_grad_()
+                unimodal = [x[rows] for x in others]
+                criterion(fused, given[rows], unimodal=unimodal, index=index[rows])
+        found.append(float(state.label_noise))
+    assert found[0] > 0.2
+    assert found[1] > 0.2
+    assert found[2] < 0.1
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_batch_of_which_everything_is_skipped_has_no_loss(backend: str, reduction: str) -> None:
+    logits, target = heads(count=3)
+    bad = torch.full_like(logits[1], torch.nan).requires_grad_()
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(reduction=reduction), modalities=2, nonfinite="skip", backend=backend
+    )
+    loss = criterion(logits[0], target, unimodal=[bad, logits[2]])
+    gradients = torch.autograd.grad(loss, [logits[0], bad, logits[2]])
+    assert loss == 0.0
+    assert not any(x.any() for x in gradients)
+    assert criterion.state.nonfinite == len(target)
