@@ -272,10 +272,11 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
 
 
 def _check_tensor(name: str, value: Any, kind: str, is_kind: Callable[[Tensor], bool]) -> None:
+    article = "an" if kind[0] in "aeiou" else "a"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a {kind} tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {article} {kind} tensor, got {type(value).__name__}")
     if not is_kind(value):
-        raise TypeError(f"{name}: expected a {kind} tensor, got {value.dtype}")
+        raise TypeError(f"{name}: expected {article} {kind} tensor, got {value.dtype}")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -198,7 +198,8 @@ class CurriculumState(KeepsDtype):
             self.modalities = names
         elif self.modalities != names:
             raise ValueError(
-                f"modalities: expected {list(self.modalities)} as settled before, got {list(names)}"
+                f"modalities: expected {list(self.modalities)} as settled before, got "
+                f"{list(names)}; name them alike where the state is made"
             )
         self._numbered = False
 

@@ -828,7 +828,7 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
     "index of another dtype": (
         lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12.0)),
         TypeError,
-        r"index: expected a int64 tensor, got torch.float32",
+        r"index: expected an int64 tensor, got torch.float32",
     ),
     "index out of range": (
         lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12) + 90),
