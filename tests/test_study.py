@@ -47,7 +47,7 @@ FAST = "uci:fou+mor"
 LINEAR = partial(nn.Linear, out_features=4)
 
 
-def problem(modalities: int = 2, samples: int = 100, hidden: int = 0) -> Problem:
+def problem(modalities: int = 2, samples: int = 10_000, hidden: int = 0) -> Problem:
     names = tuple(f"m{k}" for k in range(modalities))
 
     def network(fusion: methods.Fusion) -> Network:
