@@ -512,9 +512,9 @@ def _curriculum(
         moved += shares[k]
 
     zero = tl.zeros([samples], tl.float32)
-    held_out: tl.tuple = (None, None)
+    hearing: tl.tuple = (None, None, asked_heads)
     if below is not None:
-        held_out = (memory.rows, below)
+        hearing = (memory.rows, below, asked_heads)
     plane = tl.zeros([heads, samples], tl.float32)
     listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
@@ -523,18 +523,7 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, kept, valid, held, heard, signal, difficulty, _, doubt = _signals(
-            found,
-            present,
-            criterion,
-            shares,
-            moved,
-            held_out,
-            asked_heads,
-            i,
-            head,
-            count,
-            batch,
-            per_log,
+            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
         )
         summed: tl.tuple = ()
         for k in tl.static_range(3):
@@ -581,18 +570,7 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         _, _, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found,
-            present,
-            criterion,
-            shares,
-            moved,
-            held_out,
-            asked_heads,
-            i,
-            head,
-            count,
-            batch,
-            per_log,
+            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
         )
         group, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -607,18 +585,7 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found,
-            present,
-            criterion,
-            shares,
-            moved,
-            held_out,
-            asked_heads,
-            i,
-            head,
-            count,
-            batch,
-            per_log,
+            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -703,18 +670,7 @@ def _curriculum(
         i = start + tl.arange(0, samples)
         inside = i < batch
         nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
-            found,
-            present,
-            criterion,
-            shares,
-            moved,
-            held_out,
-            asked_heads,
-            i,
-            head,
-            count,
-            batch,
-            per_log,
+            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -843,8 +799,7 @@ def _signals(
     criterion: tl.tuple,
     shares: tl.tuple,
     moved: tl.tensor,
-    held_out: tl.tuple,
-    asked: tl.tensor,
+    hearing: tl.tuple,
     i: tl.tensor,
     head: tl.tensor,
     count: tl.constexpr,
@@ -863,7 +818,7 @@ def _signals(
     valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
     held = kept & (kept == 0)
     heard = held
-    rows, below = held_out
+    rows, below, asked = hearing
     if rows is not None:
         held = kept & _is_held_out(tl.load(rows + i, mask=i < batch, other=0), below)
         heard = held & valid
