@@ -333,7 +333,7 @@ def trust(skill: Tensor) -> Tensor:
 def votes(skill: Tensor) -> Tensor:
     """What each modality's word counts in a fusion: less the nearer it is to guessing.
 
-    In full from a third of the best one's skill on, so that what is reliable in training need
+    In full from half of the best one's skill on, so that what is reliable in training need
     not be so elsewhere; a modality with next to nothing to say is next to silenced.
     Definition chosen here.
 
@@ -347,13 +347,13 @@ def votes(skill: Tensor) -> Tensor:
         ValueError: There is no modality (M = 0).
 
     Example:
-        >>> votes(torch.tensor([0.9, 0.3, 0.15, 0.0]))
+        >>> votes(torch.tensor([0.9, 0.45, 0.225, 0.0]))
         tensor([1.0000, 1.0000, 0.2500, 0.0200])
     """
     _check_modalities(skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
     share = skill / torch.where(best > 0.0, best, 1.0)
-    counts = (3.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
+    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
     return torch.where(best > 0.0, counts, 1.0)
 
 

@@ -752,7 +752,7 @@ def trust(skill: ArrayLike) -> Array:
 
 
 def votes(skill: ArrayLike) -> Array:
-    """What each modality's word counts, ``max(0.02, min(1, 3 s_m / max_k s_k)^2)``.
+    """What each modality's word counts, ``max(0.02, min(1, 2 s_m / max_k s_k)^2)``.
 
     Definition chosen here.
 
@@ -763,13 +763,13 @@ def votes(skill: ArrayLike) -> Array:
         ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
 
     Example:
-        >>> votes([0.9, 0.3, 0.15, 0.0]).round(4).tolist()
+        >>> votes([0.9, 0.45, 0.225, 0.0]).round(4).tolist()
         [1.0, 1.0, 0.25, 0.02]
     """
     s = np.asarray(skill, dtype=np.float64)
     if not s.max() > 0:
         return np.ones_like(s)
-    return np.asarray(np.maximum(0.02, np.minimum(1.0, 3.0 * s / s.max()) ** 2))
+    return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
 
 
 def loss_shares(skill: ArrayLike) -> Array:

@@ -709,7 +709,7 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
         t->believed[m] = 1.0;
         if (best > 0.0) {
             t->believed[m] = trust_of(skill[m]);
-            vote = clamp(3.0 * skill[m] / best, 0.0, 1.0);
+            vote = clamp(2.0 * skill[m] / best, 0.0, 1.0);
             vote = trust_of(vote * vote);
         }
         t->log_votes[m] = log(vote);

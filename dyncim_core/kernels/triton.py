@@ -987,7 +987,7 @@ def _gate(
     highest = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         kept = present[m] & (tl.exp(evidence[m] - top) / total >= settings.threshold)
-        word = tl.minimum(3.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
+        word = tl.minimum(2.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
         vote = tl.where(best > 0, tl.maximum(word * word, _LEAST), 1.0)
         logit = evidence[m] + tl.log(vote)
         if penalty is not None:
