@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -52,7 +52,9 @@ def check_count(name: str, value: object) -> None:
 def check_instance(name: str, value: object, kind: type) -> None:
     """An instance of ``kind``."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        owner = isinstance(getattr(value, name, None), kind)
+        hint = f"; pass its .{name}" if owner else ""
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}{hint}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -84,7 +86,7 @@ def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
 def check_features(features: Sequence[Tensor], widths: Sequence[int], names: Sequence[str]) -> None:
     """Features ``[B, D_m]`` or ``[B, T, D_m]``, alike but for the last size."""
     for feature, width, modality in zip(features, widths, names, strict=True):
-        name = f"features of {modality}"
+        name = f"features of {_spoken(modality)}"
         _check_tensor(name, feature, "floating-point", torch.is_floating_point)
         if feature.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape [B, D] or [B, T, D], got {_shape(feature)}")
@@ -99,7 +101,7 @@ def check_unimodal(
     if _all_alike(logits) and logits[0].shape[0] == batch and logits[0].device == device:
         return  # this runs at every step: look for the culprit only then
     for head, modality in zip(logits, names, strict=True):
-        name = f"unimodal logits of {modality}"
+        name = f"unimodal logits of {_spoken(modality)}"
         _check_tensor(name, head, "floating-point", torch.is_floating_point)
         if head.dim() != 2 or head.shape[1] == 0:
             raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
@@ -107,7 +109,9 @@ def check_unimodal(
         check_device(name, head, device)
 
 
-def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
+def check_heads(
+    heads: Sequence[Tensor], target: Tensor, modalities: Iterable[str] | None = None
+) -> None:
     """Logits of every head ``[B, C]``, alike in shape and device; a target that fits them."""
     if not isinstance(heads, (list, tuple)):
         raise TypeError(
@@ -116,8 +120,7 @@ def check_heads(heads: Sequence[Tensor], target: Tensor) -> None:
     if not heads:
         raise ValueError("logits: expected at least one head, got none")
     if not _all_alike(heads):  # this runs at every step: look for the culprit only then
-        for h, head in enumerate(heads):
-            name = "logits" if h == 0 else f"unimodal logits of modality {h - 1}"
+        for head, name in zip(heads, _head_names(heads, modalities), strict=True):
             _check_tensor(name, head, "floating-point", torch.is_floating_point)
             if head.dim() != 2 or head.shape[1] == 0:
                 raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
@@ -152,17 +155,18 @@ def check_no_tangent(heads: Sequence[Tensor]) -> None:
         )
 
 
-def check_savable(heads: Sequence[Tensor], target: Tensor, weight: Tensor | None) -> None:
+def check_savable(
+    heads: Sequence[Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    modalities: Iterable[str] | None,
+) -> None:
     """Tensors that autograd can save for the backward."""
     tensors = (target, *heads) if weight is None else (target, *heads, weight)
     if torch.compiler.is_compiling() or True not in map(Tensor.is_inference, tensors):
         return
-    names = [
-        "target",
-        "logits",
-        *(f"unimodal logits of modality {m}" for m in range(len(heads) - 1)),
-    ]
-    for tensor, name in zip(tensors, [*names, "weight"], strict=False):
+    names = ["target", *_head_names(heads, modalities), "weight"]
+    for tensor, name in zip(tensors, names, strict=False):
         if tensor.is_inference():
             raise RuntimeError(
                 f"{name}: expected a tensor that autograd can save, got one made in inference "
@@ -242,6 +246,17 @@ def _all_alike(heads: Sequence[Tensor]) -> bool:
         ):
             return False
     return len(shape) == 2 and shape[1] > 0
+
+
+def _head_names(heads: Sequence[Tensor], modalities: Iterable[str] | None) -> list[str]:
+    if modalities is None:
+        modalities = map(str, range(len(heads) - 1))
+    return ["logits", *(f"unimodal logits of {_spoken(name)}" for name in modalities)]
+
+
+def _spoken(name: str) -> str:
+    """A modality's name; one made up from its position says so."""
+    return f"modality {name}" if name.isdecimal() else name
 
 
 def _check_target(target: Tensor, logits: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
@@ -142,6 +142,11 @@ class DynCIMLoss(nn.Module):
         if held_out is None:
             held_out = 0.05 if (state.num_samples or 0) >= _ENOUGH_TO_HOLD_OUT else 0.0
         _checks.check_range("held_out", held_out, 0.0, 0.5)
+        if held_out > 0.0 and state.num_samples is None:
+            raise ValueError(
+                f"held_out: expected 0 without a per-sample memory, got {held_out}; "
+                "construct with num_samples= and pass index="
+            )
         self.held_out = held_out
         self.surprise_strength = surprise_strength
         self.label_noise = label_noise
@@ -194,10 +199,12 @@ class DynCIMLoss(nn.Module):
         if criterion is None:
             criterion = self.criterion
         heads, names = [logits], state.modalities
+        called: Iterable[str] | None = ()
         if unimodal is not None:
             names = state.names_of(unimodal)
             heads += _checks.as_list("unimodal", unimodal, names)
-        _checks.check_heads(heads, target)
+            called = unimodal if names is None and isinstance(unimodal, Mapping) else names
+        _checks.check_heads(heads, target, called)
         if present is not None:
             if unimodal is None and not (isinstance(present, Tensor) and present.numel() == 0):
                 kind = type(present).__name__
@@ -221,7 +228,7 @@ class DynCIMLoss(nn.Module):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
         _checks.check_no_tangent(heads)
-        _checks.check_savable(heads, target, None if read is None else read.weight)
+        _checks.check_savable(heads, target, None if read is None else read.weight, called)
 
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
@@ -352,8 +359,8 @@ class DynCIMLoss(nn.Module):
         if loss.shape != logits.shape[:1]:
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
-                f'{list(loss.shape)}; one that reduces must be a module whose reduction is "none", '
-                'with reduction="mean" given to DynCIMLoss'
+                f"{list(loss.shape)}; if it reduces, give one that does not, and "
+                'reduction="mean" to DynCIMLoss'
             )
         return loss
 

@@ -820,6 +820,11 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
         ValueError,
         "present: expected None without unimodal logits, got Tensor",
     ),
+    "unimodal logits of another shape": (
+        lambda c: c(FUSED, TARGET, unimodal={"b": OTHERS[0][:, :3], "a": OTHERS[1]}),
+        ValueError,
+        r"unimodal logits of b: expected the shape of the fused logits, \[12, 5\], got \[12, 3\]",
+    ),
     "index of another length": (
         lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(3)),
         ValueError,
@@ -884,8 +889,16 @@ def test_index_needs_a_memory() -> None:
 
 def test_a_criterion_must_give_one_loss_per_sample() -> None:
     wrapped = DynCIMLoss(lambda logits, target: F.cross_entropy(logits, target))
-    with pytest.raises(ValueError, match=r"criterion: expected one loss per sample, shape \[12\]"):
+    message = r"criterion: expected one loss per sample, shape \[12\], got \[\]; if it reduces"
+    with pytest.raises(ValueError, match=message):
         wrapped(FUSED, TARGET, unimodal=OTHERS)
+
+
+def test_a_first_call_that_is_rejected_names_the_modality() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"unimodal logits of audio: expected the shape"):
+        criterion(FUSED, TARGET, unimodal={"audio": OTHERS[0][:, :3]})
+    assert criterion.state.modalities is None
 
 
 @pytest.mark.parametrize(
@@ -904,6 +917,12 @@ def test_a_criterion_must_give_one_loss_per_sample() -> None:
         ({"modalities": {"a", "b"}}, TypeError, r"modalities: expected a number or a sequence"),
         ({"modalities": 2.0}, TypeError, r"modalities: expected a number .* got 2.0"),
         ({"state": "x"}, TypeError, r"state: expected a CurriculumState, got str"),
+        (
+            {"state": DynCIMLoss(nn.CrossEntropyLoss())},
+            TypeError,
+            r"state: expected a CurriculumState, got DynCIMLoss; pass its \.state$",
+        ),
+        ({"held_out": 0.1}, ValueError, r"held_out: expected 0 without .* num_samples= and pass"),
         ({"modalities": 0}, ValueError, r"modalities: expected at least 1, got 0"),
         ({"num_samples": 0}, ValueError, r"num_samples: expected at least 1, got 0"),
         ({"num_samples": 1.5}, TypeError, r"num_samples: expected a whole number, got float"),
