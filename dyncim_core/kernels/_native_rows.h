@@ -35,6 +35,8 @@ static inline Floats FOR_TARGET(load)(const float *x) {
     return v;
 }
 
+/* A place is counted down from INT32_MAX, so that the first is the largest, and none is 0. */
+
 #ifdef MASKED /* what compilers make of vectors in general is slow in these */
 
 static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
@@ -53,39 +55,48 @@ static inline float FOR_TARGET(largest)(Floats v) { return _mm512_reduce_max_ps(
 
 static inline float FOR_TARGET(sum)(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
 
-static inline Floats FOR_TARGET(times_power)(Floats p, Floats n, Floats x) {
-    __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(LOWEST), _CMP_NLE_UQ);
-    return (Floats)_mm512_maskz_scalef_ps(above, (__m512)p, (__m512)n);
-}
+typedef int32_t FOR_TARGET(Place);
 
-typedef int32_t FOR_TARGET(First);
-#define NOWHERE INT32_MAX
+static inline int32_t FOR_TARGET(place)(int64_t c) { return INT32_MAX - (int32_t)c; }
 
-static inline void FOR_TARGET(find_zero)(FOR_TARGET(First) *first, int32_t position, Floats d) {
+static inline void FOR_TARGET(find_zero)(int32_t *first, int32_t place, Floats d) {
     uint32_t zeros = _mm512_cmpeq_ps_mask((__m512)d, _mm512_setzero_ps());
-    int32_t at = zeros ? position + __builtin_ctz(zeros) : NOWHERE;
-    *first = at < *first ? at : *first;
+    int32_t at = zeros ? place - __builtin_ctz(zeros) : 0;
+    *first = at > *first ? at : *first;
 }
 
-static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) { return first; }
+static inline int32_t FOR_TARGET(found)(int32_t first) { return INT32_MAX - first; }
 
 #else
 
 /* The end of a row, filled up. */
 static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
+#if LANES == 8
+    Ints mask = FOR_TARGET(lanes)() < count;
+    return FOR_TARGET(choose)(mask, (Floats)_mm256_maskload_ps(x, (__m256i)mask), (Floats){0} + fill);
+#else
     float v[LANES];
     for (int32_t k = 0; k < LANES; k++) v[k] = k < count ? x[k] : fill;
     return FOR_TARGET(load)(v);
+#endif
 }
 
 static inline void FOR_TARGET(store_end)(float *x, Floats v, int32_t count) {
+#if LANES == 8
+    _mm256_maskstore_ps(x, (__m256i)(FOR_TARGET(lanes)() < count), (__m256)v);
+#else
     for (int32_t k = 0; k < LANES; k++)
         if (k < count) x[k] = v[k];
+#endif
 }
 
 /* b where either is NaN. */
 static inline Floats FOR_TARGET(larger)(Floats a, Floats b) {
+#if LANES == 8 /* what compilers do not see in the general form */
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     return FOR_TARGET(choose)(a > b, a, b);
+#endif
 }
 
 static inline float FOR_TARGET(largest)(Floats v) {
@@ -104,25 +115,25 @@ static inline float FOR_TARGET(sum)(Floats v) {
     return x[0];
 }
 
-/* p * 2^n; 0 where x, of which it is the exponential, is the lowest. */
-static inline Floats FOR_TARGET(times_power)(Floats p, Floats n, Floats x) {
-    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return (Floats)((Ints)(p * (Floats)power) & ~(x <= LOWEST));
+typedef Ints FOR_TARGET(Place); /* of each lane */
+
+static inline Ints FOR_TARGET(place)(int64_t c) {
+    return INT32_MAX - (int32_t)c - FOR_TARGET(lanes)();
 }
 
-/* The first position where d is 0, of each lane. */
-typedef Ints FOR_TARGET(First);
-#define NOWHERE ((Ints){0} + INT32_MAX)
-
-static inline void FOR_TARGET(find_zero)(FOR_TARGET(First) *first, int32_t position, Floats d) {
-    Ints at = FOR_TARGET(lanes)() + position, better = (d == 0.0f) & (at < *first);
-    *first = (at & better) | (*first & ~better);
+static inline void FOR_TARGET(find_zero)(Ints *first, Ints place, Floats d) {
+    Ints at = place & (d == 0.0f);
+#if LANES == 8
+    *first = (Ints)_mm256_max_epi32((__m256i)at, (__m256i)*first);
+#else
+    *first = (Ints)FOR_TARGET(choose)(at > *first, (Floats)at, (Floats)*first);
+#endif
 }
 
-static inline int32_t FOR_TARGET(found)(FOR_TARGET(First) first) {
+static inline int32_t FOR_TARGET(found)(Ints first) {
     int32_t best = first[0];
-    for (int k = 1; k < LANES; k++) best = first[k] < best ? first[k] : best;
-    return best;
+    for (int k = 1; k < LANES; k++) best = first[k] > best ? first[k] : best;
+    return INT32_MAX - best;
 }
 
 #endif
@@ -181,14 +192,14 @@ ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) 
 
 /* exp(x) for x in [LOWEST, -LOWEST] to float32 rounding; 0 at LOWEST; NaN stays. */
 static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
-    Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */
+    Floats sum = x * 1.44269504f + ROUNDER, n = sum - ROUNDER; /* to a whole number */
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Floats p = r * 1.3814598474e-3f + 8.3687168873e-3f;
     p = p * r + 4.1668388049e-2f;
     p = p * r + 1.6666520632e-1f;
     p = p * r + 4.9999993448e-1f;
     p = p * r + 1.0f;
-    return FOR_TARGET(times_power)(p * r + 1.0f, n, x);
+    return (p * r + 1.0f) * (Floats)((Ints)sum << 23);
 }
 
 /* exp(x) for x <= -LOWEST. */
@@ -215,11 +226,11 @@ static inline Doubles FOR_TARGET(log)(Doubles x) {
 /* Of exp(d) and d exp(d), and where d is 0. */
 typedef struct {
     Floats sum, weighted;
-    FOR_TARGET(First) first;
+    FOR_TARGET(Place) first;
 } FOR_TARGET(Sums);
 
-static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, int64_t position, Floats d) {
-    FOR_TARGET(find_zero)(&s->first, (int32_t)position, d);
+static inline Floats FOR_TARGET(take)(FOR_TARGET(Sums) *s, FOR_TARGET(Place) place, Floats d) {
+    FOR_TARGET(find_zero)(&s->first, place, d);
     d = FOR_TARGET(larger)((Floats){0} + LOWEST, d);
     Floats e = FOR_TARGET(exp_in_range)(d);
     s->sum += e;
@@ -238,17 +249,19 @@ ALWAYS_INLINE Floats FOR_TARGET(highest)(const float *x, FOR_TARGET(Shape) s) {
 ALWAYS_INLINE FOR_TARGET(Sums) FOR_TARGET(exponentials)(const float *restrict x, float top,
                                                         FOR_TARGET(Shape) shape,
                                                         float *restrict e) {
-    FOR_TARGET(Sums) s = {{0}, {0}, NOWHERE};
+    FOR_TARGET(Sums) s = {0};
     if (shape.left) { /* before the whole vectors, which may cover a part of it */
         Floats d = FOR_TARGET(load_tail)(x, shape, -INFINITY) - top;
-        FOR_TARGET(store_tail)(e, FOR_TARGET(take)(&s, TAIL(shape), d), shape);
+        d = FOR_TARGET(take)(&s, FOR_TARGET(place)(TAIL(shape)), d);
+        FOR_TARGET(store_tail)(e, d, shape);
     }
     Floats sum = s.sum, weighted = s.weighted;
+    FOR_TARGET(Place) place = FOR_TARGET(place)(0);
     for (int64_t start = 0; start < shape.whole; start += BLOCK) {
         int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
         s.sum = s.weighted = (Floats){0};
-        for (int64_t c = start; c < stop; c += LANES)
-            FOR_TARGET(store)(e + c, FOR_TARGET(take)(&s, c, FOR_TARGET(load)(x + c) - top));
+        for (int64_t c = start; c < stop; c += LANES, place -= LANES)
+            FOR_TARGET(store)(e + c, FOR_TARGET(take)(&s, place, FOR_TARGET(load)(x + c) - top));
         sum += s.sum;
         weighted += s.weighted;
     }
@@ -264,7 +277,7 @@ static void FOR_TARGET(softmax_rows)(const float *x, int64_t stride, int64_t row
                                      Softmaxes *found) {
     FOR_TARGET(Shape) shape = FOR_TARGET(shape)(classes);
     Floats sum[ROWS], weighted[ROWS];
-    FOR_TARGET(First) first[ROWS];
+    FOR_TARGET(Place) first[ROWS];
     for (int64_t r = 0; r < rows; r++)
         found->max[r] = FOR_TARGET(largest)(FOR_TARGET(highest)(x + r * stride, shape));
     for (int64_t r = 0; r < rows; r++) {
@@ -583,7 +596,6 @@ static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(whiten),
 };
 
-#undef NOWHERE
 #undef TAIL
 #undef Floats
 #undef Ints
