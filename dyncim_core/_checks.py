@@ -110,7 +110,7 @@ def check_unimodal(
 
 
 def check_heads(
-    heads: Sequence[Tensor], target: Tensor, modalities: Iterable[str] | None = None
+    heads: Sequence[Tensor], target: Tensor, modalities: Iterable[object] | None = None
 ) -> None:
     """Logits of every head ``[B, C]``, alike in shape and device; a target that fits them."""
     if not isinstance(heads, (list, tuple)):
@@ -159,7 +159,7 @@ def check_savable(
     heads: Sequence[Tensor],
     target: Tensor,
     weight: Tensor | None,
-    modalities: Iterable[str] | None,
+    modalities: Iterable[object] | None,
 ) -> None:
     """Tensors that autograd can save for the backward."""
     tensors = (target, *heads) if weight is None else (target, *heads, weight)
@@ -248,15 +248,16 @@ def _all_alike(heads: Sequence[Tensor]) -> bool:
     return len(shape) == 2 and shape[1] > 0
 
 
-def _head_names(heads: Sequence[Tensor], modalities: Iterable[str] | None) -> list[str]:
+def _head_names(heads: Sequence[Tensor], modalities: Iterable[object] | None) -> list[str]:
+    """What messages call them; of the modalities, by position when ``None``."""
     if modalities is None:
-        modalities = map(str, range(len(heads) - 1))
+        modalities = range(len(heads) - 1)
     return ["logits", *(f"unimodal logits of {_spoken(name)}" for name in modalities)]
 
 
-def _spoken(name: str) -> str:
-    """A modality's name; one made up from its position says so."""
-    return f"modality {name}" if name.isdecimal() else name
+def _spoken(name: object) -> str:
+    """A modality's name, which may not be one yet; one made up from its position says so."""
+    return f"modality {name}" if str(name).isdecimal() else str(name)
 
 
 def _check_target(target: Tensor, logits: Tensor) -> None:

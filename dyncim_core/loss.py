@@ -60,10 +60,11 @@ class DynCIMLoss(nn.Module):
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
-            less than 100 samples, of which so few tell next to nothing. It takes what tells the
-            samples apart, ``index=``, class indices, a cross-entropy and unimodal logits;
-            otherwise, and with 0, everything is trained on, and is judged as well until
-            something is held out. Their loss is 0, as is that of a batch of nothing else.
+            less than 100 samples, of which so few tell next to nothing. It takes a per-sample
+            memory and, in a call, what tells the samples apart, ``index=``, class indices, a
+            cross-entropy and unimodal logits; in other calls, and with 0, everything is trained
+            on, and is judged as well until something is held out. The loss of what is held out is
+            0, as is that of a batch of nothing else.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -81,8 +82,8 @@ class DynCIMLoss(nn.Module):
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A value is out of range, or both ``state`` and what it is made from
-            are given.
+        ValueError: A value is out of range; both ``state`` and what it is made from are
+            given; or ``held_out``, without a memory of samples to hold out.
         RuntimeError: The backend asked for is not available.
 
     Example:
@@ -144,8 +145,8 @@ class DynCIMLoss(nn.Module):
         _checks.check_range("held_out", held_out, 0.0, 0.5)
         if held_out > 0.0 and state.num_samples is None:
             raise ValueError(
-                f"held_out: expected 0 without a per-sample memory, got {held_out}; "
-                "construct with num_samples= and pass index="
+                f"held_out: expected 0 without a per-sample memory, got {held_out}; num_samples=, "
+                "here or of the state that is given, keeps one"
             )
         self.held_out = held_out
         self.surprise_strength = surprise_strength
@@ -199,7 +200,7 @@ class DynCIMLoss(nn.Module):
         if criterion is None:
             criterion = self.criterion
         heads, names = [logits], state.modalities
-        called: Iterable[str] | None = ()
+        called: Iterable[object] | None = ()  # in messages
         if unimodal is not None:
             names = state.names_of(unimodal)
             heads += _checks.as_list("unimodal", unimodal, names)

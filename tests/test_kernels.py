@@ -118,6 +118,27 @@ def test_native_statistics_and_gradients_are_those_of_eager(problem: dict[str, A
 
 
 @needs_native
+@pytest.mark.parametrize("classes", [1, 2, 5, 8, 13, 31, 600])
+def test_native_predicts_the_first_of_equal_logits_and_rules_out_what_is_far_below(
+    classes: int,
+) -> None:
+    from dyncim_core.kernels import native
+
+    logits = torch.randint(3, (64, classes)).float()
+    target = torch.randint(classes, (64,))
+    first = torch.from_numpy(logits.numpy().argmax(axis=1))
+    assert torch.equal(native.statistics([logits], None, Criterion(target)).prediction[0], first)
+    logits[:, 1::2] -= 100.0
+    normaliser = native.statistics([logits], None, Criterion(target)).normaliser
+    args = None, normaliser, [logits], Criterion(target), False
+    (grads,) = native.gradients(torch.tensor(1.0), *args)
+    column = torch.arange(classes)
+    far = column.remainder(2).eq(1) & (target.unsqueeze(1) != column)
+    assert (grads[far] == 0.0).all()
+    assert (grads[:, 2::2] != 0.0).all()
+
+
+@needs_native
 @given(
     problem=problems(),
     reduction=st.sampled_from(["mean", "sum", "none"]),

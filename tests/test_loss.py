@@ -875,6 +875,12 @@ def test_a_rejected_first_call_settles_nothing() -> None:
     assert unchanged(criterion, before)
 
 
+def test_modalities_that_have_no_names_yet_are_told_apart_in_messages() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"^unimodal logits of modality 7: expected the shape"):
+        criterion(FUSED, TARGET, unimodal={4: FUSED, 7: FUSED[:, :3]})  # type: ignore[dict-item]
+
+
 def test_class_probabilities_cannot_be_ignored() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(ignore_index=2))
     with pytest.raises(ValueError, match=r"target: expected class indices.*ignore_index=2"):
@@ -922,7 +928,7 @@ def test_a_first_call_that_is_rejected_names_the_modality() -> None:
             TypeError,
             r"state: expected a CurriculumState, got DynCIMLoss; pass its \.state$",
         ),
-        ({"held_out": 0.1}, ValueError, r"held_out: expected 0 without .* num_samples= and pass"),
+        ({"held_out": 0.1}, ValueError, r"held_out: expected 0 without .*num_samples=, here or"),
         ({"modalities": 0}, ValueError, r"modalities: expected at least 1, got 0"),
         ({"num_samples": 0}, ValueError, r"num_samples: expected at least 1, got 0"),
         ({"num_samples": 1.5}, TypeError, r"num_samples: expected a whole number, got float"),

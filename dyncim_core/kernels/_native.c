@@ -44,9 +44,9 @@
 #define MOST_NOVEL 1e30f
 
 #define LARGEST_SQUARE 1e36 /* of a norm: averages of anything smaller are finite */
-#define LOWEST (-87.7f) /* exp of less is 0: it is about 2^-127, whose exponent has no bits */
 #define ROUNDER 12583039.0f /* 1.5 * 2^23 + 127: a sum with n is rounded, and the exponent of 2^n
-                             * is in its last bits */
+                             * is in its last bits, as long as n is in [-127, 127] */
+#define LOWEST (-87.7f) /* of which n is -127, whose exponent is that of 0: so is exp of less */
 
 static const int32_t count_up[PADDING] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 

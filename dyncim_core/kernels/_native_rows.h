@@ -3,9 +3,8 @@
  *
  * They work on whole vectors. What is left at the end of a row is the tail: the last vector of
  * the row, where it has one, whose first lanes whole vectors cover as well, else a part of one.
- * It is a part of one wherever the processor has masks, but for what is written in place: such
- * a part is slow to read soon after. Either is filled up with classes of probability 0. Sums run
- * over blocks, so that no float32 sum is long. */
+ * With AVX-512 it is always a part of one, but for what is written in place. Either is filled up
+ * with classes of probability 0. Sums run over blocks, so that no float32 sum is long. */
 
 #define Floats FOR_TARGET(Floats)
 #define Ints FOR_TARGET(Ints)
@@ -35,7 +34,8 @@ static inline Floats FOR_TARGET(load)(const float *x) {
     return v;
 }
 
-/* A place is counted down from INT32_MAX, so that the first is the largest, and none is 0. */
+/* A Place is where in a row a vector starts, or each of its lanes is; counted down from INT32_MAX,
+ * so that the first is the largest, and 0 stands for none. */
 
 #ifdef MASKED /* what compilers make of vectors in general is slow in these */
 
@@ -73,7 +73,8 @@ static inline int32_t FOR_TARGET(found)(int32_t first) { return INT32_MAX - firs
 static inline Floats FOR_TARGET(load_end)(const float *x, int32_t count, float fill) {
 #if LANES == 8
     Ints mask = FOR_TARGET(lanes)() < count;
-    return FOR_TARGET(choose)(mask, (Floats)_mm256_maskload_ps(x, (__m256i)mask), (Floats){0} + fill);
+    Floats found = (Floats)_mm256_maskload_ps(x, (__m256i)mask);
+    return FOR_TARGET(choose)(mask, found, (Floats){0} + fill);
 #else
     float v[LANES];
     for (int32_t k = 0; k < LANES; k++) v[k] = k < count ? x[k] : fill;
@@ -115,7 +116,7 @@ static inline float FOR_TARGET(sum)(Floats v) {
     return x[0];
 }
 
-typedef Ints FOR_TARGET(Place); /* of each lane */
+typedef Ints FOR_TARGET(Place);
 
 static inline Ints FOR_TARGET(place)(int64_t c) {
     return INT32_MAX - (int32_t)c - FOR_TARGET(lanes)();
@@ -190,7 +191,8 @@ ALWAYS_INLINE void FOR_TARGET(store_tail)(float *x, Floats v, FOR_TARGET(Shape) 
 
 #endif
 
-/* exp(x) for x in [LOWEST, -LOWEST] to float32 rounding; 0 at LOWEST; NaN stays. */
+/* exp(x) for x in [LOWEST, -LOWEST] to float32 rounding; of what is less than any normal number,
+ * and always at LOWEST, it may be 0; NaN stays. */
 static inline Floats FOR_TARGET(exp_in_range)(Floats x) {
     Floats sum = x * 1.44269504f + ROUNDER, n = sum - ROUNDER; /* to a whole number */
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -252,8 +254,8 @@ ALWAYS_INLINE FOR_TARGET(Sums) FOR_TARGET(exponentials)(const float *restrict x,
     FOR_TARGET(Sums) s = {0};
     if (shape.left) { /* before the whole vectors, which may cover a part of it */
         Floats d = FOR_TARGET(load_tail)(x, shape, -INFINITY) - top;
-        d = FOR_TARGET(take)(&s, FOR_TARGET(place)(TAIL(shape)), d);
-        FOR_TARGET(store_tail)(e, d, shape);
+        Floats found = FOR_TARGET(take)(&s, FOR_TARGET(place)(TAIL(shape)), d);
+        FOR_TARGET(store_tail)(e, found, shape);
     }
     Floats sum = s.sum, weighted = s.weighted;
     FOR_TARGET(Place) place = FOR_TARGET(place)(0);
