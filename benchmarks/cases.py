@@ -77,7 +77,7 @@ def autograd(logits: list[Tensor], target: Tensor) -> Step:
                 ]
             )
             log_weight = log_weights(
-                surprise(nll, entropy, classes),
+                surprise(nll, entropy),
                 difficulty(signals, volatility_weights(torch.ones_like(signals[:, 0]))),
                 surprise_strength=1.0,
                 pacing_strength=0.2,

@@ -212,29 +212,26 @@ def prediction_stability(entropy: ArrayLike, num_classes: int) -> Array:
     return np.clip(_in_log_classes(np.asarray(entropy)[0], num_classes), 0.0, 1.0)
 
 
-def surprise(
-    nll: ArrayLike, entropy: ArrayLike, num_classes: int, present: ArrayLike | None = None
-) -> Array:
+def surprise(nll: ArrayLike, entropy: ArrayLike, present: ArrayLike | None = None) -> Array:
     """Deviation beyond what the model's own uncertainty predicts.
 
-    ``(1 - 1 / C) * mean_h max(0, nll_h - H_h)``: the nll that a head expects is its entropy,
+    ``mean_h max(0, nll_h - H_h)``: the nll that a head expects is its entropy,
     ``E_{c ~ p}[-log p_c] = H(p)``. Definition chosen here.
 
     Args:
         nll: ``[H, B]`` in nats, >= 0.
         entropy: ``[H, B]`` in nats.
-        num_classes: C.
         present: Bool ``[H, B]``.
 
     Returns:
-        ``[B]``, >= 0; 0 where no nll exceeds its entropy, and when C = 1.
+        ``[B]``, >= 0; 0 where no nll exceeds its entropy.
 
     Example:
-        >>> surprise([[3 * np.log(2.0)]], [[np.log(2.0)]], num_classes=2).round(4).tolist()
-        [0.6931]
+        >>> surprise([[3 * np.log(2.0)]], [[np.log(2.0)]]).round(4).tolist()
+        [1.3863]
     """
     excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
-    return (1.0 - 1.0 / num_classes) * _mean_over_heads(np.maximum(excess, 0.0), present)
+    return _mean_over_heads(np.maximum(excess, 0.0), present)
 
 
 def relative_change(current: ArrayLike, previous: ArrayLike, eps: float = 1e-3) -> Array:

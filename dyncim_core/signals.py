@@ -104,36 +104,28 @@ def prediction_stability(entropy: Tensor, num_classes: int) -> Tensor:
     return (entropy[0] * per_log_classes(num_classes)).clamp(0.0, 1.0)
 
 
-def surprise(
-    nll: Tensor, entropy: Tensor, num_classes: int, present: Tensor | None = None
-) -> Tensor:
+def surprise(nll: Tensor, entropy: Tensor, present: Tensor | None = None) -> Tensor:
     """Deviation beyond what the model's own uncertainty predicts.
 
     A calibrated head expects a negative log-likelihood equal to its entropy, since
     ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
     the target, as they do when the target is wrong. Definition chosen here.
 
-    Weights ``exp(-s * excess)`` with s > 1 let a constant prediction feed on itself, which
-    the fewer classes share the rest, the less is learnt to stop: hence the factor
-    ``1 - 1 / C``, under which a strength of 2 is s = 1 with two classes.
-
     Args:
         nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
         entropy: Entropy of every head, ``[M + 1, B]``, in nats.
-        num_classes: Number of classes C.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[B]``, >= 0, in nats times ``1 - 1 / C``; 0 when C = 1.
+        ``[B]``, >= 0, in nats.
 
     Example:
         >>> p = torch.tensor([0.9, 0.1])
         >>> entropy = torch.special.entr(p).sum().expand(1, 2)
-        >>> surprise(-p.log().unsqueeze(0), entropy, num_classes=2)
-        tensor([0.0000, 0.9888])
+        >>> surprise(-p.log().unsqueeze(0), entropy)
+        tensor([0.0000, 1.9775])
     """
-    excess = (nll - entropy).clamp_min(0.0)
-    return _mean_over_heads(excess, present) * (1.0 - 1.0 / num_classes)
+    return _mean_over_heads((nll - entropy).clamp_min(0.0), present)
 
 
 def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:

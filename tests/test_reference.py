@@ -139,15 +139,14 @@ def test_prediction_stability() -> None:
 
 
 def test_surprise() -> None:
-    # Excess over two heads: (3 - 1) log 2 and 0, floored; a guess among 4 is wrong in 3/4.
+    # Excess over two heads: (3 - 1) log 2 and 0, floored.
     nll, entropy = [[3 * LN2], [0.0]], [[LN2], [LN2]]
-    assert_allclose(ref.surprise(nll, entropy, 4), [0.75 * LN2], rtol=1e-14)
+    assert_allclose(ref.surprise(nll, entropy), [LN2], rtol=1e-14)
     assert_allclose(
-        ref.surprise([[3 * LN2], [NAN]], [[LN2], [NAN]], 4, [[True], [False]]),
-        [1.5 * LN2],
+        ref.surprise([[3 * LN2], [NAN]], [[LN2], [NAN]], [[True], [False]]),
+        [2 * LN2],
         rtol=1e-14,
     )
-    assert ref.surprise([[1.0]], [[0.0]], 1).tolist() == [0.0]
 
 
 def test_relative_change() -> None:

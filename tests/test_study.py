@@ -578,6 +578,14 @@ class TestData:
         assert (first == again).all()
         assert not (first == other).all()
 
+    def test_odd_asks_the_same_samples_for_less(self) -> None:
+        digits, odd = load("uci:fou+mor", 3), load("odd:fou+mor", 3)
+        assert (odd.train["fou"] == digits.train["fou"]).all()
+        assert (odd.truth == digits.truth % 2).all()
+        assert (odd.target == odd.truth).all()
+        assert (odd.test_truth == digits.test_truth % 2).all()
+        assert odd.num_classes == 2
+
     def test_the_histogram_keeps_the_value(self) -> None:
         split = load("diabetes", 0)
         assert split.centres is not None

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "study"
 # Of a run of one method at full length; measured ones replace them in the estimate.
 SECONDS = {
     "uci": 2.0,
+    "odd": 2.0,
     "digits": 4.0,
     "starving": 2.0,
     "dominated": 2.0,

@@ -19,6 +19,7 @@ SPOKEN = REPOSITORY.parent / "shared" / "data" / "free_spoken_digits.npz"
 # How often an epoch the test score is taken; where few epochs decide, more often.
 MARKS = {
     "uci": 1,
+    "odd": 1,
     "digits": 1,
     "starving": 4,
     "dominated": 1,
@@ -28,6 +29,7 @@ MARKS = {
 }
 EPOCHS = {
     "uci": 40,
+    "odd": 40,
     "digits": 15,
     "starving": 40,
     "dominated": 40,
@@ -91,8 +93,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
     """A task's split, in the data's own units.
 
     Args:
-        name: ``uci:VIEW+VIEW...``, ``digits``, ``starving``, ``dominated``,
-            ``together``, ``rare`` or ``diabetes``.
+        name: ``uci:VIEW+VIEW...``, ``odd:VIEW+VIEW...``, ``digits``, ``starving``,
+            ``dominated``, ``together``, ``rare`` or ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -102,6 +104,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
     rng = np.random.default_rng(seed)
     if name.startswith("uci:"):
         return _uci(name.removeprefix("uci:").split("+"), rng)
+    if name.startswith("odd:"):
+        return _odd(name.removeprefix("odd:").split("+"), rng)
     if name == "digits":
         return _digits(rng, spoken)
     if name == "starving":
@@ -115,8 +119,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
     if name == "diabetes":
         return _diabetes(rng)
     raise ValueError(
-        "data: expected uci:VIEWS, digits, starving, dominated, together, rare or diabetes, "
-        f"got {name!r}"
+        "data: expected uci:VIEWS, odd:VIEWS, digits, starving, dominated, together, rare or "
+        f"diabetes, got {name!r}"
     )
 
 
@@ -161,6 +165,13 @@ def _uci(views: list[str], rng: np.random.Generator) -> Split:
     label = torch.from_numpy(arrays["label"].astype(np.int64))
     order = torch.from_numpy(rng.permutation(len(label)))
     return _split(inputs, label, label, order[:1000], order[1000:], 10)
+
+
+def _odd(views: list[str], rng: np.random.Generator) -> Split:
+    """The same, asked only whether the digit is odd: two classes."""
+    split = _uci(views, rng)
+    truth = split.truth % 2
+    return replace(split, truth=truth, target=truth, test_truth=split.test_truth % 2, num_classes=2)
 
 
 def _starving(rng: np.random.Generator) -> Split:

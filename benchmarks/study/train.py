@@ -24,6 +24,7 @@ BATCH = 64
 # Training samples of an epoch. A condition with fewer takes as many steps nevertheless.
 EPOCH = {
     "uci": 1000,
+    "odd": 1000,
     "digits": 1000,
     "starving": 1000,
     "dominated": 1000,

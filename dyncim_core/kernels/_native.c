@@ -511,8 +511,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int k = 0; k < SIGNALS; k++)
         share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
     double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
-    double rho = o->surprise_strength * (1.0 - 1.0 / (double)p->classes) *
-                 clamp(noise / 0.04, 0.0, 1.0);
+    double rho = o->surprise_strength * clamp(noise / 0.04, 0.0, 1.0);
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */

@@ -265,7 +265,7 @@ def weigh(
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
     log_weight = log_weights(
-        surprise(nll, entropy, num_classes, present),
+        surprise(nll, entropy, present),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),

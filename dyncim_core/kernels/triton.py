@@ -503,7 +503,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
-    rho = strengths[0] * (1.0 - 1.0 / classes) * tl.minimum(noise / 0.04, 1.0)
+    rho = strengths[0] * tl.minimum(noise / 0.04, 1.0)
     kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
     shares: tl.tuple = ()
     moved = 0.0
