@@ -535,6 +535,36 @@ def test_a_modality_that_knows_nothing_does_not_hide_label_noise(backend: str) -
     assert found[2] < 0.1
 
 
+def test_wrong_labels_of_two_classes_are_not_learnt() -> None:
+    """Two classes share out a doubt of few nats, which must be enough to keep them out."""
+    torch.manual_seed(0)
+    target = torch.randint(2, (500,))
+    wrong = torch.rand(500) < 0.3
+    given = torch.where(wrong, 1 - target, target)
+    inputs = torch.randn(2, 500, 40)
+    inputs[:, :, :10] += target.unsqueeze(1) - 0.5
+    encoders = [nn.Sequential(nn.Linear(40, 64), nn.ReLU()) for _ in inputs]
+    heads = [nn.Linear(128, 2), nn.Linear(64, 2), nn.Linear(64, 2)]
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=500)
+    parameters = nn.ModuleList([*encoders, *heads]).parameters()
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    for _ in range(30):
+        for rows in torch.randperm(500).split(50):
+            features = [encode(x[rows]) for encode, x in zip(encoders, inputs, strict=True)]
+            parts = [torch.cat(features, 1), *features]
+            fused, *unimodal = (head(x) for head, x in zip(heads, parts, strict=True))
+            loss = criterion(fused, given[rows], unimodal=unimodal, index=rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        features = [encode(x) for encode, x in zip(encoders, inputs, strict=True)]
+        fused = heads[0](torch.cat(features, 1))
+    weight = criterion.state.memory(torch.arange(500)).weight
+    assert weight[wrong].mean() < 0.5 * weight[~wrong].mean()
+    assert (fused.argmax(1) == target).float().mean() > 0.85
+
+
 @each_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_batch_of_which_everything_is_skipped_has_no_loss(backend: str, reduction: str) -> None:
