@@ -545,7 +545,7 @@ def test_wrong_labels_of_two_classes_are_not_learnt() -> None:
     inputs[:, :, :10] += target.unsqueeze(1) - 0.5
     encoders = [nn.Sequential(nn.Linear(40, 64), nn.ReLU()) for _ in inputs]
     heads = [nn.Linear(128, 2), nn.Linear(64, 2), nn.Linear(64, 2)]
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=500)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=500, label_noise=0.3)
     parameters = nn.ModuleList([*encoders, *heads]).parameters()
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     for _ in range(30):

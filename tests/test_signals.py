@@ -192,7 +192,7 @@ def test_surprise_is_zero_up_to_the_expected_nll_and_grows_beyond(
 
 @given(st.floats(0.501, 0.999), st.floats(0.0, 8.0))
 def test_a_constant_prediction_of_two_classes_does_not_feed_on_itself(p: float, rho: float) -> None:
-    """However sure it is of one of two balanced classes, the weighted gradient draws it back."""
+    """Once its class's average has followed, the weighted gradient draws it back, however sure."""
     probs = torch.tensor([p, 1.0 - p]).double().repeat_interleave(32)
     entropy = torch.special.entr(probs[::32]).sum().expand(2, 64)
     own = log_weights(
@@ -209,9 +209,11 @@ def test_a_constant_prediction_of_two_classes_does_not_feed_on_itself(p: float, 
 
 
 @given(statistics())
-def test_one_class_leaves_nothing_undecided(case: Statistics) -> None:
-    _, _, stability, _ = every_signal(case._replace(num_classes=1))
+def test_one_class_leaves_nothing_undecided_or_surprising(case: Statistics) -> None:
+    none = np.zeros_like(case.nll)  # of its NLL and entropy
+    _, _, stability, excess = every_signal(case._replace(num_classes=1, nll=none, entropy=none))
     assert (stability == 0).all()
+    assert (excess == 0).all()
 
 
 @given(arrays(4, reals(-8, 8)), arrays(4, reals(-8, 8)))
