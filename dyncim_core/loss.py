@@ -104,7 +104,7 @@ class DynCIMLoss(nn.Module):
         modalities: int | Sequence[str] | None = None,
         num_samples: int | None = None,
         state: CurriculumState | None = None,
-        surprise_strength: float = 1.8,
+        surprise_strength: float = 2.0,
         label_noise: float | None = None,
         held_out: float | None = None,
         pacing_strength: float = 0.2,

@@ -212,16 +212,22 @@ def prediction_stability(entropy: ArrayLike, num_classes: int) -> Array:
     return np.clip(_in_log_classes(np.asarray(entropy)[0], num_classes), 0.0, 1.0)
 
 
-def surprise(nll: ArrayLike, entropy: ArrayLike, present: ArrayLike | None = None) -> Array:
+def surprise(
+    nll: ArrayLike,
+    entropy: ArrayLike,
+    present: ArrayLike | None = None,
+    word: ArrayLike | None = None,
+) -> Array:
     """Deviation beyond what the model's own uncertainty predicts.
 
-    ``mean_h max(0, nll_h - H_h)``: the nll that a head expects is its entropy,
+    ``sum_h w_h max(0, nll_h - H_h) / sum_h w_h``: the nll that a head expects is its entropy,
     ``E_{c ~ p}[-log p_c] = H(p)``. Definition chosen here.
 
     Args:
         nll: ``[H, B]`` in nats, >= 0.
         entropy: ``[H, B]`` in nats.
         present: Bool ``[H, B]``.
+        word: ``[H]``, > 0, what each head counts; alike when ``None``.
 
     Returns:
         ``[B]``, >= 0; 0 where no nll exceeds its entropy.
@@ -231,7 +237,12 @@ def surprise(nll: ArrayLike, entropy: ArrayLike, present: ArrayLike | None = Non
         [1.3863]
     """
     excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
-    return _mean_over_heads(np.maximum(excess, 0.0), present)
+    word = np.ones(len(excess)) if word is None else np.asarray(word, dtype=np.float64)
+    heard = np.broadcast_to(word[:, None], excess.shape)
+    if present is not None:
+        heard = np.where(present, heard, 0.0)
+    summed = np.where(heard > 0.0, heard * np.maximum(excess, 0.0), 0.0).sum(axis=0)
+    return np.asarray(summed / heard.sum(axis=0))
 
 
 def relative_change(current: ArrayLike, previous: ArrayLike, eps: float = 1e-3) -> Array:

@@ -104,17 +104,25 @@ def prediction_stability(entropy: Tensor, num_classes: int) -> Tensor:
     return (entropy[0] * per_log_classes(num_classes)).clamp(0.0, 1.0)
 
 
-def surprise(nll: Tensor, entropy: Tensor, present: Tensor | None = None) -> Tensor:
+def surprise(
+    nll: Tensor,
+    entropy: Tensor,
+    present: Tensor | None = None,
+    word: Tensor | None = None,
+) -> Tensor:
     """Deviation beyond what the model's own uncertainty predicts.
 
     A calibrated head expects a negative log-likelihood equal to its entropy, since
     ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
-    the target, as they do when the target is wrong. Definition chosen here.
+    the target, as they do when the target is wrong. A head that predicts little of what it was
+    not trained on is surprised by right labels as well, so ``DynCIMLoss`` gives heads a word by
+    the square of their ``trust``. Definition chosen here.
 
     Args:
         nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
         entropy: Entropy of every head, ``[M + 1, B]``, in nats.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+        word: What each head counts in the mean, ``[M + 1]``, > 0; alike when ``None``.
 
     Returns:
         ``[B]``, >= 0, in nats.
@@ -125,7 +133,7 @@ def surprise(nll: Tensor, entropy: Tensor, present: Tensor | None = None) -> Ten
         >>> surprise(-p.log().unsqueeze(0), entropy)
         tensor([0.0000, 1.9775])
     """
-    return _mean_over_heads((nll - entropy).clamp_min(0.0), present)
+    return _mean_over_heads((nll - entropy).clamp_min(0.0), present, word)
 
 
 def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:
@@ -386,7 +394,15 @@ def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
     return (agree | ~present[1:]).all(dim=0) & present[1:].any(dim=0)
 
 
-def _mean_over_heads(values: Tensor, present: Tensor | None) -> Tensor:
+def _mean_over_heads(
+    values: Tensor, present: Tensor | None, word: Tensor | None = None
+) -> Tensor:
+    if word is not None:
+        word = word.to(values.dtype).unsqueeze(1)
+        if present is None:
+            return (word * values).sum(dim=0) / word.sum()
+        heard = torch.where(present, word, 0.0)
+        return torch.where(present, word * values, 0.0).sum(dim=0) / heard.sum(dim=0)
     if present is None:
         return values.mean(dim=0)
     count = present.sum(dim=0).clamp_min(1)

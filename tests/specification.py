@@ -127,7 +127,7 @@ class Specification(SimpleNamespace):
         noise = self.label_noise if settings.label_noise is None else settings.label_noise
         own = np.zeros(len(valid))
         own[valid] = ref.log_weights(
-            ref.surprise(nll, entropy, present),
+            ref.surprise(nll, entropy, present, ref.trust(self.skill[: len(nll)]) ** 2),
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
             surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),

@@ -121,7 +121,7 @@ def weights_by_hand(
     own = ref.log_weights(
         ref.surprise(heads.nll, heads.entropy),
         ref.difficulty(signals, ref.volatility_weights(state.volatility)),
-        surprise_strength=1.8 * float(ref.noise_pressure(noise)),
+        surprise_strength=2.0 * float(ref.noise_pressure(noise)),
         pacing_strength=0.2 * (1.0 - float(state.quality[0])),
     )
     weights, _ = ref.sample_weights(own, target, state.log_class_average, state.decay)

@@ -78,7 +78,8 @@ typedef struct {
     void (*exp_row)(float *x, int64_t count);
     void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
                     const float *distance, const int64_t *prediction, int64_t near,
-                    const uint8_t *asked, int64_t heads, int64_t count, Signals *out);
+                    const uint8_t *asked, const float *word, int64_t heads, int64_t count,
+                    Signals *out);
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
                            int64_t count, float *coefficient, float *value);
@@ -428,6 +429,15 @@ static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
     for (int64_t h = 0; h < heads; h++) asked[h] = h == 0 || 2.0f * skill[h] >= best;
 }
 
+static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
+
+/* How far each head is to be believed. */
+static void find_trust(const float *skill, int64_t heads, float *trust) {
+    float best = 0.0f;
+    for (int64_t h = 0; h < heads; h++) best = skill[h] > best ? skill[h] : best;
+    for (int64_t h = 0; h < heads; h++) trust[h] = best > 0.0f ? (float)trust_of(skill[h]) : 1.0f;
+}
+
 /* Take in what heads say about samples that they were never trained on, of which there are so
  * many in all. */
 static void listen(const Problem *p, const Tally *heard, double samples, State *s,
@@ -522,7 +532,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
     uint8_t asked[MAX_HEADS];
+    float word[MAX_HEADS];
     find_witnesses(s->skill, H, asked);
+    find_trust(s->skill, H, word);
+    for (int64_t h = 0; h < H; h++) word[h] *= word[h];
     for (int64_t i = 0, from = 0; i < B; i++) {
         int64_t y = p->target[i], here = i - found->start, r;
         if (i == from) {
@@ -533,8 +546,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 here = 0;
             }
             rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
-                            found->distance + here, found->prediction + here, found->near, asked, H,
-                            left, &signals);
+                            found->distance + here, found->prediction + here, found->near, asked,
+                            word, H, left, &signals);
             from += left;
         }
         r = i % rows;
@@ -680,19 +693,13 @@ typedef struct {
     double rates[MAX_HEADS]; /* how often it is disturbed */
 } Trust;
 
-static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
-
 /* Share of what is learnt that modalities know on their own: of a state's log qualities, qualities
  * and skills of all heads, [M + 1]. */
 static double redundancy_of(float *const *learnt, int64_t modalities) {
-    const float *skill = learnt[2];
     double share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
-    float shown[1 + MAX_HEADS], best = 0.0f;
-    for (int64_t h = 0; h <= modalities; h++) {
-        best = skill[h] > best ? skill[h] : best;
-        shown[h] = (float)log(trust_of(skill[h]));
-    }
-    if (best == 0.0f) memset(shown, 0, sizeof shown);
+    float shown[1 + MAX_HEADS];
+    find_trust(learnt[2], 1 + modalities, shown);
+    for (int64_t h = 0; h <= modalities; h++) shown[h] = (float)log(shown[h]);
     double of_shown = exp(shown[0]) / (1.0 + exp(log_hmir_of(shown, modalities)));
     return share < of_shown ? share : of_shown;
 }

@@ -34,6 +34,7 @@ from dyncim_core.modality import (
     quality,
     redundancy,
     skill,
+    trust,
     votes,
     witnesses,
 )
@@ -265,7 +266,7 @@ def weigh(
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
     log_weight = log_weights(
-        surprise(nll, entropy, present),
+        surprise(nll, entropy, present, trust(buffers.skill[: len(nll)]).square()),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * noise_pressure(noise),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
