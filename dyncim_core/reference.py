@@ -216,7 +216,7 @@ def surprise(
     nll: ArrayLike,
     entropy: ArrayLike,
     present: ArrayLike | None = None,
-    word: ArrayLike | None = None,
+    head_weights: ArrayLike | None = None,
 ) -> Array:
     """Deviation beyond what the model's own uncertainty predicts.
 
@@ -227,7 +227,7 @@ def surprise(
         nll: ``[H, B]`` in nats, >= 0.
         entropy: ``[H, B]`` in nats.
         present: Bool ``[H, B]``.
-        word: ``[H]``, > 0, what each head counts; alike when ``None``.
+        head_weights: ``[H]``, > 0, the ``w``; 1 when ``None``.
 
     Returns:
         ``[B]``, >= 0; 0 where no nll exceeds its entropy.
@@ -237,12 +237,13 @@ def surprise(
         [1.3863]
     """
     excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
-    word = np.ones(len(excess)) if word is None else np.asarray(word, dtype=np.float64)
-    heard = np.broadcast_to(word[:, None], excess.shape)
+    weights = np.ones_like(excess)
+    if head_weights is not None:
+        weights *= np.asarray(head_weights, dtype=np.float64)[:, None]
     if present is not None:
-        heard = np.where(present, heard, 0.0)
-    summed = np.where(heard > 0.0, heard * np.maximum(excess, 0.0), 0.0).sum(axis=0)
-    return np.asarray(summed / heard.sum(axis=0))
+        weights, excess = np.where(present, weights, 0.0), np.where(present, excess, 0.0)
+    summed = (weights * np.maximum(excess, 0.0)).sum(axis=0)
+    return np.asarray(summed / weights.sum(axis=0))
 
 
 def relative_change(current: ArrayLike, previous: ArrayLike, eps: float = 1e-3) -> Array:

@@ -108,21 +108,21 @@ def surprise(
     nll: Tensor,
     entropy: Tensor,
     present: Tensor | None = None,
-    word: Tensor | None = None,
+    head_weights: Tensor | None = None,
 ) -> Tensor:
     """Deviation beyond what the model's own uncertainty predicts.
 
     A calibrated head expects a negative log-likelihood equal to its entropy, since
     ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
-    the target, as they do when the target is wrong. A head that predicts little of what it was
-    not trained on is surprised by right labels as well, so ``DynCIMLoss`` gives heads a word by
-    the square of their ``trust``. Definition chosen here.
+    the target, as they do when the target is wrong. ``DynCIMLoss`` weights heads by the square
+    of their ``trust``, since one that predicts little of what it was not trained on is surprised
+    by right labels as well. Definition chosen here.
 
     Args:
         nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
         entropy: Entropy of every head, ``[M + 1, B]``, in nats.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
-        word: What each head counts in the mean, ``[M + 1]``, > 0; alike when ``None``.
+        head_weights: Weight of each head in the mean, ``[M + 1]``, > 0; alike when ``None``.
 
     Returns:
         ``[B]``, >= 0, in nats.
@@ -133,7 +133,7 @@ def surprise(
         >>> surprise(-p.log().unsqueeze(0), entropy)
         tensor([0.0000, 1.9775])
     """
-    return _mean_over_heads((nll - entropy).clamp_min(0.0), present, word)
+    return _mean_over_heads((nll - entropy).clamp_min(0.0), present, head_weights)
 
 
 def relative_change(current: Tensor, previous: Tensor, eps: float = 1e-3) -> Tensor:
@@ -395,14 +395,13 @@ def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _mean_over_heads(
-    values: Tensor, present: Tensor | None, word: Tensor | None = None
+    values: Tensor, present: Tensor | None, weights: Tensor | None = None
 ) -> Tensor:
-    if word is not None:
-        word = word.to(values.dtype).unsqueeze(1)
-        if present is None:
-            return (word * values).sum(dim=0) / word.sum()
-        heard = torch.where(present, word, 0.0)
-        return torch.where(present, word * values, 0.0).sum(dim=0) / heard.sum(dim=0)
+    if weights is not None:
+        weights = weights.to(values.dtype).unsqueeze(1).expand_as(values)
+        if present is not None:
+            weights, values = torch.where(present, weights, 0.0), torch.where(present, values, 0.0)
+        return (weights * values).sum(dim=0) / weights.sum(dim=0)
     if present is None:
         return values.mean(dim=0)
     count = present.sum(dim=0).clamp_min(1)

@@ -119,7 +119,7 @@ def weights_by_hand(
         ]
     )
     own = ref.log_weights(
-        ref.surprise(heads.nll, heads.entropy),
+        ref.surprise(heads.nll, heads.entropy, None, ref.trust(state.skill) ** 2),
         ref.difficulty(signals, ref.volatility_weights(state.volatility)),
         surprise_strength=2.0 * float(ref.noise_pressure(noise)),
         pacing_strength=0.2 * (1.0 - float(state.quality[0])),
@@ -442,6 +442,32 @@ def test_label_noise_turns_the_surprise_on() -> None:
     for label in range(CLASSES):  # what is taken from them goes to others of their class
         assert_allclose(weights[labels == label].mean(), 1.0, rtol=1e-2)
     assert set(criterion.state.suspects(12).indices.tolist()) == set(range(12))
+
+
+def test_a_head_without_skill_makes_no_label_look_wrong() -> None:
+    """Only the second modality contradicts the first half of the labels, and is sure of it."""
+    labels = torch.arange(40) % CLASSES
+    agreeing = 8.0 * F.one_hot(labels, CLASSES).float()
+    contradicting = torch.where(
+        torch.arange(40).unsqueeze(1) < 20, agreeing.roll(1, dims=1), agreeing
+    )
+    kept = []
+    for skill in (0.9, 0.0):
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(),
+            num_samples=40,
+            modalities=2,
+            label_noise=0.3,
+            held_out=0.0,
+            pacing_strength=0.0,
+        )
+        criterion.state.skill.copy_(torch.tensor([0.9, 0.9, skill]))
+        heads = [x.clone().requires_grad_() for x in (agreeing, agreeing, contradicting)]
+        criterion(heads[0], labels, unimodal=heads[1:], index=torch.arange(40))
+        weights = criterion.state.memory_weight
+        kept.append(float(weights[:20].mean() / weights[20:].mean()))
+    assert kept[0] < 0.05
+    assert kept[1] > 0.99
 
 
 def contradicted_task(size: int = 1000) -> tuple[Tensor, Tensor, Tensor]:

@@ -147,6 +147,11 @@ def test_surprise() -> None:
         [2 * LN2],
         rtol=1e-14,
     )
+    # 2 log 2 of a weight of 1, 0 of one of 3.
+    assert_allclose(ref.surprise(nll, entropy, None, [1.0, 3.0]), [LN2 / 2], rtol=1e-14)
+    assert_allclose(
+        ref.surprise(nll, entropy, [[True], [False]], [1.0, 3.0]), [2 * LN2], rtol=1e-14
+    )
 
 
 def test_relative_change() -> None:

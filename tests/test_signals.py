@@ -93,6 +93,19 @@ def test_signals_agree_with_the_reference(dtype: torch.dtype, case: Statistics) 
 
 
 @all_dtypes
+@given(statistics(), arrays(9, reals(2**-11, 1)))
+def test_surprise_of_weighted_heads_agrees_with_the_reference(
+    dtype: torch.dtype, case: Statistics, weights: Array
+) -> None:
+    if dtype == torch.float16:
+        case = case._replace(nll=np.minimum(case.nll, 1e3))
+    nll, entropy, present = (to_torch(x, dtype) for x in (case.nll, case.entropy, case.present))
+    head_weights = to_torch(weights[: len(nll)], dtype)
+    expected = ref.surprise(upcast(nll), upcast(entropy), case.present, upcast(head_weights))
+    agree(surprise(nll, entropy, present, head_weights), expected, dtype)
+
+
+@all_dtypes
 @given(arrays((2, 3), reals(0, 8)), arrays((2, 3), reals(0, 8)), reals(2**-6, 1))
 def test_relative_change_agrees_with_the_reference(
     dtype: torch.dtype, current: Array, previous: Array, eps: float
@@ -188,6 +201,19 @@ def test_surprise_is_zero_up_to_the_expected_nll_and_grows_beyond(
     assert (below == 0).all()
     above = surprise(to_torch(entropy + excess), to_torch(entropy))
     assert_allclose(above, excess.mean(axis=0), rtol=1e-12, atol=1e-12)
+
+
+@given(statistics(), reals(2**-11, 1))
+def test_surprise_is_a_mean_over_heads(case: Statistics, weight: float) -> None:
+    """Of equal weights the plain one; of any, between the least and the most surprised head."""
+    nll, entropy, present = (to_torch(x) for x in (case.nll, case.entropy, case.present))
+    alike = surprise(nll, entropy, present, torch.full_like(nll[:, 0], weight))
+    assert_allclose(alike, surprise(nll, entropy, present), rtol=1e-12)
+    rising = torch.linspace(weight, 1.0, len(nll), dtype=nll.dtype)
+    found = surprise(nll, entropy, present, rising)
+    excess = (case.nll - case.entropy).clip(min=0.0)
+    assert (found.numpy() <= np.nanmax(excess, axis=0) * (1 + 1e-12)).all()
+    assert (found.numpy() >= np.nanmin(excess, axis=0) * (1 - 1e-12)).all()
 
 
 @given(st.floats(0.501, 0.999), st.floats(0.0, 8.0))

@@ -78,7 +78,7 @@ typedef struct {
     void (*exp_row)(float *x, int64_t count);
     void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
                     const float *distance, const int64_t *prediction, int64_t near,
-                    const uint8_t *asked, const float *word, int64_t heads, int64_t count,
+                    const uint8_t *asked, const float *head_weight, int64_t heads, int64_t count,
                     Signals *out);
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
@@ -532,10 +532,10 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
     uint8_t asked[MAX_HEADS];
-    float word[MAX_HEADS];
+    float head_weight[MAX_HEADS];
     find_witnesses(s->skill, H, asked);
-    find_trust(s->skill, H, word);
-    for (int64_t h = 0; h < H; h++) word[h] *= word[h];
+    find_trust(s->skill, H, head_weight);
+    for (int64_t h = 0; h < H; h++) head_weight[h] *= head_weight[h];
     for (int64_t i = 0, from = 0; i < B; i++) {
         int64_t y = p->target[i], here = i - found->start, r;
         if (i == from) {
@@ -547,7 +547,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             }
             rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
                             found->distance + here, found->prediction + here, found->near, asked,
-                            word, H, left, &signals);
+                            head_weight, H, left, &signals);
             from += left;
         }
         r = i % rows;

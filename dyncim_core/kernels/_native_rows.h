@@ -447,11 +447,11 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
 static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_t plane,
                                 const float *entropy, const float *distance,
                                 const int64_t *prediction, int64_t near,
-                                const uint8_t *asked, const float *word, int64_t heads,
+                                const uint8_t *asked, const float *head_weight, int64_t heads,
                                 int64_t count, Signals *out) {
     static const uint8_t all[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     float number[ROWS] = {0.0f}, surprisal[ROWS] = {0.0f}, excess[ROWS] = {0.0f};
-    float apart[ROWS] = {0.0f}, said[ROWS] = {0.0f}, least[ROWS];
+    float apart[ROWS] = {0.0f}, mass[ROWS] = {0.0f}, least[ROWS];
     int32_t finite[ROWS], differ[ROWS] = {0}, witnesses[ROWS] = {0};
     for (int r = 0; r < ROWS; r++) finite[r] = 1, least[r] = INFINITY;
     for (int64_t h = 0; h < heads; h++) {
@@ -462,8 +462,8 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             finite[r] &= more - more == 0.0f;
             beyond = beyond < LARGEST_NLL ? beyond : LARGEST_NLL;
             surprisal[r] += x[r] < LARGEST_NLL ? x[r] : LARGEST_NLL;
-            excess[r] += word[h] * beyond;
-            said[r] += here[r] ? word[h] : 0.0f;
+            excess[r] += head_weight[h] * beyond;
+            mass[r] += here[r] ? head_weight[h] : 0.0f;
             number[r] += here[r];
             apart[r] += distance[h * near + r];
             int32_t says = here[r] & asked[h];
@@ -477,7 +477,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
         float others = over > 2.0f ? over - 1.0f : 1.0f;
         surprisal[r] = -surprisal[r] / over;
         least[r] = -least[r];
-        out->surprise[r] = r < count ? excess[r] / said[r] : 0.0f;
+        out->surprise[r] = r < count ? excess[r] / mass[r] : 0.0f;
         out->consistency[r] = apart[r] / others;
         out->agree[r] = !differ[r] && witnesses[r] > 1;
         out->finite[r] = finite[r];

@@ -500,8 +500,8 @@ def _curriculum(
     skill = tl.load(buffers.skill + head, mask=head < known, other=0.0).to(tl.float32)
     able = tl.max(tl.where((head > 0) & (head < count), skill, 0.0), 0)
     asked_heads = (head == 0) | (2.0 * skill >= able)
-    word = tl.where(tl.max(skill, 0) > 0, tl.maximum(skill, _LEAST), 1.0)
-    word *= word
+    head_weight = tl.where(tl.max(skill, 0) > 0, tl.maximum(skill, _LEAST), 1.0)
+    head_weight *= head_weight
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
@@ -514,9 +514,9 @@ def _curriculum(
         moved += shares[k]
 
     zero = tl.zeros([samples], tl.float32)
-    hearing: tl.tuple = (None, None, asked_heads, word)
+    hearing: tl.tuple = (None, None, asked_heads, head_weight)
     if below is not None:
-        hearing = (memory.rows, below, asked_heads, word)
+        hearing = (memory.rows, below, asked_heads, head_weight)
     plane = tl.zeros([heads, samples], tl.float32)
     listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
@@ -820,7 +820,7 @@ def _signals(
     valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
     held = kept & (kept == 0)
     heard = held
-    rows, below, asked, word = hearing
+    rows, below, asked, head_weight = hearing
     if rows is not None:
         held = kept & _is_held_out(tl.load(rows + i, mask=i < batch, other=0), below)
         heard = held & valid
@@ -840,8 +840,8 @@ def _signals(
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
     excess = tl.maximum(nll - entropy, 0.0)
     doubt = 1.0 - tl.exp(-tl.min(tl.where(here & asked[:, None], excess, float("inf")), 0))
-    said = tl.sum(tl.where(here, word[:, None], 0.0), 0)
-    surprise = tl.sum(word[:, None] * excess, 0) / tl.where(said > 0, said, 1.0)
+    mass = tl.sum(tl.where(here, head_weight[:, None], 0.0), 0)
+    surprise = tl.sum(head_weight[:, None] * excess, 0) / tl.where(mass > 0, mass, 1.0)
     return nll, here, kept, valid, held, heard, signals, difficulty, surprise, doubt
 
 
