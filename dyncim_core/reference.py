@@ -217,17 +217,19 @@ def surprise(
     entropy: ArrayLike,
     present: ArrayLike | None = None,
     head_weights: ArrayLike | None = None,
+    usual: ArrayLike | None = None,
 ) -> Array:
     """Deviation beyond what the model's own uncertainty predicts.
 
-    ``sum_h w_h max(0, nll_h - H_h) / sum_h w_h``: the nll that a head expects is its entropy,
-    ``E_{c ~ p}[-log p_c] = H(p)``. Definition chosen here.
+    ``sum_h w_h max(0, nll_h - min(H_h, u_h)) / sum_h w_h``: the nll that a head expects is its
+    entropy, ``E_{c ~ p}[-log p_c] = H(p)``, or what is usual. Definition chosen here.
 
     Args:
         nll: ``[H, B]`` in nats, >= 0.
         entropy: ``[H, B]`` in nats.
         present: Bool ``[H, B]``.
         head_weights: ``[H]``, > 0, the ``w``; 1 when ``None``.
+        usual: ``[H]`` in nats, the ``u``; infinite when ``None``.
 
     Returns:
         ``[B]``, >= 0; 0 where no nll exceeds its entropy.
@@ -236,7 +238,10 @@ def surprise(
         >>> surprise([[3 * np.log(2.0)]], [[np.log(2.0)]]).round(4).tolist()
         [1.3863]
     """
-    excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
+    expected = np.asarray(entropy, dtype=np.float64)
+    if usual is not None:
+        expected = np.minimum(expected, np.asarray(usual, dtype=np.float64)[:, None])
+    excess = np.asarray(nll, dtype=np.float64) - expected
     weights = np.ones_like(excess)
     if head_weights is not None:
         weights *= np.asarray(head_weights, dtype=np.float64)[:, None]
@@ -387,13 +392,14 @@ def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
     return np.asarray(np.asarray(contradicted, dtype=np.float64) * trust)
 
 
-def noise_pressure(label_noise: ArrayLike, full_at: float = 0.04) -> Array:
-    """How much of the surprise weighting acts, ``min(1, label_noise / full_at)``.
+def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.04) -> Array:
+    """How much of the surprise weighting acts.
 
-    Definition chosen here.
+    ``min(1, label_noise / full_at) * min(1, 4 trust)``. Definition chosen here.
 
     Args:
         label_noise: Share of labels in doubt, in [0, 1].
+        trust: In the fused head, in [0, 1].
         full_at: Share from which the weighting acts in full, > 0.
 
     Returns:
@@ -403,7 +409,8 @@ def noise_pressure(label_noise: ArrayLike, full_at: float = 0.04) -> Array:
         >>> noise_pressure([0.0, 0.03, 0.3]).round(4).tolist()
         [0.0, 0.75, 1.0]
     """
-    return np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)
+    share = np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)
+    return np.asarray(share * np.minimum(1.0, 4.0 * np.asarray(trust, dtype=np.float64)))
 
 
 def log_weights(

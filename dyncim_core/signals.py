@@ -109,6 +109,7 @@ def surprise(
     entropy: Tensor,
     present: Tensor | None = None,
     head_weights: Tensor | None = None,
+    usual: Tensor | None = None,
 ) -> Tensor:
     """Deviation beyond what the model's own uncertainty predicts.
 
@@ -116,13 +117,16 @@ def surprise(
     ``E_{c ~ p}[-log p_c] = H(p)``. The excess is large when confident heads contradict
     the target, as they do when the target is wrong. ``DynCIMLoss`` weights heads by the square
     of their ``trust``, since one that predicts little of what it was not trained on is surprised
-    by right labels as well. Definition chosen here.
+    by right labels as well; and bounds the entropy by the NLL that is usual by now, since a head
+    that has learnt its task is unsure of labels that it learns by heart. Definition chosen here.
 
     Args:
         nll: Negative log-likelihood of the target, ``[M + 1, B]``, in nats.
         entropy: Entropy of every head, ``[M + 1, B]``, in nats.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
         head_weights: Weight of each head in the mean, ``[M + 1]``, > 0; alike when ``None``.
+        usual: Average NLL of each head, ``[M + 1]``, in nats, that its entropy counts up to; in
+            full when ``None``.
 
     Returns:
         ``[B]``, >= 0, in nats.
@@ -133,6 +137,8 @@ def surprise(
         >>> surprise(-p.log().unsqueeze(0), entropy)
         tensor([0.0000, 1.9775])
     """
+    if usual is not None:
+        entropy = torch.minimum(entropy, usual.to(entropy.dtype).unsqueeze(1))
     return _mean_over_heads((nll - entropy).clamp_min(0.0), present, head_weights)
 
 
@@ -277,26 +283,30 @@ def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
         >>> credible_noise(torch.tensor(0.2), torch.tensor([0.0, 0.125, 0.9]))
         tensor([0.0000, 0.1000, 0.2000])
     """
-    return contradicted * (4.0 * competence).clamp_max(1.0)
+    return contradicted * _credibility(competence)
 
 
-def noise_pressure(label_noise: Tensor, full_at: float = 0.04) -> Tensor:
+def noise_pressure(
+    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.04
+) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
-    Definition chosen here.
+    As long as the fusion predicts little of what it was not trained on, wrong labels and such as
+    it has not learnt yet surprise it alike, and less is applied. Definition chosen here.
 
     Args:
         label_noise: Mean ``contradiction``, in [0, 1].
+        trust: In the fused head, in [0, 1]; a number or a tensor that broadcasts.
         full_at: Share from which the weighting acts in full, > 0.
 
     Returns:
-        Same shape, in [0, 1]: ``min(1, label_noise / full_at)``.
+        Same shape, in [0, 1]: ``min(1, label_noise / full_at) * min(1, 4 * trust)``.
 
     Example:
         >>> noise_pressure(torch.tensor([0.0, 0.02, 0.3]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    return (label_noise / full_at).clamp(0.0, 1.0)
+    return (label_noise / full_at).clamp(0.0, 1.0) * _credibility(trust)
 
 
 def log_weights(
@@ -382,6 +392,12 @@ def sample_weights(
     average = log_average + moves.log()
     weights = (log_weights - average.index_select(0, group)).exp()
     return weights if valid is None else torch.where(valid, weights, 1.0), average
+
+
+def _credibility(competence: Tensor | float) -> Tensor | float:
+    if isinstance(competence, Tensor):
+        return (4.0 * competence).clamp_max(1.0)
+    return min(4.0 * competence, 1.0)
 
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:

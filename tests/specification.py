@@ -125,11 +125,14 @@ class Specification(SimpleNamespace):
             ]
         )
         noise = self.label_noise if settings.label_noise is None else settings.label_noise
+        shown = ref.trust(self.skill[: len(nll)])
+        usual = np.where(self.seen > 0, -self.log_quality, np.inf)[: len(nll)]
         own = np.zeros(len(valid))
         own[valid] = ref.log_weights(
-            ref.surprise(nll, entropy, present, ref.trust(self.skill[: len(nll)]) ** 2),
+            ref.surprise(nll, entropy, present, shown**2, usual),
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
-            surprise_strength=settings.surprise_strength * float(ref.noise_pressure(noise)),
+            surprise_strength=settings.surprise_strength
+            * float(ref.noise_pressure(noise, shown[0])),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
         )
         weights, self.log_class_average = ref.sample_weights(

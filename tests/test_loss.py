@@ -118,10 +118,12 @@ def weights_by_hand(
             ref.prediction_stability(heads.entropy, CLASSES),
         ]
     )
+    shown = ref.trust(state.skill)
+    usual = np.where(state.seen > 0, -state.log_quality, np.inf)
     own = ref.log_weights(
-        ref.surprise(heads.nll, heads.entropy, None, ref.trust(state.skill) ** 2),
+        ref.surprise(heads.nll, heads.entropy, None, shown**2, usual),
         ref.difficulty(signals, ref.volatility_weights(state.volatility)),
-        surprise_strength=2.0 * float(ref.noise_pressure(noise)),
+        surprise_strength=2.0 * float(ref.noise_pressure(noise, shown[0])),
         pacing_strength=0.2 * (1.0 - float(state.quality[0])),
     )
     weights, _ = ref.sample_weights(own, target, state.log_class_average, state.decay)

@@ -147,6 +147,9 @@ def test_surprise() -> None:
         [2 * LN2],
         rtol=1e-14,
     )
+    # Entropy counts up to half of log 2, and in full.
+    usual = [LN2 / 2, 9.0]
+    assert_allclose(ref.surprise(nll, entropy, usual=usual), [1.25 * LN2], rtol=1e-14)
     # 2 log 2 of a weight of 1, 0 of one of 3.
     assert_allclose(ref.surprise(nll, entropy, None, [1.0, 3.0]), [LN2 / 2], rtol=1e-14)
     assert_allclose(
@@ -193,6 +196,7 @@ def test_contradiction() -> None:
 def test_noise_pressure() -> None:
     assert_allclose(ref.noise_pressure([0.0, 0.01, 0.04, 0.6]), [0.0, 0.25, 1.0, 1.0], rtol=1e-14)
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
+    assert_allclose(ref.noise_pressure(0.02, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
 
 
 def test_log_weights_fall_with_surprise() -> None:

@@ -93,16 +93,18 @@ def test_signals_agree_with_the_reference(dtype: torch.dtype, case: Statistics) 
 
 
 @all_dtypes
-@given(statistics(), arrays(9, reals(2**-11, 1)))
-def test_surprise_of_weighted_heads_agrees_with_the_reference(
-    dtype: torch.dtype, case: Statistics, weights: Array
+@given(statistics(), arrays(9, reals(2**-11, 1)), arrays(9, reals(0, 4) | st.just(np.inf)))
+def test_surprise_by_what_heads_are_worth_agrees_with_the_reference(
+    dtype: torch.dtype, case: Statistics, weights: Array, averages: Array
 ) -> None:
     if dtype == torch.float16:
         case = case._replace(nll=np.minimum(case.nll, 1e3))
     nll, entropy, present = (to_torch(x, dtype) for x in (case.nll, case.entropy, case.present))
-    head_weights = to_torch(weights[: len(nll)], dtype)
-    expected = ref.surprise(upcast(nll), upcast(entropy), case.present, upcast(head_weights))
-    agree(surprise(nll, entropy, present, head_weights), expected, dtype)
+    head_weights, usual = (to_torch(x[: len(nll)], dtype) for x in (weights, averages))
+    expected = ref.surprise(
+        upcast(nll), upcast(entropy), case.present, upcast(head_weights), upcast(usual)
+    )
+    agree(surprise(nll, entropy, present, head_weights, usual), expected, dtype)
 
 
 @all_dtypes
@@ -214,6 +216,17 @@ def test_surprise_is_a_mean_over_heads(case: Statistics, weight: float) -> None:
     excess = (case.nll - case.entropy).clip(min=0.0)
     assert (found.numpy() <= np.nanmax(excess, axis=0) * (1 + 1e-12)).all()
     assert (found.numpy() >= np.nanmin(excess, axis=0) * (1 - 1e-12)).all()
+
+
+@given(statistics(), arrays(9, reals(0, 4)))
+def test_entropy_beyond_the_usual_explains_nothing(case: Statistics, averages: Array) -> None:
+    nll, entropy, present = (to_torch(x) for x in (case.nll, case.entropy, case.present))
+    usual = to_torch(averages[: len(nll)])
+    found = surprise(nll, entropy, present, usual=usual)
+    assert (found >= surprise(nll, entropy, present)).all()
+    more_than_any = usual + 8.0 * np.log(case.num_classes)
+    alike = surprise(nll, entropy, present, usual=more_than_any)
+    assert torch.equal(alike, surprise(nll, entropy, present))
 
 
 @given(st.floats(0.501, 0.999), st.floats(0.0, 8.0))
@@ -536,11 +549,14 @@ def test_one_head_alone_contradicts_nothing() -> None:
     assert contradiction(*both, alone).tolist() == [0]
 
 
-@given(arrays(3, reals(0, 1)), reals(2**-6, 1))
-def test_noise_pressure_agrees_with_the_reference(noise: Array, full_at: float) -> None:
-    pressure = noise_pressure(to_torch(noise), full_at)
-    assert_allclose(pressure, ref.noise_pressure(noise, full_at), rtol=1e-12)
+@given(arrays(3, reals(0, 1)), reals(0, 1), reals(2**-6, 1))
+def test_noise_pressure_agrees_with_the_reference(
+    noise: Array, trust: float, full_at: float
+) -> None:
+    pressure = noise_pressure(to_torch(noise), trust, full_at)
+    assert_allclose(pressure, ref.noise_pressure(noise, trust, full_at), rtol=1e-12)
     assert ((pressure >= 0) & (pressure <= 1)).all()
+    assert torch.equal(noise_pressure(to_torch(noise), torch.tensor(trust), full_at), pressure)
 
 
 @given(st.integers(0, 2**40), st.sampled_from([0.01, 0.05, 0.2, 0.5]))

@@ -78,8 +78,8 @@ typedef struct {
     void (*exp_row)(float *x, int64_t count);
     void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
                     const float *distance, const int64_t *prediction, int64_t near,
-                    const uint8_t *asked, const float *head_weight, int64_t heads, int64_t count,
-                    Signals *out);
+                    const uint8_t *asked, const float *head_weight, const float *usual,
+                    int64_t heads, int64_t count, Signals *out);
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
                            int64_t count, float *coefficient, float *value);
@@ -521,7 +521,6 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int k = 0; k < SIGNALS; k++)
         share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
     double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
-    double rho = o->surprise_strength * clamp(noise / 0.04, 0.0, 1.0);
     double kappa = o->pacing_strength * (1.0 - s->quality[0]);
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
@@ -532,10 +531,15 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
     uint8_t asked[MAX_HEADS];
-    float head_weight[MAX_HEADS];
+    float head_weight[MAX_HEADS], usual[MAX_HEADS];
     find_witnesses(s->skill, H, asked);
     find_trust(s->skill, H, head_weight);
-    for (int64_t h = 0; h < H; h++) head_weight[h] *= head_weight[h];
+    double credible = clamp(4.0 * head_weight[0], 0.0, 1.0);
+    double rho = o->surprise_strength * clamp(noise / 0.04, 0.0, 1.0) * credible;
+    for (int64_t h = 0; h < H; h++) {
+        head_weight[h] *= head_weight[h];
+        usual[h] = s->seen[h] ? -s->log_quality[h] : INFINITY;
+    }
     for (int64_t i = 0, from = 0; i < B; i++) {
         int64_t y = p->target[i], here = i - found->start, r;
         if (i == from) {
@@ -547,7 +551,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             }
             rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
                             found->distance + here, found->prediction + here, found->near, asked,
-                            head_weight, H, left, &signals);
+                            head_weight, usual, H, left, &signals);
             from += left;
         }
         r = i % rows;

@@ -447,8 +447,8 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
 static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_t plane,
                                 const float *entropy, const float *distance,
                                 const int64_t *prediction, int64_t near,
-                                const uint8_t *asked, const float *head_weight, int64_t heads,
-                                int64_t count, Signals *out) {
+                                const uint8_t *asked, const float *head_weight,
+                                const float *usual, int64_t heads, int64_t count, Signals *out) {
     static const uint8_t all[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     float number[ROWS] = {0.0f}, surprisal[ROWS] = {0.0f}, excess[ROWS] = {0.0f};
     float apart[ROWS] = {0.0f}, mass[ROWS] = {0.0f}, least[ROWS];
@@ -462,7 +462,9 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             finite[r] &= more - more == 0.0f;
             beyond = beyond < LARGEST_NLL ? beyond : LARGEST_NLL;
             surprisal[r] += x[r] < LARGEST_NLL ? x[r] : LARGEST_NLL;
-            excess[r] += head_weight[h] * beyond;
+            float expected = calm[r] < usual[h] ? calm[r] : usual[h];
+            float ahead = x[r] > expected ? x[r] - expected : 0.0f;
+            excess[r] += head_weight[h] * (ahead < LARGEST_NLL ? ahead : LARGEST_NLL);
             mass[r] += here[r] ? head_weight[h] : 0.0f;
             number[r] += here[r];
             apart[r] += distance[h * near + r];

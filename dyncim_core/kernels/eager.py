@@ -265,10 +265,13 @@ def weigh(
     noise = buffers.label_noise
     if settings.label_noise is not None:
         noise = torch.full_like(noise, settings.label_noise)
+    heads = len(nll)
+    shown = trust(buffers.skill[:heads])
+    usual = torch.where(buffers.seen[:heads] > 0, -buffers.log_quality[:heads], torch.inf)
     log_weight = log_weights(
-        surprise(nll, entropy, present, trust(buffers.skill[: len(nll)]).square()),
+        surprise(nll, entropy, present, shown.square(), usual),
         difficulty(signals, volatility_weights(buffers.volatility)),
-        surprise_strength=settings.surprise_strength * noise_pressure(noise),
+        surprise_strength=settings.surprise_strength * noise_pressure(noise, shown[0]),
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
     )

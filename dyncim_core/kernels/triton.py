@@ -501,11 +501,13 @@ def _curriculum(
     able = tl.max(tl.where((head > 0) & (head < count), skill, 0.0), 0)
     asked_heads = (head == 0) | (2.0 * skill >= able)
     head_weight = tl.where(tl.max(skill, 0) > 0, tl.maximum(skill, _LEAST), 1.0)
+    credible = tl.minimum(4.0 * tl.sum(tl.where(head == 0, head_weight, 0.0), 0), 1.0)
     head_weight *= head_weight
+    usual = tl.where(seen > 0, -log_quality, float("inf"))
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise = known_noise
-    rho = strengths[0] * tl.minimum(noise / 0.04, 1.0)
+    rho = strengths[0] * tl.minimum(noise / 0.04, 1.0) * credible
     kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
     shares: tl.tuple = ()
     moved = 0.0
@@ -514,9 +516,9 @@ def _curriculum(
         moved += shares[k]
 
     zero = tl.zeros([samples], tl.float32)
-    hearing: tl.tuple = (None, None, asked_heads, head_weight)
+    hearing: tl.tuple = (None, None, asked_heads, head_weight, usual)
     if below is not None:
-        hearing = (memory.rows, below, asked_heads, head_weight)
+        hearing = (memory.rows, below, asked_heads, head_weight, usual)
     plane = tl.zeros([heads, samples], tl.float32)
     listened, hits, chance = plane, plane, plane
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
@@ -820,7 +822,7 @@ def _signals(
     valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
     held = kept & (kept == 0)
     heard = held
-    rows, below, asked, head_weight = hearing
+    rows, below, asked, head_weight, usual = hearing
     if rows is not None:
         held = kept & _is_held_out(tl.load(rows + i, mask=i < batch, other=0), below)
         heard = held & valid
@@ -841,6 +843,7 @@ def _signals(
     excess = tl.maximum(nll - entropy, 0.0)
     doubt = 1.0 - tl.exp(-tl.min(tl.where(here & asked[:, None], excess, float("inf")), 0))
     mass = tl.sum(tl.where(here, head_weight[:, None], 0.0), 0)
+    excess = tl.maximum(nll - tl.minimum(entropy, usual[:, None]), 0.0)
     surprise = tl.sum(head_weight[:, None] * excess, 0) / tl.where(mass > 0, mass, 1.0)
     return nll, here, kept, valid, held, heard, signals, difficulty, surprise, doubt
 
