@@ -124,15 +124,16 @@ class Specification(SimpleNamespace):
                 ref.prediction_stability(entropy, self._classes),
             ]
         )
-        noise = self.label_noise if settings.label_noise is None else settings.label_noise
         shown = ref.trust(self.skill[: len(nll)])
+        pressure = ref.noise_pressure(self.label_noise, shown[0])
+        if settings.label_noise is not None:
+            pressure = ref.noise_pressure(settings.label_noise)
         usual = np.where(self.seen > 0, -self.log_quality, np.inf)[: len(nll)]
         own = np.zeros(len(valid))
         own[valid] = ref.log_weights(
             ref.surprise(nll, entropy, present, shown**2, usual),
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
-            surprise_strength=settings.surprise_strength
-            * float(ref.noise_pressure(noise, shown[0])),
+            surprise_strength=settings.surprise_strength * float(pressure),
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
         )
         weights, self.log_class_average = ref.sample_weights(

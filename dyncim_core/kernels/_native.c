@@ -534,7 +534,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     float head_weight[MAX_HEADS], usual[MAX_HEADS];
     find_witnesses(s->skill, H, asked);
     find_trust(s->skill, H, head_weight);
-    double credible = clamp(4.0 * head_weight[0], 0.0, 1.0);
+    double credible = o->label_noise < 0.0 ? clamp(4.0 * head_weight[0], 0.0, 1.0) : 1.0;
     double rho = o->surprise_strength * clamp(noise / 0.04, 0.0, 1.0) * credible;
     for (int64_t h = 0; h < H; h++) {
         head_weight[h] *= head_weight[h];

@@ -262,16 +262,17 @@ def weigh(
             prediction_stability(entropy, num_classes),
         ]
     )
-    noise = buffers.label_noise
-    if settings.label_noise is not None:
-        noise = torch.full_like(noise, settings.label_noise)
     heads = len(nll)
     shown = trust(buffers.skill[:heads])
     usual = torch.where(buffers.seen[:heads] > 0, -buffers.log_quality[:heads], torch.inf)
+    if settings.label_noise is None:
+        pressure = noise_pressure(buffers.label_noise, shown[0])
+    else:
+        pressure = noise_pressure(torch.full_like(buffers.label_noise, settings.label_noise))
     log_weight = log_weights(
         surprise(nll, entropy, present, shown.square(), usual),
         difficulty(signals, volatility_weights(buffers.volatility)),
-        surprise_strength=settings.surprise_strength * noise_pressure(noise, shown[0]),
+        surprise_strength=settings.surprise_strength * pressure,
         pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
         valid=weighed,
     )

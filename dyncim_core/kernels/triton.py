@@ -506,7 +506,7 @@ def _curriculum(
     usual = tl.where(seen > 0, -log_quality, float("inf"))
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
-        noise = known_noise
+        noise, credible = known_noise, 1.0
     rho = strengths[0] * tl.minimum(noise / 0.04, 1.0) * credible
     kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
     shares: tl.tuple = ()
