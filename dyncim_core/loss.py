@@ -51,7 +51,8 @@ class DynCIMLoss(nn.Module):
         state: A ``CurriculumState`` to use instead of a new one made from
             ``modalities`` and ``num_samples``.
         surprise_strength: Strength of the weighting by surprise at full label noise, >= 0, per
-            nat. Above 1, predictions run to certainty where classes overlap.
+            nat. Above 1, predictions run to certainty where classes overlap. Of noise that the run
+            shows, it acts in part as long as the fused head's ``trust`` is below 0.25.
         label_noise: Share of wrong labels in [0, 1], where it is known; the weighting acts in
             full from 0.04 on. When ``None``, the run shows it: ``state.label_noise`` averages
             how far all heads contradict a label together, from the first sample held out on of
