@@ -535,6 +535,35 @@ def test_a_modality_that_knows_nothing_does_not_hide_label_noise(backend: str) -
     assert found[2] < 0.1
 
 
+@each_backend
+def test_noise_that_is_given_counts_whatever_the_fusion_has_learnt(backend: str) -> None:
+    labels = torch.arange(40) % 4
+    logits = 2.0 * F.one_hot(labels, 4).float()
+    logits[:20] = logits[:20].roll(1, dims=1)  # contradicts the first half
+    index = torch.arange(40)
+    kept = {}
+    for given in (0.3, None):
+        for skill in (0.9, 0.05):
+            criterion = DynCIMLoss(
+                nn.CrossEntropyLoss(),
+                modalities=2,
+                num_samples=40,
+                label_noise=given,
+                held_out=0.0,
+                pacing_strength=0.0,
+                backend=backend,
+            )
+            criterion.state.skill.fill_(skill)
+            criterion.state.label_noise.fill_(0.3)
+            heads = [logits.clone().requires_grad_() for _ in range(3)]
+            criterion(heads[0], labels, unimodal=heads[1:], index=index)
+            weights = criterion.state.memory(index).weight
+            kept[given, skill] = float(weights[:20].mean() / weights[20:].mean())
+    assert kept[None, 0.9] < 0.3
+    assert_allclose([kept[0.3, 0.05], kept[0.3, 0.9]], kept[None, 0.9], rtol=1e-5)
+    assert_allclose(kept[None, 0.05], kept[None, 0.9] ** 0.2, rtol=1e-4)
+
+
 def test_wrong_labels_of_two_classes_are_not_learnt() -> None:
     """Two classes share out a doubt of few nats, which must be enough to keep them out."""
     torch.manual_seed(0)
