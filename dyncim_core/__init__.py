@@ -8,6 +8,7 @@ remembers. The quantities that they compute are pure functions, public here;
 from dyncim_core.fusion import FusionOutput, GatedFusion
 from dyncim_core.gates import (
     disagreement,
+    evenness,
     log_prior,
     novelty,
     novelty_penalty,
@@ -67,6 +68,7 @@ __all__ = [
     "credible_noise",
     "difficulty",
     "disagreement",
+    "evenness",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",

@@ -50,9 +50,9 @@ class GatedFusion(KeepsDtype):
     training: it works without labels. Features are scaled by their gate over the largest
     gate of the sample, so that equal gates give plain concatenation. In training, some
     modalities of some samples are dropped or swapped with another sample's: at most one
-    modality of a sample, the less often the less it errs, and the less often the further
-    fusion is ahead of its modalities. The paper (arXiv 2503.06456) names a gating-based dynamic
-    fusion; this one is a definition chosen here.
+    modality of a sample, the less often the less it errs, the further fusion is ahead of its
+    modalities, and the more some classes outnumber others. The paper (arXiv 2503.06456) names a
+    gating-based dynamic fusion; this one is a definition chosen here.
 
     It has no parameters, and predictions enter the gate detached: the encoders are not
     trained to look reliable.
@@ -61,7 +61,8 @@ class GatedFusion(KeepsDtype):
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
-            count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
+            count, and which to swap or drop the less, and whose ``redundancy`` and class counts
+            tell how often, see ``evenness``.
             Of at most 1024 classes, under ``nn.CrossEntropyLoss`` of class indices without label
             smoothing, predictions contradict each other only in what goes beyond how frequent the
             classes are, see ``log_prior``.

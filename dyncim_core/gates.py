@@ -16,6 +16,7 @@ from dyncim_core.modality import trust
 
 __all__ = [
     "disagreement",
+    "evenness",
     "log_prior",
     "novelty",
     "novelty_penalty",
@@ -86,9 +87,32 @@ def log_prior(class_mass: Tensor) -> Tensor:
         >>> log_prior(torch.tensor([6, 3, 0])).exp()
         tensor([1.0000, 0.5000, 1.0000])
     """
-    known = (class_mass > 0) & (class_mass < torch.inf)
-    mass = torch.where(known, class_mass, 0)
+    known, mass = _known_mass(class_mass)
     return torch.where(known, (mass / mass.max()).log().clamp_min(-30.0), 0.0)
+
+
+def evenness(class_mass: Tensor) -> Tensor:
+    """How even the classes are that were seen, ``((sum_c n_c)^2 / (K sum_c n_c^2))^4``.
+
+    The effective number of classes as a share of the K that have any mass, to the fourth power. A
+    sample that misses a modality looks like one of a frequent class, so that dropout teaches a
+    fusion to tell rare classes less well; it is done the less the more they are outnumbered.
+    Definition chosen here.
+
+    Args:
+        class_mass: How often each class was trained on, times its class weight, ``[C]``, >= 0.
+
+    Returns:
+        Scalar in (0, 1]; 1 where no class has any mass that is a number.
+
+    Example:
+        >>> evenness(torch.tensor([5, 5, 0])), evenness(torch.tensor([9, 1]))
+        (tensor(1.), tensor(0.1382))
+    """
+    known, mass = _known_mass(class_mass)
+    share = torch.where(known, mass / mass.max(), 0.0)
+    found: Tensor = share.sum().square() / (known.sum() * share.square().sum())
+    return found.nan_to_num(1.0).square().square()
 
 
 def reliability_gates(
@@ -199,6 +223,12 @@ def novelty_penalty(novelty: Tensor, tolerance: float = 3.0) -> Tensor:
         tensor([0.0000, 0.0000, 2.3026])
     """
     return (novelty / tolerance).log().clamp_min(0.0)
+
+
+def _known_mass(class_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Which classes have a mass that is a number, bool ``[C]``; and the mass, 0 elsewhere."""
+    known = (class_mass > 0) & (class_mass < torch.inf)
+    return known, torch.where(known, class_mass, 0)
 
 
 def _sum_of_others(values: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "credible_noise",
     "difficulty",
     "disagreement",
+    "evenness",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",
@@ -896,6 +897,29 @@ def log_prior(class_mass: ArrayLike) -> Array:
     known = (mass > 0) & np.isfinite(mass)
     share = np.where(known, mass, 0.0) / max(mass[known].max(initial=0.0), 1e-300)
     return np.log(np.where(known, np.maximum(share, np.exp(-30.0)), 1.0))
+
+
+def evenness(class_mass: ArrayLike) -> Array:
+    """How even the classes are that were seen, ``((sum_c n_c)^2 / (K sum_c n_c^2))^4``.
+
+    K is the number of those with any mass. Definition chosen here.
+
+    Args:
+        class_mass: ``[C]``, >= 0.
+
+    Returns:
+        Scalar in (0, 1]; 1 where no class has any mass that is a number.
+
+    Example:
+        >>> evenness([5, 5, 0]).round(4).tolist(), evenness([9, 1]).round(4).tolist()
+        (1.0, 0.1382)
+    """
+    mass = np.asarray(class_mass, dtype=np.float64)
+    mass = mass[(mass > 0) & np.isfinite(mass)]
+    if not mass.size:
+        return np.asarray(1.0)
+    share = mass / mass.max()
+    return np.asarray((share.sum() ** 2 / (share.size * (share**2).sum())) ** 4)
 
 
 def reliability_gates(

@@ -194,6 +194,31 @@ def test_what_only_fusion_knows_is_not_dropped(ahead: float, learnt: float) -> N
     assert_allclose(redundancy(state.log_quality, state.quality[0]), expected / 0.8, rtol=2e-3)
 
 
+@each_backend
+@pytest.mark.parametrize("modalities", [2, 3])  # without and with a prior
+@pytest.mark.parametrize(
+    ("counts", "weight", "share"),
+    [
+        ([30, 10], [1.0, 1.0], 0.4096),
+        ([30, 10], [1.0, 3.0], 1.0),  # as the criterion has them
+        ([20, 20, 0, 10], [1.0] * 4, (25 / 27) ** 4),
+        ([30, 10], [0.0, 0.0], 1.0),  # predictions do not follow the classes
+        ([10**15, 10**15 // 3], [1.0, 1.0], 0.4096),
+        ([0, 10], [1.0, math.inf], 1.0),
+    ],
+)
+def test_where_classes_are_outnumbered_less_is_dropped(
+    backend: str, modalities: int, counts: list[int], weight: list[float], share: float
+) -> None:
+    state = CurriculumState(modalities)
+    state.quality.fill_(0.9)
+    state.class_seen[: len(counts)] = torch.tensor(counts)
+    state.class_weight[: len(weight)] = torch.tensor(weight)
+    fusion = GatedFusion([1] * modalities, state=state, dropout=0.8, backend=backend)
+    dropped = rows_of(fusion, size=20_000)[1] == 0
+    assert_allclose(dropped.any(dim=1).double().mean(), 0.72 * share, atol=0.015)
+
+
 def test_the_only_modality_is_never_disturbed() -> None:
     origin, gates = rows_of(GatedFusion([1], swap=0.5, dropout=0.5))
     assert torch.equal(origin[:, 0], torch.arange(4000).double())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from dyncim_core import reference as ref
 from dyncim_core.gates import (
     disagreement,
+    evenness,
     log_prior,
     novelty,
     novelty_penalty,
@@ -338,6 +340,44 @@ def test_relative_gates_leave_the_largest_whole(
         upcast(scale), ref.relative_gates(upcast(gates)), rtol=tolerance, atol=tolerance
     )
     assert torch.equal(scale.amax(dim=0) == 1, gates.amax(dim=0) > 0)
+
+
+@given(arrays(st.integers(1, 50), reals(0, 1e6)), st.sampled_from([torch.float32, torch.float64]))
+def test_evenness_is_that_of_the_reference(counts: Array, dtype: torch.dtype) -> None:
+    found = evenness(to_torch(counts, dtype))
+    assert found.dtype == dtype
+    assert_allclose(found, ref.evenness(upcast(to_torch(counts, dtype))), rtol=1e-4)
+    assert 0.0 < found <= 1.0 + 1e-5
+
+
+@given(arrays(st.integers(1, 50), reals(0, 1e6)), reals(0.125, 1e3), st.randoms())
+def test_evenness_is_of_shares_and_of_classes_that_were_seen(
+    counts: Array, scale: float, random: Any
+) -> None:
+    expected = ref.evenness(counts)
+    shuffled = counts.copy()
+    random.shuffle(shuffled)
+    assert_allclose(ref.evenness(scale * shuffled), expected, rtol=1e-9)
+    assert_allclose(ref.evenness(np.append(counts, [0.0, np.nan, np.inf])), expected, rtol=1e-9)
+    assert_allclose(ref.evenness(np.repeat(counts, 3)), expected, rtol=1e-9)
+
+
+@given(st.integers(1, 50), reals(0.5, 1e6), reals(1.125, 1e3))
+def test_evenness_falls_as_one_class_outnumbers_the_others(
+    classes: int, count: float, factor: float
+) -> None:
+    even = torch.full((classes + 1,), count, dtype=torch.float64)
+    assert_allclose(evenness(even), 1.0, rtol=1e-12)
+    some, more = even.clone(), even.clone()
+    some[0] *= factor
+    more[0] *= 2 * factor
+    assert evenness(more) < evenness(some) < 1.0
+
+
+@pytest.mark.parametrize("mass", [[0, 0], [math.nan, math.inf], [-1, 0], [0, 7]], ids=str)
+def test_a_single_class_or_none_is_even(mass: list[float]) -> None:
+    assert evenness(torch.tensor(mass)) == 1.0
+    assert ref.evenness(mass) == 1.0
 
 
 @given(arrays(st.integers(1, 50), reals(0, 1e6)), st.sampled_from([torch.float32, torch.float64]))

@@ -320,6 +320,12 @@ def test_augmentation_rates() -> None:
     assert_allclose(ref.augmentation_rates([0.0, 1.0]), [1.0, 1e-3 / 1.001], rtol=1e-14)
 
 
+def test_evenness() -> None:
+    assert_allclose(ref.evenness([3, 1]), 0.4096, rtol=1e-14)
+    assert_allclose(ref.evenness([2, 2, 0, 1]), (25 / 27) ** 4, rtol=1e-14)
+    assert ref.evenness([4, 4]) == ref.evenness([0, 0]) == ref.evenness([np.inf, 7]) == 1.0
+
+
 def test_trust() -> None:
     assert ref.trust([0.5, 0.01, 0.0]).tolist() == [0.5, 0.02, 0.02]
     assert ref.trust([0.0, 0.0]).tolist() == [1.0, 1.0]

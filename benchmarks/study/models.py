@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, GatedFusion, augmentation_rates, relative_gates
+from dyncim_core import (
+    CurriculumState,
+    GatedFusion,
+    augmentation_rates,
+    evenness,
+    relative_gates,
+)
 
 WIDTH = 64  # of every modality's features
 
@@ -217,7 +223,8 @@ class Uncounted(Gated):
 class GatedUnderShare(Gated):
     """``Gated`` whose dropout is done in front of the gates: at a ``share`` of the samples.
 
-    As in the toolkit, the picked modality is missed the less often the less it errs.
+    As in the toolkit, the picked modality is missed the less often the less it errs, and the less
+    even the classes are.
     """
 
     def __init__(
@@ -247,6 +254,7 @@ class GatedUnderShare(Gated):
         """Mask of what is present, bool ``[size, modalities]``."""
         (state,) = self._state
         rates = self.share(state) * augmentation_rates(state.skill[1:])
+        rates = rates * evenness(state.class_seen * state.class_weight)
         pick, event, _ = torch.rand((3, size))  # as the toolkit does
         picked = torch.arange(len(rates)) == (pick * len(rates)).long().unsqueeze(1)
         present: Tensor = ~picked | (event.unsqueeze(1) < 1.0 - rates)

@@ -708,10 +708,31 @@ static double redundancy_of(float *const *learnt, int64_t modalities) {
     return share < of_shown ? share : of_shown;
 }
 
+/* How often a state has seen class c, times its class weight; 0 unless that is a number. */
+static float mass_of(float *const *learnt, int64_t c) {
+    const int64_t *seen = (const int64_t *)(void *)learnt[3];
+    float mass = (float)seen[c] * learnt[4][c];
+    return mass > 0.0f && mass < INFINITY ? mass : 0.0f;
+}
+
+/* How even the classes are that a state has seen. */
+static double evenness_of(float *const *learnt) {
+    double number = 0.0, total = 0.0, squares = 0.0;
+    for (int64_t c = 0; c < GROUPS; c++) {
+        double mass = mass_of(learnt, c);
+        number += mass > 0.0;
+        total += mass;
+        squares += mass * mass;
+    }
+    double share = number > 0.0 ? total * total / (number * squares) : 1.0;
+    return share * share * share * share;
+}
+
 /* From the skill that a fusion has kept, and, if not NULL, what its state has learnt. */
 static void trust_in(int64_t modalities, const float *skill, float *const *learnt, Trust *t) {
     const double eps = 1e-3;
-    double worst = INFINITY, best = 0.0, share = learnt ? redundancy_of(learnt, modalities) : 1.0;
+    double worst = INFINITY, best = 0.0, share = 1.0;
+    if (learnt) share = redundancy_of(learnt, modalities) * evenness_of(learnt);
     for (int64_t m = 0; m < modalities; m++) {
         worst = skill[m] < worst ? skill[m] : worst;
         best = skill[m] > best ? skill[m] : best;
@@ -750,11 +771,10 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
 }
 
 /* What is taken off the logits of each class, from what a state has seen of them. */
-static void take_up_prior(const int64_t *seen, const float *weight, float *log_prior) {
+static void take_up_prior(float *const *learnt, float *log_prior) {
     double top = 0.0;
     for (int64_t c = 0; c < GROUPS; c++) {
-        float mass = (float)seen[c] * weight[c];
-        log_prior[c] = mass > 0.0f && mass < INFINITY ? mass : 0.0f;
+        log_prior[c] = mass_of(learnt, c);
         top = log_prior[c] > top ? log_prior[c] : top;
     }
     for (int64_t c = 0; c < GROUPS; c++)
@@ -1199,7 +1219,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     int failed;
     float log_prior[GROUPS], odds[GROUPS];
     Py_BEGIN_ALLOW_THREADS
-    if (prior && takes_up) take_up_prior((const int64_t *)(void *)learnt[3], learnt[4], log_prior);
+    if (prior && takes_up) take_up_prior(learnt, log_prior);
     if (prior) odds_of(takes_up ? log_prior : prior, p.classes, odds);
     failed = gate(&p, &o, &d, &t, prior ? odds : NULL, penalty, gates, scale);
     if (takes_up && p.start == 0) { /* once, of several parts */

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncim_core.gates import disagreement, log_prior, relative_gates, reliability_gates
+from dyncim_core.gates import (
+    disagreement,
+    evenness,
+    log_prior,
+    relative_gates,
+    reliability_gates,
+)
 from dyncim_core.gates import novelty as mahalanobis_novelty
 from dyncim_core.kernels.interface import (
     Buffers,
@@ -508,7 +514,7 @@ def take_up(learnt: Learnt | None, skill: Tensor, prior: Tensor | None) -> None:
         return
     skill.copy_(learnt.skill[1:])
     if prior is not None:
-        prior.copy_(log_prior(learnt.class_seen * learnt.class_weight))
+        prior.copy_(log_prior(_class_mass(learnt)))
 
 
 @torch.no_grad()
@@ -517,7 +523,12 @@ def disturbance_rates(learnt: Learnt | None, skill: Tensor) -> Tensor:
     rates = augmentation_rates(skill)
     if learnt is None:
         return rates
-    return redundancy(learnt.log_quality, learnt.quality[0], learnt.skill) * rates
+    share = redundancy(learnt.log_quality, learnt.quality[0], learnt.skill)
+    return share * evenness(_class_mass(learnt)) * rates
+
+
+def _class_mass(learnt: Learnt) -> Tensor:
+    return learnt.class_seen * learnt.class_weight
 
 
 def _disturb(
