@@ -61,13 +61,12 @@ class GatedFusion(KeepsDtype):
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
-            count, and which to swap or drop the less, and whose ``redundancy`` and class counts
-            tell how often, see ``evenness``.
+            count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
             Of at most 1024 classes, under ``nn.CrossEntropyLoss`` of class indices without label
             smoothing, predictions contradict each other only in what goes beyond how frequent the
-            classes are, see ``log_prior``.
-            What was last seen in training is kept for inference. All modalities count alike, and
-            disturbances in full, when ``None``.
+            classes are, see ``log_prior``, and less is swapped or dropped the less even they are,
+            see ``evenness``. What was last seen in training is kept for inference. All modalities
+            count alike, and disturbances in full, when ``None``.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.
@@ -76,8 +75,8 @@ class GatedFusion(KeepsDtype):
             of shape ``[B, T, D]`` are averaged over T for it.
         threshold: Share under which a gate is cut as redundant, in [0, 1 / M).
         swap: Share of the samples of a training batch, in [0, 1], that take one modality,
-            picked at random, from another sample, at full ``redundancy``; less as far as
-            the picked one errs less than the weakest. Worth 0.1 where inputs do get
+            picked at random, from another sample, at full ``redundancy`` and ``evenness``; less as
+            far as the picked one errs less than the weakest. Worth 0.1 where inputs do get
             mixed up, at some cost on clean ones.
         dropout: Share that misses one modality, likewise; ``swap + dropout <= 1``.
         backend: "eager", "native" or "triton", see ``backends``; the fastest that takes

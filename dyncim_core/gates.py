@@ -110,9 +110,10 @@ def evenness(class_mass: Tensor) -> Tensor:
         (tensor(1.), tensor(0.1382))
     """
     known, mass = _known_mass(class_mass)
-    share = torch.where(known, mass / mass.max(), 0.0)
-    found: Tensor = share.sum().square() / (known.sum() * share.square().sum())
-    return found.nan_to_num(1.0).square().square()
+    share, number = torch.where(known, mass / mass.max(), 0.0), known.sum()
+    mean, mean_square = share.sum() / number, share.square().sum() / number
+    found: Tensor = mean.square() / mean_square
+    return found.nan_to_num(1.0).clamp_max(1.0).square().square()
 
 
 def reliability_gates(

@@ -87,9 +87,9 @@ class CurriculumState(KeepsDtype):
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.
         class_seen: int64 ``[1024]``, samples of each class trained on so far, in the same places.
-        class_weight: ``[1024]``, weights that ``nn.CrossEntropyLoss`` gives the first so many
-            classes, 1 without; 0 with label smoothing, for class probabilities and of any other
-            criterion, whose predictions do not follow how frequent the classes are.
+        class_weight: ``[1024]``, weights that ``nn.CrossEntropyLoss`` gives the classes, 1 without;
+            0 with more classes than that, and with label smoothing, for class probabilities and of
+            any other criterion, whose predictions do not follow how frequent the classes are.
         effective_share: Scalar in (0, 1], share of a batch that weighting keeps effective.
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.

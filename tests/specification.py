@@ -83,10 +83,10 @@ class Specification(SimpleNamespace):
         elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
         np.add.at(self.class_seen, target[valid] % 1024, 1)
-        self.class_weight[:] = 1.0
-        if weight is not None:
-            self.class_weight[: len(weight)] = weight[:1024]
-        self.class_weight *= options["label_smoothing"] == 0.0
+        known = options["label_smoothing"] == 0.0 and self._classes <= 1024
+        self.class_weight[:] = known
+        if known and weight is not None:
+            self.class_weight[: len(weight)] = weight
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:

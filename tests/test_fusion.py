@@ -203,8 +203,9 @@ def test_what_only_fusion_knows_is_not_dropped(ahead: float, learnt: float) -> N
         ([30, 10], [1.0, 3.0], 1.0),  # as the criterion has them
         ([20, 20, 0, 10], [1.0] * 4, (25 / 27) ** 4),
         ([30, 10], [0.0, 0.0], 1.0),  # predictions do not follow the classes
-        ([10**15, 10**15 // 3], [1.0, 1.0], 0.4096),
-        ([0, 10], [1.0, math.inf], 1.0),
+        ([30, 10, 10, 10, 10], [1.0, 1.0, math.inf, math.nan, -1.0], 0.4096),
+        ([30, 10], [1e36, 1e36], 0.4096),
+        ([30, 10], [1e-37, 1e-37], 0.4096),
     ],
 )
 def test_where_classes_are_outnumbered_less_is_dropped(
@@ -217,6 +218,27 @@ def test_where_classes_are_outnumbered_less_is_dropped(
     fusion = GatedFusion([1] * modalities, state=state, dropout=0.8, backend=backend)
     dropped = rows_of(fusion, size=20_000)[1] == 0
     assert_allclose(dropped.any(dim=1).double().mean(), 0.72 * share, atol=0.015)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize(("classes", "even"), [(4, False), (1500, True)])
+def test_more_classes_than_are_told_apart_count_as_even(
+    backend: str | None, classes: int, even: bool
+) -> None:
+    """Of 1500, seen once each, 476 share a place with another."""
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(torch.ones(classes)), modalities=2, backend=backend)
+    target = torch.arange(1500) % classes
+    if classes == 4:
+        target = target.clamp_max(1)  # a quarter of the one, the rest of the other
+    heads = [torch.zeros(1500, classes, requires_grad=True) for _ in range(3)]
+    criterion(heads[0], target, unimodal=heads[1:])
+    state = criterion.state
+    state.quality.fill_(0.9)
+    fusion = GatedFusion([1, 1], state=state, dropout=0.8, backend=backend)
+    dropped = rows_of(fusion, size=20_000)[1] == 0
+    share = 1.0 if even else (1 / (2 * (0.25**2 + 0.75**2))) ** 4
+    assert_allclose(dropped.any(dim=1).double().mean(), 0.72 * share, atol=0.015)
+    assert state.class_weight.any() != even
 
 
 def test_the_only_modality_is_never_disturbed() -> None:

@@ -224,10 +224,10 @@ def test_native_gates_are_those_of_eager(
     if skill is not None:
         quality = torch.linspace(0.9, 0.1, 1 + modalities)
         learnt = Learnt(
-            quality.log(),
+            quality.log() * (1.0 if novel else 0.1),
             quality,
-            skill * torch.linspace(1.0, 0.0, 1 + modalities),
-            torch.randint(3, (1024,), generator=generator) ** 9,
+            skill * torch.linspace(1.0, 0.0 if novel else 0.8, 1 + modalities),
+            torch.randint(3, (1024,), generator=generator) ** (9 if novel else 1) + (not novel),
             torch.rand(1024, generator=generator).sub(0.1).relu() if novel else torch.ones(1024),
         )
     settings = Gate(slope, 0.05, swap, dropout)
@@ -245,6 +245,11 @@ def test_native_gates_are_those_of_eager(
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
     assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
+    if modalities > 1 and batch == 33 and present is None and disturbed and not novel:
+        if dropout:  # some are dropped
+            assert (expected.gates == 0).any()
+        if swap:
+            assert (expected.source != torch.arange(33)).any()
 
 
 @needs_native

@@ -409,13 +409,15 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         c.present[:, 5:7] = False
         c.present[0, 6] = True
         c.logits[0][6] = math.nan
-    modalities, generator = len(c.logits), torch.Generator().manual_seed(0)
+    modalities, generator = len(c.logits), torch.Generator().manual_seed(1)
     chance = learnt = penalty = None
     if swap or dropout:
         chance = torch.rand(3, 21, generator=generator).to(DEVICE)
         quality = torch.linspace(0.9, 0.1, 1 + modalities, device=DEVICE)
-        seen = torch.randint(9, (1024,), generator=generator).to(DEVICE)
-        learnt = Learnt(quality.log(), quality, quality.flip(0), seen, seen.sqrt() + 0.1)
+        known = torch.linspace(0.9, 0.8, 1 + modalities, device=DEVICE)  # redundant, for the most
+        seen = torch.randint(4, 9, (1024,), generator=generator).to(DEVICE)
+        seen[7] = 0
+        learnt = Learnt(0.1 * known.log(), quality, known, seen, seen.sqrt() + 0.1)
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)
@@ -430,6 +432,12 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         assert torch.equal(x, y)
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
+    if modalities > 1 and dropout:  # and some are
+        known = skill.clone(), prior.clone()
+        undropped = settings._replace(dropout=0.0)
+        plain = eager.gate(c.logits, *known, learnt, c.present, chance, penalty, undropped)
+        assert not torch.equal(plain.gates, theirs.gates)
+        assert not swap or (theirs.source != torch.arange(21, device=DEVICE)).any()
     close(ours.gates, theirs.gates)
     close(ours.scale, theirs.scale)
 

@@ -213,7 +213,7 @@ class Unskilled(Gated):
 
 
 class Uncounted(Gated):
-    """``Gated`` that does not hear how frequent the classes are."""
+    """``Gated`` whose modalities contradict each other in what is frequent as well."""
 
     def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
         super().__init__(modalities, head, state=state)

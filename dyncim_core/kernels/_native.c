@@ -644,10 +644,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     }
     *s->step += 1;
     *s->nonfinite += nonfinite;
-    for (int64_t c = 0; c < GROUPS; c++) {
-        float weight = p->weight && c < p->classes ? p->weight[c] : 1.0f;
-        s->class_weight[c] = p->smoothing > 0.0 ? 0.0f : weight;
-    }
+    float known = p->smoothing > 0.0 || p->classes > GROUPS ? 0.0f : 1.0f;
+    for (int64_t c = 0; c < GROUPS; c++)
+        s->class_weight[c] = known && p->weight && c < p->classes ? p->weight[c] : known;
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
@@ -1215,7 +1214,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     float *gates = address(args[7]), *scale = address(args[8]);
     if (PyErr_Occurred()) return NULL;
     Trust t;
-    trust_in(p.heads, takes_up ? learnt[2] + 1 : skill, takes_up ? learnt : NULL, &t);
+    trust_in(p.heads, takes_up ? learnt[2] + 1 : skill, takes_up && d.chance ? learnt : NULL, &t);
     int failed;
     float log_prior[GROUPS], odds[GROUPS];
     Py_BEGIN_ALLOW_THREADS

@@ -189,19 +189,22 @@ def curriculum(
         found = statistics(logits, present, criterion)
         classes = logits[0].shape[1]
         coefficient = weigh(found, present, criterion, classes, buffers, memory, settings)
-        keep_weight(criterion, buffers.class_weight)
+        keep_weight(criterion, classes, buffers.class_weight)
     with torch.no_grad():
         value = combine(coefficient, found.rows[0], settings)
     return Curriculum(value, coefficient, found.normaliser)
 
 
-def keep_weight(criterion: Criterion, kept: Tensor) -> None:
-    """Keep what classes weigh, or 0 where predictions do not follow how frequent they are."""
+def keep_weight(criterion: Criterion, num_classes: int, kept: Tensor) -> None:
+    """Keep what classes weigh, or 0 where predictions do not follow how frequent they are.
+
+    0 as well with more classes than are told apart, whose frequency nobody knows.
+    """
     follows = not (criterion.label_smoothing or criterion.target.is_floating_point())
-    kept.fill_(float(follows))
-    if follows and criterion.weight is not None:
-        weight = criterion.weight[: len(kept)]
-        kept[: len(weight)].copy_(weight)
+    known = follows and num_classes <= len(kept)
+    kept.fill_(float(known))
+    if known and criterion.weight is not None:
+        kept[:num_classes].copy_(criterion.weight)
 
 
 def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:

@@ -58,9 +58,9 @@ class Buffers(NamedTuple):
     contradicted by all heads. ``skill`` ``[M + 1]`` follows from them, and so does
     ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
-    the samples trained on, and ``class_weight`` ``[K]``, the criterion's weight of the first K
-    classes, 1 without one; 0 where predictions do not follow the frequency of the classes, as with
-    label smoothing and for class probabilities.
+    the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the
+    classes, 1 without; 0 where predictions do not follow the frequency of the classes, as with
+    label smoothing and for class probabilities, and with more classes than K.
     """
 
     log_quality: Tensor

@@ -642,7 +642,8 @@ def _curriculum(
     class_weight = tl.full([groups], 1.0, tl.float32)
     if criterion.weight is not None:
         class_weight = tl.load(criterion.weight + each, mask=each < classes, other=1.0)
-    class_weight = tl.where(criterion.label_smoothing > 0, 0.0, class_weight.to(tl.float32))
+    unknown = (criterion.label_smoothing > 0) | (classes > groups)
+    class_weight = tl.where(unknown, 0.0, class_weight.to(tl.float32))
     tl.store(buffers.class_weight + each, class_weight)
 
     weighted /= tl.where(weights > 0, weights, 1.0)
