@@ -360,14 +360,16 @@ def votes(skill: Tensor) -> Tensor:
 def loss_shares(skill: Tensor) -> Tensor:
     """What each modality's own loss counts: less, the more fusion tells that it does not.
 
-    ``max(0.1, min(1, s_m / s_0)^2)``. An encoder is not to be trained for what its modality
-    cannot tell on its own, but for what fusion makes of it. Definition chosen here.
+    ``max(0.1, (min(1, 3 max_h s_h) min(1, s_m / s_0))^2)``. An encoder is not to be trained for
+    what its modality cannot tell on its own, but for what fusion makes of it; and as long as no
+    head has learnt much, nothing shows yet what that will be. Definition chosen here.
 
     Args:
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        ``[M]`` in [0.1, 1]; all 1 as long as the fused head has no skill.
+        ``[M]`` in [0.1, 1]; all alike as long as the fused head has no skill, and 1 where no head
+        has any, as where nothing is held out.
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -375,10 +377,14 @@ def loss_shares(skill: Tensor) -> Tensor:
     Example:
         >>> loss_shares(torch.tensor([0.8, 0.9, 0.4, 0.0]))
         tensor([1.0000, 0.2500, 0.1000])
+        >>> loss_shares(torch.tensor([0.2, 0.2, 0.1]))
+        tensor([0.3600, 0.1000])
     """
     _check_modalities(skill.shape[-1] - 1)
+    best = skill.amax(dim=-1, keepdim=True)
+    learnt = torch.where(best > 0.0, (3.0 * best).clamp_max(1.0), 1.0)
     share = (skill[..., 1:] / skill[..., :1]).nan_to_num(nan=1.0)  # of no skill, all
-    return share.clamp_max(1.0).square().clamp_min(_LEAST_LOSS)
+    return (learnt * share.clamp_max(1.0)).square().clamp_min(_LEAST_LOSS)
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:

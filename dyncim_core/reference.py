@@ -790,7 +790,7 @@ def votes(skill: ArrayLike) -> Array:
 
 
 def loss_shares(skill: ArrayLike) -> Array:
-    """What each modality's own loss counts, ``max(0.1, min(1, s_m / s_0)^2)``.
+    """What a modality's own loss counts, ``max(0.1, (min(1, 3 max s) min(1, s_m / s_0))^2)``.
 
     Definition chosen here.
 
@@ -798,7 +798,7 @@ def loss_shares(skill: ArrayLike) -> Array:
         skill: ``[M + 1]`` in [0, 1].
 
     Returns:
-        ``[M]`` in [0.1, 1]; 1 for all where ``s_0`` is 0.
+        ``[M]`` in [0.1, 1]; alike for all where ``s_0`` is 0, and 1 where all are.
 
     Example:
         >>> loss_shares([0.8, 0.9, 0.4, 0.0]).round(4).tolist()
@@ -806,9 +806,10 @@ def loss_shares(skill: ArrayLike) -> Array:
     """
     s = np.asarray(skill, dtype=np.float64)
     _require_modalities(len(s) - 1)
-    if not s[0] > 0:
+    if not s.max() > 0:
         return np.ones(len(s) - 1)
-    return np.asarray(np.maximum(0.1, np.minimum(1.0, s[1:] / s[0]) ** 2))
+    part = np.minimum(1.0, s[1:] / s[0]) if s[0] > 0 else np.ones(len(s) - 1)
+    return np.asarray(np.maximum(0.1, (min(1.0, 3.0 * s.max()) * part) ** 2))
 
 
 def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:

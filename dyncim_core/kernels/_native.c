@@ -390,9 +390,10 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
         out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
 }
 
-/* What a modality's own loss counts, by its skill and that of the fused head. */
-static double loss_share(double skill, double fused) {
+/* What a modality's own loss counts, by its skill, that of the fused head and that of the best. */
+static double loss_share(double skill, double fused, double best) {
     double part = fused > 0.0 ? clamp(skill / fused, 0.0, 1.0) : 1.0;
+    part *= best > 0.0 ? clamp(3.0 * best, 0.0, 1.0) : 1.0;
     return part * part > 0.1 ? part * part : 0.1;
 }
 
@@ -422,10 +423,15 @@ static double trained_on(const Problem *p, const State *s) {
     return (double)all;
 }
 
+static float best_of(const float *skill, int64_t heads) {
+    float best = 0.0f;
+    for (int64_t h = 0; h < heads; h++) best = skill[h] > best ? skill[h] : best;
+    return best;
+}
+
 /* Heads that are asked whether a label looks wrong. */
 static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
-    float best = 0.0f;
-    for (int64_t h = 1; h < heads; h++) best = skill[h] > best ? skill[h] : best;
+    float best = best_of(skill + 1, heads - 1);
     for (int64_t h = 0; h < heads; h++) asked[h] = h == 0 || 2.0f * skill[h] >= best;
 }
 
@@ -433,8 +439,7 @@ static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
 
 /* How far each head is to be believed. */
 static void find_trust(const float *skill, int64_t heads, float *trust) {
-    float best = 0.0f;
-    for (int64_t h = 0; h < heads; h++) best = skill[h] > best ? skill[h] : best;
+    float best = best_of(skill, heads);
     for (int64_t h = 0; h < heads; h++) trust[h] = best > 0.0f ? (float)trust_of(skill[h]) : 1.0f;
 }
 
@@ -663,8 +668,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double factor[MAX_HEADS] = {1.0}, scale = 1.0, sum = 0.0;
     int may_skip = holds_out || o->skip_nonfinite;
     if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
+    double best = best_of(s->skill, H);
     for (int64_t h = 1; h < H; h++)
-        factor[h] *= o->unimodal_strength * loss_share(s->skill[h], s->skill[0]);
+        factor[h] *= o->unimodal_strength * loss_share(s->skill[h], s->skill[0], best);
     if (o->reduction == REDUCE_MEAN) {
         double counted = 0.0;
         for (int64_t i = 0; i < B; i++)
