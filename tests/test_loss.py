@@ -531,7 +531,7 @@ def test_of_few_samples_none_are_held_out_unless_asked_for() -> None:
     fused, others, target = batch()
     held = int(held_out(torch.arange(12), 0.05).sum())
     assert held
-    for samples, share, expected in ((99, None, 0), (100, None, held), (99, 0.05, held)):
+    for samples, share, expected in ((119, None, 0), (120, None, held), (119, 0.05, held)):
         criterion = DynCIMLoss(
             nn.CrossEntropyLoss(),
             modalities=2,
@@ -672,7 +672,7 @@ def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None
     others = [logits, logits]
     logits.requires_grad_()
     criterion, generic = (
-        DynCIMLoss(nn.CrossEntropyLoss(), state=state),
+        DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.05),
         DynCIMLoss(lambda x, y: F.cross_entropy(x, y, reduction="none"), state=state),
     )
     calls: list[Callable[[], Tensor]] = [
