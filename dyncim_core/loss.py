@@ -20,7 +20,7 @@ __all__ = ["DynCIMLoss"]
 
 Reduction = Literal["mean", "sum", "none"]
 
-_ENOUGH_TO_HOLD_OUT = 120  # samples of which one in twenty tells something
+_ENOUGH_TO_HOLD_OUT = 120  # samples of which one in twenty tell something
 
 
 class DynCIMLoss(nn.Module):
@@ -32,7 +32,8 @@ class DynCIMLoss(nn.Module):
     itself shows label noise, favour easy samples while the model is incompetent, and leave
     classes as frequent as they are.
     The modality coefficients ``c`` favour modalities that lag behind the fusion, and
-    count those little that show on held-out samples next to nothing of what it knows.
+    count those little that show on held-out samples next to nothing of what it knows, and all of
+    them little as long as no head has learnt much.
     Both are detached. The paper (arXiv 2503.06456) names these parts; the formulas are
     definitions chosen here.
 
@@ -61,7 +62,7 @@ class DynCIMLoss(nn.Module):
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
-            less than 120 samples, of which so few tell next to nothing. It takes a per-sample
+            fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample
             memory and, in a call, what tells the samples apart, ``index=``, class indices, a
             cross-entropy and unimodal logits; in other calls, and with 0, everything is trained
             on, and is judged as well until something is held out. The loss of what is held out is

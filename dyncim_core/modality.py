@@ -361,15 +361,15 @@ def loss_shares(skill: Tensor) -> Tensor:
     """What each modality's own loss counts: less, the more fusion tells that it does not.
 
     ``max(0.1, (min(1, 3 max_h s_h) min(1, s_m / s_0))^2)``. An encoder is not to be trained for
-    what its modality cannot tell on its own, but for what fusion makes of it; and as long as no
-    head has learnt much, nothing shows yet what that will be. Definition chosen here.
+    what its modality cannot tell on its own, but for what fusion makes of it, which does not show
+    before some head has a skill of a third. Definition chosen here.
 
     Args:
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        ``[M]`` in [0.1, 1]; all alike as long as the fused head has no skill, and 1 where no head
-        has any, as where nothing is held out.
+        ``[M]`` in [0.1, 1]; all alike as long as the fused head has no skill, and all 1 as long
+        as no head has any, as where nothing is held out.
 
     Raises:
         ValueError: There is no modality (M = 0).

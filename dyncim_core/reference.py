@@ -798,11 +798,13 @@ def loss_shares(skill: ArrayLike) -> Array:
         skill: ``[M + 1]`` in [0, 1].
 
     Returns:
-        ``[M]`` in [0.1, 1]; alike for all where ``s_0`` is 0, and 1 where all are.
+        ``[M]`` in [0.1, 1]; all alike where ``s_0`` is 0, and all 1 where every skill is 0.
 
     Example:
         >>> loss_shares([0.8, 0.9, 0.4, 0.0]).round(4).tolist()
         [1.0, 0.25, 0.1]
+        >>> loss_shares([0.2, 0.2, 0.1]).round(4).tolist()
+        [0.36, 0.1]
     """
     s = np.asarray(skill, dtype=np.float64)
     _require_modalities(len(s) - 1)

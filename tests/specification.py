@@ -210,6 +210,32 @@ CASES: dict[str, dict[str, Any]] = {
     "weighted, more classes than are told apart": {"weighted": True, "classes": (0, 5, 1039)},
 }
 
+# Of the fused head and each modality, down to where their losses count least.
+SKILLS = [
+    [0.0, 0.0, 0.0],
+    [0.0, 0.2, 0.1],
+    [0.05, 0.05, 0.05],
+    [0.2, 0.2, 0.1],
+    [0.2, 0.05, 0.3],
+    [0.9, 0.1, 0.8],
+    [0.2, 0.1],
+]
+
+
+def run_at_skills(backend: Any, device: torch.device, skills: list[float]) -> tuple[Tensor, Array]:
+    """What the losses of modalities that are alike in all but skill count: got and expected."""
+    state = CurriculumState(len(skills) - 1)
+    state.skill.copy_(torch.tensor(skills))
+    joint = backend.curriculum(
+        [torch.zeros(4, 3, device=device)] * len(skills),
+        None,
+        Criterion(torch.zeros(4, dtype=torch.int64, device=device)),
+        state.to(device).averages(),
+        None,
+        Settings(0.0, None, 0.0, 1.0, False, state.decay, state.memory_decay, "sum"),
+    )
+    return joint.coefficient[1:, 0], ref.loss_shares(skills)
+
 
 def run(
     backend: Any,

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
-from specification import CASES, run
+from specification import CASES, SKILLS, run, run_at_skills
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -716,3 +716,13 @@ def test_a_run_is_that_of_the_specification(
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for name, actual, expected in run(module, torch.device("cpu"), **options):
         assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("skills", SKILLS, ids=str)
+def test_losses_count_by_skill(
+    backend: str, skills: list[float], request: pytest.FixtureRequest
+) -> None:
+    module = eager if backend == "eager" else request.getfixturevalue("native")
+    found, expected = run_at_skills(module, torch.device("cpu"), skills)
+    assert_allclose(found, expected, rtol=1e-6)

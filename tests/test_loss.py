@@ -667,12 +667,12 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
 
 
 def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None:
-    logits, labels, wrong = contradicted_task(100)
-    index, state = torch.arange(100), CurriculumState(2, num_samples=100)
+    logits, labels, wrong = contradicted_task(120)
+    index, state = torch.arange(120), CurriculumState(2, num_samples=120)
     others = [logits, logits]
     logits.requires_grad_()
     criterion, generic = (
-        DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.05),
+        DynCIMLoss(nn.CrossEntropyLoss(), state=state),
         DynCIMLoss(lambda x, y: F.cross_entropy(x, y, reduction="none"), state=state),
     )
     calls: list[Callable[[], Tensor]] = [
@@ -864,9 +864,9 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
         r"index: expected an int64 tensor, got torch.float32",
     ),
     "index out of range": (
-        lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12) + 90),
+        lambda c: c(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12) + 110),
         IndexError,
-        r"index: expected sample indices in \[0, 100\), got values from 90 to 101",
+        r"index: expected sample indices in \[0, 120\), got values from 110 to 121",
     ),
     "target out of range": (
         lambda c: c(FUSED, TARGET + 2, unimodal=OTHERS, index=torch.arange(12)),
@@ -885,7 +885,7 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
 def test_a_rejected_call_says_why_and_changes_nothing(
     call: Callable[[DynCIMLoss], Any], error: type[Exception], message: str
 ) -> None:
-    state = CurriculumState(["a", "b"], num_samples=100)
+    state = CurriculumState(["a", "b"], num_samples=120)
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
     train(criterion)
     before = buffers(criterion)
@@ -1043,7 +1043,7 @@ def test_gradients_accumulate_over_losses() -> None:
 
 def test_batch_sizes_do_not_compile_anew() -> None:
     """The second size makes the batch symbolic; from then on nothing is compiled."""
-    state = CurriculumState(2, num_samples=100)
+    state = CurriculumState(2, num_samples=120)
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
     fusion = GatedFusion([3, 3], state=state)
     counter = CompileCounter()

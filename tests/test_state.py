@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion
 from dyncim_core.kernels import eager
 
-SAMPLES = 100
+SAMPLES = 120
 CLASSES = 4
 
 
@@ -293,10 +293,10 @@ def test_modalities_are_settled_once() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"k": 0}, ValueError, r"k: expected a whole number in \[1, 100\], got 0"),
-        ({"k": 101}, ValueError, r"k: expected a whole number in \[1, 100\], got 101"),
-        ({"k": True}, ValueError, r"k: expected a whole number in \[1, 100\], got True"),
-        ({"k": 1.5}, ValueError, r"k: expected a whole number in \[1, 100\], got 1.5"),
+        ({"k": 0}, ValueError, r"k: expected a whole number in \[1, 120\], got 0"),
+        ({"k": 121}, ValueError, r"k: expected a whole number in \[1, 120\], got 121"),
+        ({"k": True}, ValueError, r"k: expected a whole number in \[1, 120\], got True"),
+        ({"k": 1.5}, ValueError, r"k: expected a whole number in \[1, 120\], got 1.5"),
         ({"modality": "x"}, ValueError, r"modality: expected one of \['a', 'b'\], got 'x'"),
         ({"modality": 2}, ValueError, r"modality: expected one of \['a', 'b'\], got 2"),
     ],

@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from specification import CASES as RUNS
+from specification import SKILLS, run_at_skills
 from specification import run as run_of_the_specification
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -313,6 +314,13 @@ def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
 def test_a_run_is_that_of_the_specification(options: dict[str, Any]) -> None:
     for name, actual, expected in run_of_the_specification(kernel, DEVICE, **options):
         assert_allclose(actual.cpu(), expected, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("skills", SKILLS, ids=str)
+@pytest.mark.usefixtures("passes")
+def test_losses_count_by_skill(skills: list[float]) -> None:
+    found, expected = run_at_skills(kernel, DEVICE, skills)
+    assert_allclose(found.cpu(), expected, rtol=1e-6)
 
 
 def test_the_hash_tells_what_is_held_out() -> None:

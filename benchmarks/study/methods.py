@@ -455,11 +455,11 @@ class EqualModalities(DynCIM):
 
 
 class WholeLosses(EqualModalities):
-    """Ablation: the losses of a modality count whatever its skill."""
+    """Ablation: the losses of a modality count whatever the skills."""
 
     @override
     def change(self, weights: Tensor) -> Tensor:
-        """Of each modality and sample, ``[M, B]``: without the share that skill leaves."""
+        """Of each modality and sample, ``[M, B]``: without the share that skills leave."""
         return weights / loss_shares(self.objective.state.skill).unsqueeze(1)
 
 

@@ -663,8 +663,9 @@ def _curriculum(
     if count > 1:
         ahead = _modality_coefficients(fused - log_quality, head, count)
         best = tl.max(tl.where(head < known, skill, 0.0), 0)
-        whole = tl.sum(tl.where(head == 0, skill, 0.0), 0)
-        part = tl.where(whole > 0, tl.minimum(skill / tl.where(whole > 0, whole, 1.0), 1.0), 1.0)
+        of_fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
+        part = tl.minimum(skill / tl.where(of_fused > 0, of_fused, 1.0), 1.0)
+        part = tl.where(of_fused > 0, part, 1.0)
         part *= tl.where(best > 0, tl.minimum(3.0 * best, 1.0), 1.0)
         ahead *= tl.maximum(part * part, _LEAST_LOSS)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
