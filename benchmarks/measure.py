@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from .cases import Step
 
+_TURN = 0.01  # seconds
+
 
 @dataclass
 class Timing:
@@ -27,16 +29,16 @@ class Timing:
 def compare(steps: Mapping[str, Step], device: str, seconds: float) -> dict[str, Timing]:
     """Time the contestants in turn, round after round; the first is the baseline.
 
-    A ratio is the median of those within a round, so that a slow minute hits all alike.
-    Fifteen rounds, or as few as five where steps are slow.
+    A ratio is the median of those within a round, so that a slow minute hits all alike. Turns
+    are as short as a clock allows, one call of a slow step, for as many rounds as there is time
+    for: fifteen long ones left several percent of noise.
     """
     once = {}
     for name, step in steps.items():
         _time(step, 2, device)  # warm up, compile
         once[name] = _time(step, 2, device)
-    rounds = min(15, max(5, int(seconds / sum(once.values()))))
-    share = seconds / rounds / len(steps)
-    calls = {name: max(1, int(share / elapsed)) for name, elapsed in once.items()}
+    calls = {name: max(1, int(_TURN / elapsed)) for name, elapsed in once.items()}
+    rounds = max(5, int(seconds / sum(calls[name] * once[name] for name in steps)))
     names = list(steps)
     times = np.empty((rounds, len(names)))
     for k in range(rounds):

@@ -264,7 +264,7 @@ def measure(plan: Plan, device: str) -> Tables:
         "dispatch": timed("dispatch", plan.dispatch, dispatch_steps, device, seconds),
         "fusion": timed("fusion", plan.fusion, fusion_steps, device, seconds),
         "inference": timed("inference", plan.fusion, inference_steps, device, seconds),
-        "training": timed("training", plan.training, training_steps, device, 8 * seconds),
+        "training": timed("training", plan.training, training_steps, device, 24 * seconds),
         "resources": [resources(cell, device) for cell in plan.resources],
     }
     if device == "cuda":
