@@ -21,6 +21,7 @@ from dyncim_core.loss import DynCIMLoss
 from dyncim_core.modality import (
     augmentation_rates,
     balance_factor,
+    calibration,
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
@@ -64,6 +65,7 @@ __all__ = [
     "augmentation_rates",
     "backends",
     "balance_factor",
+    "calibration",
     "contradiction",
     "credible_noise",
     "difficulty",

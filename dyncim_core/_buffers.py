@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
@@ -26,6 +27,16 @@ class KeepsDtype(nn.Module):
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         buffer.fill_(name in module._at_first_1)
+
+    def keep_dtype(self) -> None:
+        """Undo a cast that was not asked of the module, as of FSDP's ``MixedPrecision``.
+
+        It casts all buffers or none.
+        """
+        if next(iter(self._buffers.values())).dtype is not torch.float32:  # type: ignore[union-attr]
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    self._buffers[name] = buffer.float()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -13,7 +13,7 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Kernels, Learnt
+from dyncim_core.kernels.interface import Gate, Kernels, Learnt, with_memory
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import GROUPS, CurriculumState
 
@@ -32,8 +32,9 @@ class FusionOutput(NamedTuple):
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
             without any.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features, to add to the logits of a head over ``fused``; ``None`` without unimodal
-            logits. It is detached: unimodal heads learn from their own losses.
+            features and by its ``calibration``, to add to the logits of a head over ``fused``;
+            ``None`` without unimodal logits. It is detached: unimodal heads learn from their own
+            losses.
     """
 
     fused: Tensor
@@ -87,6 +88,8 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
+        calibration: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by; 1 as long as
+            nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
             before they are compared; ``None`` with less than three modalities, which never are.
 
@@ -108,7 +111,10 @@ class GatedFusion(KeepsDtype):
     """
 
     skill: Tensor
+    calibration: Tensor
     log_prior: Tensor | None
+
+    _at_first_1 = ("calibration",)
 
     def __init__(
         self,
@@ -151,6 +157,7 @@ class GatedFusion(KeepsDtype):
         if state is not None:
             self.follow(state)
         self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
+        self.register_buffer("calibration", torch.ones(len(widths), dtype=torch.float32))
         self.register_buffer(
             "log_prior", torch.zeros(GROUPS, dtype=torch.float32) if len(widths) > 2 else None
         )
@@ -216,15 +223,13 @@ class GatedFusion(KeepsDtype):
             logits = [x.detach() for x in logits]
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.skill, device)
+        self.keep_dtype()
         evidence, prior = logits, self.log_prior
         if evidence is None:  # all agree
             prior = None
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         if prior is not None and evidence[0].shape[1] > len(prior):
             prior = None
-        kernels = select(self.backend, evidence)
-        # What was asked for is for the logits; C takes the features that it can.
-        by = "eager" if kernels is eager else None
         there = present
         if present is not None:
             there = present.t().clone(memory_format=_IN_ORDER)
@@ -232,9 +237,16 @@ class GatedFusion(KeepsDtype):
         if self.training:
             _checks.check_first_pass("GatedFusion")
             learnt = self._learnt()
+            if learnt is not None:
+                self.calibration.copy_(learnt.calibration[1:])
             if self.swap or self.dropout:
                 chance = torch.rand((3, batch), dtype=torch.float32, device=device)
-        elif self.moments is not None:
+        kernels = select(
+            self.backend, evidence, others=(self.skill, prior, there, chance, *(learnt or ()))
+        )
+        # What was asked for is for the logits; C takes the features that it can.
+        by = "eager" if kernels is eager else None
+        if not self.training and self.moments is not None:
             penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams, by))
 
         gating = kernels.gate(
@@ -253,7 +265,9 @@ class GatedFusion(KeepsDtype):
         if rows is not None:
             streams = [x[row] for x, row in zip(streams, rows, strict=True)]
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
-        fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale)
+        fused, total = _mixed(
+            select(by, streams), streams, logits or (), gating.scale, self.calibration
+        )
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:
@@ -261,6 +275,7 @@ class GatedFusion(KeepsDtype):
         if state is None:
             return None
         _checks.check_device("state", state.skill, self.skill.device)
+        state.keep_dtype()
         held = state._buffers  # where Module.__getattr__, which is slow, would find them
         learnt = [held[name] for name in Learnt._fields]
         if torch.compiler.is_compiling():
@@ -292,13 +307,17 @@ _as_it_is_now.register_fake(torch.empty_like)
 
 
 def _mixed(
-    kernels: Kernels, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
+    kernels: Kernels,
+    streams: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    scale: Tensor,
+    calibration: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """``Kernels.mix``, differentiable for streams."""
     if kernels is eager:
-        return eager.mix(streams, logits, scale)
+        return eager.mix(streams, logits, scale, calibration)
     found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
-        (kernels, logits, scale), *streams
+        (kernels, logits, scale, calibration), *streams
     )
     return found
 
@@ -308,10 +327,10 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *streams: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernels, logits, scale = known
+        kernels, logits, scale, calibration = known
         ctx.known = kernels, [x.shape[-1] for x in streams], scale
         ctx.set_materialize_grads(False)
-        fused, total = kernels.mix(streams, logits, scale)
+        fused, total = kernels.mix(streams, logits, scale, calibration)
         if total is not None:
             ctx.mark_non_differentiable(total)
         return fused, total
@@ -324,7 +343,7 @@ class _Mixed(torch.autograd.Function):
         # With create_graph=True; and gradients in a batch, is_grads_batched=True, have no address.
         if torch.is_grad_enabled() or _in_a_batch(grad):
             kernels = eager
-        return (None, *kernels.unmix(grad, widths, scale))
+        return (None, *kernels.unmix(with_memory(grad), widths, scale))
 
 
 # Without what Function.apply does for functorch's transforms, which only plain PyTorch takes.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyncim_core import _checks
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Criterion, Kernels, Normaliser
+from dyncim_core.kernels.interface import Criterion, Kernels, Normaliser, with_memory
 
 __all__ = ["HeadStatistics", "differentiable", "head_statistics"]
 
@@ -86,7 +86,7 @@ def head_statistics(
     _checks.check_heads(logits, target)
     _checks.check_present(present, (len(logits), logits[0].shape[0]), logits[0].device)
     _checks.check_class_weight(weight, logits[0])
-    kernels = select(check_backend(backend), logits, target)
+    kernels = select(check_backend(backend), logits, target, (present, weight))
     criterion = Criterion(target, weight, ignore_index, label_smoothing)
     found = kernels.statistics(logits, present, criterion)
     loss, nll, entropy, distance = found.rows
@@ -145,6 +145,8 @@ class _Objective(torch.autograd.Function):
         coefficient, normaliser, kernels, guard = ctx.known
         target, weight, *logits = ctx.saved_tensors
         criterion = Criterion(target, weight, *ctx.options)
+        if kernels is not eager:
+            grad = with_memory(grad)
         grads = kernels.gradients(grad, coefficient, normaliser, logits, criterion, guard)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _OnceOnly.apply(*logits, *grads)  # type: ignore[no-untyped-call]

@@ -94,7 +94,7 @@ class DynCIMLoss(nn.Module):
         >>> target = torch.arange(8) % 4
         >>> loss = criterion(fused, target, unimodal={"audio": audio, "image": image})
         >>> loss
-        tensor(4.1590, grad_fn=<_ObjectiveBackward>)
+        tensor(4.1589, grad_fn=<_ObjectiveBackward>)
         >>> criterion.eval()(fused, target)
         tensor(1.3863, grad_fn=<NllLossBackward0>)
     """
@@ -235,7 +235,8 @@ class DynCIMLoss(nn.Module):
 
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
-        kernels = select(self.backend, heads, target)
+        weight = None if read is None else read.weight
+        kernels = select(self.backend, heads, target, (present, index, weight, *averages))
         if unimodal is not None and names is None:  # this call gives them their names
             self._settle(unimodal, kernels, heads, target, index)
             averages = state.averages()

@@ -21,6 +21,7 @@ from dyncim_core._units import own_share, per_log_classes
 __all__ = [
     "augmentation_rates",
     "balance_factor",
+    "calibration",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
@@ -286,6 +287,28 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
         tensor([0.7000, 0.5000])
     """
     return torch.lerp(skill.mean(dim=-1, keepdim=True), skill, own_share(samples))
+
+
+def calibration(nll: Tensor, entropy: Tensor) -> Tensor:
+    """What a head's logits are to be multiplied by, for it to be as sure as it is right.
+
+    ``min(1, H / NLL)``: predictions that are as often right as they say lose their entropy on
+    average, those of a head that knows its training set by heart far more. The idea is that of
+    temperature scaling ("On Calibration of Modern Neural Networks", arXiv 1706.04599); this
+    definition, which needs no fit, is chosen here.
+
+    Args:
+        nll: Average NLL of held-out samples in nats, any shape, >= 0.
+        entropy: Average entropy of the predictions for them in nats, same shape, >= 0.
+
+    Returns:
+        Same shape, in [0, 1]; 1 where both are 0.
+
+    Example:
+        >>> calibration(torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.6, 0.2, 0.0]))
+        tensor([1.0000, 0.2000, 1.0000])
+    """
+    return torch.where(nll > entropy, entropy / nll, 1.0)
 
 
 def witnesses(skill: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ class FeatureMoments(KeepsDtype):
         """
         if len(features[0]):
             streams, steps = self._pooled(features)
-            kernels = select(backend, streams)
-            kernels.observe(streams, steps, available, self._moments(), self.window)
+            moments = self._moments()
+            kernels = select(backend, streams, others=(available, *moments))
+            kernels.observe(streams, steps, available, moments, self.window)
 
     @torch.no_grad()
     def novelty(self, features: Sequence[Tensor], backend: str | None = None) -> Tensor:
@@ -76,10 +77,12 @@ class FeatureMoments(KeepsDtype):
             never varied.
         """
         streams, steps = self._pooled(features)
-        kernels = select(backend, streams)
-        return kernels.novelty(streams, steps, self._moments(), self.window)
+        moments = self._moments()
+        kernels = select(backend, streams, others=moments)
+        return kernels.novelty(streams, steps, moments, self.window)
 
     def _moments(self) -> Moments:
+        self.keep_dtype()
         return Moments(self.mass, self.total, self.scatter)
 
     def _pooled(self, features: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:

@@ -25,6 +25,7 @@ __all__ = [
     "HeadStatistics",
     "augmentation_rates",
     "balance_factor",
+    "calibration",
     "contradiction",
     "credible_noise",
     "difficulty",
@@ -730,6 +731,26 @@ def pooled_skill(skill: ArrayLike, samples: float) -> Array:
     return np.asarray((samples * s + 20.0 * s.mean()) / (samples + 20.0))
 
 
+def calibration(nll: ArrayLike, entropy: ArrayLike) -> Array:
+    """What a head's logits are to be multiplied by, ``min(1, H / NLL)``.
+
+    Definition chosen here.
+
+    Args:
+        nll: Average NLL of held-out samples in nats, >= 0.
+        entropy: Average entropy of the predictions for them in nats, same shape, >= 0.
+
+    Returns:
+        In [0, 1]; 1 where both are 0.
+
+    Example:
+        >>> calibration([0.5, 1.0, 0.0], [0.6, 0.2, 0.0]).tolist()
+        [1.0, 0.2, 1.0]
+    """
+    n, h = np.asarray(nll, dtype=np.float64), np.asarray(entropy, dtype=np.float64)
+    return np.minimum(1.0, np.divide(h, n, out=np.ones_like(n), where=n > 0.0))
+
+
 def witnesses(skill: ArrayLike) -> Mask:
     """Heads that are asked whether a label looks wrong: the fused one, ``s_m >= max_k s_k / 2``.
 
@@ -1045,7 +1066,7 @@ def _surprisal(logits: Array) -> Array:
 
 def _expectation(weights: Array, surprisal: Array) -> Array:
     """``sum_c weights_c * surprisal_c`` with ``0 * inf = 0``."""
-    return np.asarray((weights * np.where(weights > 0, surprisal, 0.0)).sum(axis=-1))
+    return np.asarray((weights * np.where(weights != 0, surprisal, 0.0)).sum(axis=-1))
 
 
 def _mean_over_heads(values: ArrayLike, present: ArrayLike | None) -> Array:

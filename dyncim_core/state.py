@@ -31,9 +31,8 @@ _PER_HEAD = (
     "quality",
     "seen",
     "skill",
-    "held_out_mass",
-    "held_out_hits",
-    "held_out_chance",
+    "calibration",
+    "held_out_averages",
 )
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
 
@@ -81,8 +80,9 @@ class CurriculumState(KeepsDtype):
             samples held out once there were any, before of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        held_out_mass, held_out_hits, held_out_chance, held_out_doubt: What it and
-            ``label_noise`` come from.
+        calibration: ``[M + 1]`` in [0, 1], what each head's logits are to be multiplied by for it
+            to be as sure of samples held out as it is right; 1 as long as there were none.
+        held_out_averages: ``[6, M + 1]``, what they and ``label_noise`` come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.
@@ -116,13 +116,11 @@ class CurriculumState(KeepsDtype):
     volatility: Tensor
     label_noise: Tensor
     skill: Tensor
+    calibration: Tensor
     log_class_average: Tensor
     class_seen: Tensor
     class_weight: Tensor
-    held_out_mass: Tensor
-    held_out_hits: Tensor
-    held_out_chance: Tensor
-    held_out_doubt: Tensor
+    held_out_averages: Tensor
     effective_share: Tensor
     step: Tensor
     seen: Tensor
@@ -131,7 +129,7 @@ class CurriculumState(KeepsDtype):
     memory_visits: Tensor
     memory_weight: Tensor
 
-    _at_first_1 = ("effective_share", "memory_weight")
+    _at_first_1 = ("effective_share", "memory_weight", "calibration")
 
     def __init__(
         self,
@@ -160,10 +158,8 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
         self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer("held_out_mass", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer("held_out_hits", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer("held_out_chance", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer("held_out_doubt", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("held_out_averages", torch.zeros(6, heads, dtype=torch.float32))
+        self.register_buffer("calibration", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("log_class_average", torch.zeros(GROUPS, dtype=torch.float32))
         self.register_buffer("class_seen", torch.zeros(GROUPS, dtype=torch.int64))
         self.register_buffer("class_weight", torch.zeros(GROUPS, dtype=torch.float32))
@@ -192,7 +188,8 @@ class CurriculumState(KeepsDtype):
             self.modalities = names
             for name in _PER_HEAD + (_PER_SAMPLE_AND_HEAD if self.num_samples else ()):
                 fused = getattr(self, name)
-                rest = fused.new_zeros((*fused.shape[:-1], len(names)))
+                shape = (*fused.shape[:-1], len(names))
+                rest = fused.new_full(shape, name in self._at_first_1)
                 setattr(self, name, torch.cat([fused, rest], dim=-1))
         elif self._numbered and len(names) == len(self.modalities):
             self.modalities = names
@@ -212,6 +209,7 @@ class CurriculumState(KeepsDtype):
 
     def averages(self) -> Buffers:
         """The running averages, for the kernels that update them in place."""
+        self.keep_dtype()
         held = self._buffers
         return Buffers(*[held[name] for name in Buffers._fields])  # type: ignore[arg-type]
 
@@ -284,7 +282,7 @@ class CurriculumState(KeepsDtype):
             ``quality/fused``, ``skill/fused``, and for each signal ``signal/NAME`` and
             ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
             ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
-            ``skill/NAME`` and ``modality_weight/NAME``.
+            ``skill/NAME``, ``calibration/NAME`` and ``modality_weight/NAME``.
 
         Example:
             >>> CurriculumState().summary()["signal_weight/stability"]  # doctest: +ELLIPSIS
@@ -310,6 +308,7 @@ class CurriculumState(KeepsDtype):
             values["redundancy"] = redundancy(self.log_quality, self.quality[0], self.skill)
             alpha = modality_weights(self.log_quality)
             for m, name in enumerate(self.modalities):
+                values[f"calibration/{name}"] = self.calibration[1 + m]
                 values[f"modality_weight/{name}"] = alpha[m]
         numbers = torch.stack([value.double() for value in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))

@@ -35,10 +35,8 @@ class Specification(SimpleNamespace):
             volatility=np.zeros(3),
             label_noise=0.0,
             skill=np.zeros(heads),
-            held_out_mass=np.zeros(heads),
-            held_out_hits=np.zeros(heads),
-            held_out_chance=np.zeros(heads),
-            held_out_doubt=0.0,
+            held_out_averages=np.zeros((6, heads)),
+            calibration=np.ones(heads),
             log_class_average=np.zeros(1024),
             class_seen=np.zeros(1024),
             class_weight=np.zeros(1024),
@@ -72,6 +70,7 @@ class Specification(SimpleNamespace):
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
         valid, heard = counts & finite & ~held, finite & held
+        lost = self._lost(found, mask, heard, settings)
         weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
         said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
         asked = mask & ref.witnesses(self.skill)[:, None]
@@ -79,8 +78,8 @@ class Specification(SimpleNamespace):
         self._take_in(found.nll, mask & valid, weights, signals)
         if heard.any():
             samples = settings.held_out * SAMPLES
-            self._listen(mask & heard, found.prediction, target, doubted, samples)
-        elif valid.any() and settings.held_out == 0.0 and self.held_out_mass[0] == 0.0:
+            self._listen(mask & heard, found.prediction, target, doubted, lost, samples)
+        elif valid.any() and settings.held_out == 0.0 and self.held_out_averages[0, 0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
         np.add.at(self.class_seen, target[valid] % 1024, 1)
         known = options["label_smoothing"] == 0.0 and self._classes <= 1024
@@ -124,22 +123,38 @@ class Specification(SimpleNamespace):
                 ref.prediction_stability(entropy, self._classes),
             ]
         )
-        shown = ref.trust(self.skill[: len(nll)])
-        pressure = ref.noise_pressure(self.label_noise, shown[0])
-        if settings.label_noise is not None:
-            pressure = ref.noise_pressure(settings.label_noise)
-        usual = np.where(self.seen > 0, -self.log_quality, np.inf)[: len(nll)]
+        strength, surprise = self._surprise(nll, entropy, present, settings)
         own = np.zeros(len(valid))
         own[valid] = ref.log_weights(
-            ref.surprise(nll, entropy, present, shown**2, usual),
+            surprise,
             ref.difficulty(signals, ref.volatility_weights(self.volatility)),
-            surprise_strength=settings.surprise_strength * float(pressure),
+            surprise_strength=strength,
             pacing_strength=settings.pacing_strength * (1.0 - float(self.quality[0])),
         )
         weights, self.log_class_average = ref.sample_weights(
             own, group, self.log_class_average, self._decay, valid
         )
         return weights, signals
+
+    def _surprise(
+        self, nll: Array, entropy: Array, present: Array, settings: Settings
+    ) -> tuple[float, Array]:
+        shown = ref.trust(self.skill[: len(nll)])
+        pressure = ref.noise_pressure(self.label_noise, shown[0])
+        if settings.label_noise is not None:
+            pressure = ref.noise_pressure(settings.label_noise)
+        usual = np.where(self.seen > 0, -self.log_quality, np.inf)[: len(nll)]
+        strength = settings.surprise_strength * float(pressure)
+        return strength, ref.surprise(nll, entropy, present, shown**2, usual)
+
+    def _lost(
+        self, found: ref.HeadStatistics, mask: Array, heard: Array, settings: Settings
+    ) -> list[Array]:
+        """NLL and entropy of samples held out, as far as their labels are believed."""
+        nll, entropy = (np.where(heard, x, 0.0) for x in (found.nll, found.entropy))
+        strength, surprise = self._surprise(nll, entropy, mask, settings)
+        believed = np.exp(np.maximum(-strength * surprise, -8.0))
+        return [believed * x for x in (nll, entropy)]
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
         first, second = self.seen[0] == 0, self.seen[0] == 1
@@ -161,21 +176,27 @@ class Specification(SimpleNamespace):
         self.quality = ref.quality(self.log_quality, self._classes)
 
     def _listen(
-        self, heard: Array, prediction: Array, target: Array, doubted: Array, samples: float
+        self,
+        heard: Array,
+        prediction: Array,
+        target: Array,
+        doubted: Array,
+        lost: list[Array],
+        samples: float,
     ) -> None:
         rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
-        self.held_out_mass += rate * (heard.mean(axis=1) - self.held_out_mass)
-        right = heard & (prediction == target)
-        self.held_out_hits += rate * (right.mean(axis=1) - self.held_out_hits)
         seen = self.class_seen[: min(self._classes, 1024)] + 1
-        chance = np.where(heard, (seen / seen.sum())[prediction % len(seen)], 0.0).mean(axis=1)
-        self.held_out_chance += rate * (chance - self.held_out_chance)
-        self.held_out_doubt += self._rate * ((heard[0] * doubted).mean() - self.held_out_doubt)
-        mass = self.held_out_mass
+        by_chance = (seen / seen.sum())[prediction % len(seen)]
+        said = [np.ones(heard.shape), prediction == target, by_chance, *lost]
+        said.append(np.broadcast_to(doubted, heard.shape))
+        for average, x in zip(self.held_out_averages, said, strict=True):
+            average += rate * (np.where(heard, x, 0.0).mean(axis=1) - average)
+        mass, hits, chance, nll, entropy, doubt = self.held_out_averages
+        self.calibration = ref.calibration(nll, entropy)
         some = np.where(mass > 0, mass, 1.0)
-        skill = ref.skill(self.held_out_hits / some, self.held_out_chance / some)
+        skill = ref.skill(hits / some, chance / some)
         self.skill = ref.pooled_skill(np.where(mass > 0, skill, skill[0]), samples)
-        self.label_noise = float(ref.credible_noise(self.held_out_doubt / mass[0], self.skill[0]))
+        self.label_noise = float(ref.credible_noise(doubt[0] / mass[0], self.skill[0]))
 
     def _remember(self, index: Array, nll: Array, counted: Array, weights: Array) -> None:
         for i, row in enumerate(index):

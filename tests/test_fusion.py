@@ -264,16 +264,18 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
     fusion = GatedFusion(WIDTHS, state=criterion.state)
     criterion.state.skill.copy_(torch.tensor([0.9, 0.36, 0.6, 0.7]))
+    criterion.state.calibration.copy_(torch.tensor([0.9, 0.3, 0.5, 1.0]))
     criterion.state.class_seen[:CLASSES] = torch.arange(CLASSES)
     criterion.state.class_weight.fill_(1.0)
     before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.skill, [0.36, 0.6, 0.7])
+    assert_allclose(fusion.calibration, [0.3, 0.5, 1.0])
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     kept = {name.partition(".")[0] for name in fusion.state_dict()}
-    assert kept == {"log_prior", "moments", "skill"}
+    assert kept == {"calibration", "log_prior", "moments", "skill"}
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
     criterion.state.reset_parameters()
@@ -641,7 +643,7 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
     kept = [name for name, _ in fusion.named_buffers(recurse=False)]
-    assert kept == ["skill", "log_prior"]
+    assert kept == ["skill", "calibration", "log_prior"]
 
 
 def state_that_saw(counts: list[int], weight: list[float]) -> CurriculumState:
@@ -806,8 +808,10 @@ def test_features_that_c_does_not_take_are_mixed_all_the_same(backend: str) -> N
 
 
 @pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
-@pytest.mark.parametrize("spoil", [torch.Tensor.half, lambda x: x.repeat(2)[::2]])
-def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any) -> None:
+def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them() -> None:
+    def spoil(x: Tensor) -> Tensor:
+        return x.repeat(2)[::2]
+
     features, unimodal = inputs()
     fusion = still(backend="native")
     fusion.skill.data = spoil(fusion.skill)
@@ -819,6 +823,25 @@ def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any
     with pytest.raises(TypeError, match="state: expected contiguous float32 buffers, got"):
         criterion(logits, target, unimodal=unimodal)
     assert criterion.state.step == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_behind_its_back_is_undone(dtype: torch.dtype) -> None:
+    """As FSDP's ``MixedPrecision`` casts the buffers of what it wraps."""
+    features, unimodal = inputs()
+    unimodal = {name: x.to(dtype) for name, x in unimodal.items()}
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES, num_samples=9)
+    fusion = GatedFusion(WIDTHS, state=criterion.state)
+    before = {name: x.dtype for m in (criterion, fusion) for name, x in m.named_buffers()}
+    for buffer in (*criterion.buffers(), *fusion.buffers()):
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.bfloat16()
+    logits = torch.randn(9, 4, dtype=dtype)
+    fusion(features, unimodal=unimodal)
+    criterion(logits, torch.arange(9) % 4, unimodal=unimodal, index=torch.arange(9))
+    fusion.eval()(features, unimodal=unimodal)
+    after = {name: x.dtype for m in (criterion, fusion) for name, x in m.named_buffers()}
+    assert after == before
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")

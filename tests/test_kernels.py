@@ -229,6 +229,7 @@ def test_native_gates_are_those_of_eager(
             skill * torch.linspace(1.0, 0.0 if novel else 0.8, 1 + modalities),
             torch.randint(3, (1024,), generator=generator) ** (9 if novel else 1) + (not novel),
             torch.rand(1024, generator=generator).sub(0.1).relu() if novel else torch.ones(1024),
+            torch.ones(1 + modalities),
         )
     settings = Gate(slope, 0.05, swap, dropout)
     ours, theirs = torch.linspace(0.0, 0.9, modalities).repeat(2, 1)
@@ -279,8 +280,10 @@ def test_native_mixes_as_eager_does(
         if logits:
             logits[0][0] = -math.inf
     grad = randn(*shape, 2 * sum(widths))[..., ::2]
+    calibration = torch.linspace(0.0, 1.0, modalities)
     actual, expected = (
-        (*b.mix(streams, logits, scale), *b.unmix(grad, widths, scale)) for b in (native, eager)
+        (*b.mix(streams, logits, scale, calibration), *b.unmix(grad, widths, scale))
+        for b in (native, eager)
     )
     assert len(actual) == len(expected) == 2 + modalities
     for ours, theirs in zip(actual, expected, strict=True):
@@ -298,7 +301,7 @@ def test_what_torch_spreads_over_threads_is_left_to_it(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_mix", None)
     streams = [randn(3, 4), randn(3, 5)]
-    fused, _ = native.mix(streams, [], scale)
+    fused, _ = native.mix(streams, [], scale, torch.ones(2))
     assert torch.equal(fused, torch.cat(streams, dim=1))
     found = native.unmix(fused, (4, 5), scale)
     assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=True))
@@ -401,7 +404,12 @@ def test_work_is_shared_between_threads(
         native.statistics(logits, None, Criterion(torch.full((50,), 99)))
     kept = [(torch.zeros(3), torch.zeros(1024)) for _ in range(2)]
     learnt = Learnt(
-        torch.zeros(4), torch.ones(4), torch.rand(4), state.class_seen, torch.rand(1024)
+        torch.zeros(4),
+        torch.ones(4),
+        torch.rand(4),
+        state.class_seen,
+        torch.rand(1024),
+        torch.ones(4),
     )
     settings = Gate(2.0, 0.05, 0.0, 0.0)
     gates, expected = (

@@ -656,13 +656,13 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
         assert not grad[held].any()
         assert_allclose(grad[~held], rest, rtol=1e-4, atol=1e-6)
     assert (whole.state.memory_weight[held] == 1.0).all()
-    assert whole.state.held_out_mass[0] > 0.0
+    assert whole.state.held_out_averages[0, 0] > 0.0
     assert whole.state.nonfinite > 0
     after = dict(part.state.named_buffers())
     for name, value in whole.state.named_buffers():
         if name.startswith("memory"):
             assert_allclose(value[~held], after[name][~held], rtol=1e-5, atol=1e-6)
-        elif not name.startswith(("held_out", "skill", "label_noise", "nonfinite")):
+        elif not name.startswith(("held_out", "skill", "calibration", "label_noise", "nonfinite")):
             assert_allclose(value, after[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -695,7 +695,7 @@ def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None
     calls[0]()
     assert state.label_noise > before
     criterion(logits, labels, unimodal=others, index=index)
-    assert state.held_out_mass[0] > 0.0
+    assert state.held_out_averages[0, 0] > 0.0
     assert_allclose(
         state.label_noise,
         wrong[held].float().mean() * min(1.0, 4.0 * float(state.skill[0])),

@@ -79,7 +79,7 @@ def test_hits_of_chance_are_no_skill_whatever_they_round_to(backend: str, classe
     guess[:, 0] = 1.0  # right once among all classes
     for _ in range(5):
         criterion(guess, target, unimodal=[guess, guess], index=index)
-        assert (state.held_out_hits > 0).all()
+        assert (state.held_out_averages[1] > 0).all()
         assert (state.skill == 0).all()
     gates = fusion([guess[:, :1].expand(-1, 2)] * 2, unimodal=[guess, guess]).gates
     assert_allclose(gates, 0.5)
@@ -324,7 +324,7 @@ def test_a_batch_of_nothing_but_held_out_samples_is_not_trained_on(
     assert not loss.any()
     assert not any(grad.any() for grad in torch.autograd.grad(loss.sum(), logits))
     assert not criterion.state.seen.any()
-    assert criterion.state.held_out_mass.all()
+    assert criterion.state.held_out_averages[0].all()
     rest = (~held_out(torch.arange(8), 0.3)).nonzero().squeeze(1)[:2]
     assert (criterion(logits[0], target, unimodal=logits[1:], index=rest) > 0.0).all()
 

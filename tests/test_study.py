@@ -306,8 +306,8 @@ class TestDynCIM:
         found = []
         for make in (methods.DynCIM, methods.WholeLosses):
             method = self.ungated(make)
-            method.state.held_out_mass.fill_(1.0)
-            method.state.held_out_hits.copy_(torch.tensor([0.9, 0.3, 0.7, 0.9]))
+            method.state.held_out_averages[0].fill_(1.0)
+            method.state.held_out_averages[1].copy_(torch.tensor([0.9, 0.3, 0.7, 0.9]))
             found.append(self.factors(method, steps=0))
         shares = dyncim_core.loss_shares(method.state.skill)
         assert shares.min() < 0.2

@@ -425,7 +425,8 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         known = torch.linspace(0.9, 0.8, 1 + modalities, device=DEVICE)  # redundant, for the most
         seen = torch.randint(4, 9, (1024,), generator=generator).to(DEVICE)
         seen[7] = 0
-        learnt = Learnt(0.1 * known.log(), quality, known, seen, seen.sqrt() + 0.1)
+        weight = seen.sqrt() + 0.1
+        learnt = Learnt(0.1 * known.log(), quality, known, seen, weight, torch.ones_like(known))
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)

@@ -31,6 +31,7 @@ from .models import (
     Network,
     OneModality,
     Specialists,
+    Uncalibrated,
     Uncounted,
     Unskilled,
 )
@@ -486,6 +487,11 @@ def no_novelty(state: CurriculumState) -> Fusion:
     return partial(Gated, state=state, novelty_slope=0.0)
 
 
+def no_calibration(state: CurriculumState) -> Fusion:
+    """Ablation: gated logits count in full, however sure of themselves."""
+    return partial(Uncalibrated, state=state)
+
+
 def attached_logits(state: CurriculumState) -> Fusion:
     """Variant: gated logits are not detached; unimodal heads learn from the fused loss too."""
     return partial(AttachedLogits, state=state)
@@ -603,6 +609,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/no-prior": Entry(partial(DynCIM, gate=no_prior)),
+    "dyncim/no-calibration": Entry(partial(DynCIM, gate=no_calibration)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),

@@ -176,7 +176,7 @@ class AttachedLogits(Gated):
     ) -> Tensor:
         """Fused logits."""
         fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
-        scale = relative_gates(gates.t()).unsqueeze(2)
+        scale = (relative_gates(gates.t()) * self.gates.calibration.unsqueeze(1)).unsqueeze(2)
         own = torch.stack(list(unimodal.values()))
         logits: Tensor = self.head(fused) + (scale * own).sum(dim=0)
         return logits
@@ -209,6 +209,23 @@ class Unskilled(Gated):
         """Fused logits."""
         (state,) = self._state
         state.skill.zero_()  # nobody has any, so that all count alike
+        return super().forward(features, unimodal, present)
+
+
+class Uncalibrated(Gated):
+    """``Gated`` whose gated logits count in full, however sure of themselves."""
+
+    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
+        super().__init__(modalities, head, state=state)
+        self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        (state,) = self._state
+        state.calibration.fill_(1.0)
         return super().forward(features, unimodal, present)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import cast
@@ -63,8 +63,15 @@ def check_backend(name: str | None) -> str | None:
     return name
 
 
-def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = None) -> Kernels:
+def select(
+    asked: str | None,
+    logits: Sequence[Tensor],
+    target: Tensor | None = None,
+    others: Iterable[Tensor | None] = (),
+) -> Kernels:
     """The kernels for a call: those asked for, or the fastest that take its tensors.
+
+    ``others`` is what else they read or write.
 
     Raises:
         RuntimeError: The backend asked for cannot take them.
@@ -75,7 +82,7 @@ def select(asked: str | None, logits: Sequence[Tensor], target: Tensor | None = 
     module = _load(name)[0]
     if module is None or name == "eager":
         return eager
-    reason = _unsuited(name, logits, target)
+    reason = _unsuited(name, logits, target, others)
     if reason is None:
         return cast(Kernels, module)
     if asked is None:
@@ -97,17 +104,23 @@ _DTYPES = {
     "triton": {torch.float32, torch.bfloat16, torch.float16},
 }
 _MAX_HEADS = 9
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-def _unsuited(name: str, logits: Sequence[Tensor], target: Tensor | None) -> str | None:
+def _unsuited(
+    name: str,
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    others: Iterable[Tensor | None],
+) -> str | None:
     """What keeps these tensors from a backend."""
     if torch._C._are_functorch_transforms_active():
         return "tensors under a function transform, which have no address"
     dtypes = _DTYPES[name]
+    kinds = {*map(type, logits), type(target), *map(type, others)} - _PLAIN - {type(None)}
+    if kinds:
+        return f"a {min(kind.__name__ for kind in kinds)}"
     for head in logits:
-        if type(head) not in _PLAIN:
-            return f"a {type(head).__name__}"
         if head.dtype not in dtypes:
             return f"logits of {head.dtype}"
         if head.is_neg():

@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 2 /* raised, as in native.py, when what a call passes changes */
+#define INTERFACE 3 /* raised, as in native.py, when what a call passes changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -323,6 +323,9 @@ static void scale(int64_t heads, int64_t batch, int64_t classes, const float *gr
         }
 }
 
+/* Averages of samples held out, of each head: the rows of held_out_averages. */
+enum { SEEN, HITS, CHANCE, NLL, ENTROPY, DOUBT, SAID };
+
 /* The running averages of a CurriculumState and its per-sample memory, updated in place. */
 typedef struct {
     int64_t heads; /* of the state: at least those of the batch */
@@ -330,7 +333,7 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out_mass, *held_out_hits, *held_out_chance, *held_out_doubt, *skill;
+    float *held_out[SAID], *skill, *calibration;
     float *log_class_average;
     int64_t *class_seen;
     float *class_weight;
@@ -387,7 +390,7 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
     double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
     double balance = -expm1(excess < 0.0 ? excess : 0.0);
     for (int64_t m = 0; m < modalities; m++)
-        out[m] = 1.0 + balance * ((double)modalities * alpha[m] / total - 1.0);
+        out[m] = (1.0 - balance) + balance * (double)modalities * alpha[m] / total;
 }
 
 /* What a modality's own loss counts, by its skill, that of the fused head and that of the best. */
@@ -407,8 +410,8 @@ static int is_held_out(int64_t index, uint64_t below) {
 
 /* What valid samples say, summed up. */
 typedef struct {
-    int64_t count, seen[MAX_HEADS], hits[MAX_HEADS];
-    double chance[MAX_HEADS]; /* hits to be had by chance */
+    int64_t count;
+    double said[SAID][MAX_HEADS]; /* of those held out */
     double contradicted, signal[SIGNALS], difficulty;
 } Tally;
 
@@ -449,25 +452,24 @@ static void listen(const Problem *p, const Tally *heard, double samples, State *
                    double decay) {
     double batch = (double)p->batch, own = samples / (samples + SAMPLES_OF_POOL), mean = 0.0;
     for (int64_t h = 0; h < p->heads; h++) {
-        if (heard->seen[h]) { /* else it fades to nothing, and its share of hits with it */
-            average(s->held_out_mass + h, (double)heard->seen[h] / batch, 0, decay);
-            average(s->held_out_hits + h, (double)heard->hits[h] / batch, 0, decay);
-            average(s->held_out_chance + h, heard->chance[h] / batch, 0, decay);
-        }
-        double hit_rate = s->held_out_hits[h] / (double)s->held_out_mass[h];
-        double chance = s->held_out_chance[h] / (double)s->held_out_mass[h];
+        /* Of a modality that was not heard they stay, or they would fade to nothing. */
+        for (int k = 0; heard->said[SEEN][h] > 0.0 && k < SAID; k++)
+            average(s->held_out[k] + h, heard->said[k][h] / batch, 0, decay);
+        double mass = s->held_out[SEEN][h], chance = s->held_out[CHANCE][h] / mass;
+        double hit_rate = s->held_out[HITS][h] / mass;
+        double nll = s->held_out[NLL][h], entropy = s->held_out[ENTROPY][h];
+        s->calibration[h] = nll > entropy ? (float)(entropy / nll) : 1.0f;
         double error = 1.0 - chance > SMALLEST_ERROR ? 1.0 - chance : SMALLEST_ERROR;
         double skill = (hit_rate - chance) / error;
         skill = skill < 1.0 ? skill : 1.0;
         /* A modality never heard counts as equal to the fusion, which favours neither side. */
         if (skill <= SMALLEST_SKILL) skill = 0.0;
-        s->skill[h] = s->held_out_mass[h] > 0.0f ? (float)skill : s->skill[0];
+        s->skill[h] = mass > 0.0 ? (float)skill : s->skill[0];
         mean += s->skill[h] / (double)p->heads;
     }
     for (int64_t h = 0; h < p->heads; h++)
         s->skill[h] = (float)(own * s->skill[h] + (1.0 - own) * mean);
-    average(s->held_out_doubt, heard->contradicted / batch, 0, decay);
-    double contradicted = *s->held_out_doubt / (double)s->held_out_mass[0];
+    double contradicted = s->held_out[DOUBT][0] / (double)s->held_out[SEEN][0];
     *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
 }
 
@@ -580,16 +582,23 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             hard += share[k] * says[k];
         }
         t->count++;
-        if (signals.agree[r] && found->prediction[here] != y) t->contradicted += signals.doubt[r];
+        int contradicts = signals.agree[r] && found->prediction[here] != y;
+        double doubt = contradicts ? signals.doubt[r] : 0.0;
+        t->contradicted += doubt;
         log_weight[i] = (float)-rho * signals.surprise[r];
         difficulty[i] = (float)hard;
-        t->difficulty += hard;
+        t->difficulty += difficulty[i];
+        double believed = held[i] ? exp(clamp(log_weight[i], -LARGEST_LOG_WEIGHT, 0.0)) : 0.0;
         for (int64_t h = 0; held[i] && h < H; h++)
             if (!p->present || p->present[h * B + i]) {
                 int64_t prediction = found->prediction[h * found->near + here];
-                t->seen[h]++;
-                t->hits[h] += prediction == y;
-                t->chance[h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
+                float lost = nll[h * B + i] < LARGEST_NLL ? nll[h * B + i] : LARGEST_NLL;
+                t->said[SEEN][h] += 1.0;
+                t->said[HITS][h] += prediction == y;
+                t->said[CHANCE][h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
+                t->said[NLL][h] += believed * lost;
+                t->said[ENTROPY][h] += believed * found->entropy[h * found->near + here];
+                t->said[DOUBT][h] += doubt;
             }
     }
     const Tally *rest = tally, *heard_of = tally + 1;
@@ -624,13 +633,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         double effective = sums[0][0] * sums[0][0] / (sums[0][2] * some);
         average(s->effective_share, effective, first, o->decay);
         for (int k = 0; k < SIGNALS; k++) {
-            double now = rest->signal[k] / some, before = s->signal_mean[k];
+            /* as it is kept, so that what stands still does not change */
+            double now = (float)(rest->signal[k] / some), before = s->signal_mean[k];
             double change = first ? 0.0 : fabs(now - before) / (fabs(before) + 1e-3);
             average(s->volatility + k, change, second, o->decay);
             average(s->signal_mean + k, now, first, o->decay);
         }
         /* Once any was held out, those trained on, known by heart, are not asked for it. */
-        if (!holds_out && s->held_out_mass[0] == 0.0f)
+        if (!holds_out && s->held_out[SEEN][0] == 0.0f)
             average(s->label_noise, rest->contradicted / some, 0, o->decay);
     }
     if (heard_of->count) listen(p, heard_of, o->held_out * (double)s->samples, s, o->decay);
@@ -657,6 +667,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         for (int64_t h = 0; h < H; h++)
             if ((weighed[i] || heard[i]) && (!p->present || p->present[h * B + i])) {
                 float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
+                now = now < LARGEST_NLL ? now : LARGEST_NLL;
                 int32_t *visits = s->memory_visits + row * s->heads + h;
                 average(mean, now, *visits == 0, o->memory_decay);
                 *visits += 1;
@@ -682,10 +693,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t i = 0; i < B; i++)
         used[i] = held[i] || (o->skip_nonfinite && !weighed[i]) ? 0.0f : weight[i];
-    int guard = p->present || may_skip;
     for (int64_t h = 0; h < H; h++)
         sum += rows_of.coefficients(of_head(p, h, used, part), (float)(factor[h] * scale),
-                                    loss + h * B, guard, B, coefficient + h * B,
+                                    loss + h * B, may_skip, B, coefficient + h * B,
                                     o->reduction == REDUCE_NONE ? value : NULL);
     if (o->reduction != REDUCE_NONE) *value = (float)sum;
     free(scratch);
@@ -874,12 +884,12 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
         }
 }
 
-/* Logits, [B, C], times their factors, [M, B], added up. */
+/* Logits, [B, C], times their factors, [M, B], and those of their modalities, [M], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor) {
+                       const float *factor, const float *calibration) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
-            float *part = logits[m] + i * classes, f = factor[m * B + i];
+            float *part = logits[m] + i * classes, f = factor[m * B + i] * calibration[m];
             if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
@@ -1070,6 +1080,7 @@ static PyObject *py_gradients(PyObject *self, PyObject *const *args, Py_ssize_t 
     float *out[MAX_HEADS];
     addresses(args[6], out);
     if (PyErr_Occurred()) return NULL;
+    if (!target_fits(&p)) return answer(0, "target"); /* whoever shares its memory may write it */
     Py_BEGIN_ALLOW_THREADS
     if (lse) {
         gradients(&p, grad, head_stride, sample_stride, coefficient, lse, guard, out);
@@ -1110,8 +1121,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[17];
-    for (int k = 0; k < 17; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[15];
+    for (int k = 0; k < 15; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1122,14 +1133,13 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.effective_share = address(of[6]);
     s.step = address(of[7]);
     s.nonfinite = address(of[8]);
-    s.held_out_mass = address(of[9]);
-    s.held_out_hits = address(of[10]);
-    s.held_out_chance = address(of[11]);
-    s.held_out_doubt = address(of[12]);
-    s.skill = address(of[13]);
-    s.log_class_average = address(of[14]);
-    s.class_seen = address(of[15]);
-    s.class_weight = address(of[16]);
+    float *held_out = address(of[9]);
+    for (int k = 0; k < SAID; k++) s.held_out[k] = held_out + k * heads;
+    s.skill = address(of[10]);
+    s.calibration = address(of[11]);
+    s.log_class_average = address(of[12]);
+    s.class_seen = address(of[13]);
+    s.class_weight = address(of[14]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));
@@ -1238,7 +1248,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
 /* With `backward`, streams are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 10)) return NULL;
+    if (!arguments_are(count, 11)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1248,12 +1258,12 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
         width[m] = integer(PyList_GetItem(args[2], m));
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *sum = address(args[7]);
-    const float *scale = address(args[8]);
-    int backward = PyObject_IsTrue(args[9]);
+    const float *scale = address(args[8]), *calibration = address(args[9]);
+    int backward = PyObject_IsTrue(args[10]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, calibration);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

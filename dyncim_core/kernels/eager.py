@@ -34,6 +34,7 @@ from dyncim_core.kernels.interface import (
 )
 from dyncim_core.modality import (
     augmentation_rates,
+    calibration,
     loss_shares,
     modality_coefficients,
     pooled_skill,
@@ -306,7 +307,9 @@ def weigh(
         chance = frequency(found.prediction, num_classes, buffers)
         assert memory is not None  # noqa: S101
         samples = settings.held_out * len(memory.nll)
-        listen(heard, right, chance, doubted, samples, buffers, settings.decay)
+        believed = log_weight.exp()  # of those held out, for their surprise alone
+        said = right, chance, nll * believed, entropy * believed, doubted
+        listen(heard, said, samples, buffers, settings.decay)
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
@@ -337,9 +340,8 @@ def weigh(
         mass = number
         if criterion.weight is not None and not target.is_floating_point():
             # the mean of cross-entropy is over class weights
-            mass = torch.where(
-                trained, criterion.weight[torch.where(trained, target, 0)], 0.0
-            ).sum()
+            of_sample = criterion.weight.to(weights.dtype)[torch.where(trained, target, 0)]
+            mass = torch.where(trained, of_sample, 0.0).sum()
         if held is not None or settings.skip_nonfinite:  # of a batch left out as a whole, 0
             mass = torch.where(mass != 0, mass, (counts ^ trained).sum())
         weights = weights / mass
@@ -389,37 +391,28 @@ def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
 
 
 def listen(
-    heard: Tensor,
-    right: Tensor,
-    chance: Tensor,
-    contradicted: Tensor,
-    samples: float,
-    buffers: Buffers,
-    decay: float,
+    heard: Tensor, said: Sequence[Tensor], samples: float, buffers: Buffers, decay: float
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
-    ``heard`` and ``right``, ``[M + 1, B]``, tell which of them a head sees, and what it predicts;
-    ``chance``, how often it would by chance; ``samples``, how many there are in all.
+    ``heard``, ``[M + 1, B]``, tells which of them a head sees; ``said``, each ``[M + 1, B]`` or
+    ``[B]``, whether it is right and how often it would be by chance, its NLL and entropy, and how
+    far the label is contradicted; ``samples``, how many there are in all.
     """
-    kind, heads = buffers.skill.dtype, len(heard)
-    said = [heard, heard & right, torch.where(heard, chance, 0.0)]
-    doubted = torch.where(heard[:1], contradicted, 0.0)
-    shares = torch.cat([*said, doubted]).sum(dim=1, dtype=kind) / max(heard.shape[1], 1)
-    held, hits, by_chance, doubt = torch.split(shares, [heads, heads, heads, 1])
-    some = held.sign()  # 0 where nothing is heard, of a modality or at all
-    rate = some * (1.0 - decay)
-    mass = buffers.held_out_mass.lerp_(held, rate)
-    hits = buffers.held_out_hits.lerp_(hits, rate)
-    by_chance = buffers.held_out_chance.lerp_(by_chance, rate)
-    doubt = buffers.held_out_doubt.lerp_(doubt[0], rate[0])
-    mass_or_tiny = mass.clamp_min(torch.finfo(kind).tiny)
-    known = skill(hits / mass_or_tiny, by_chance / mass_or_tiny)
+    kind = buffers.skill.dtype
+    rows = torch.stack([heard, *(x.expand_as(heard) for x in said)])
+    shares = torch.where(heard, rows, 0.0).sum(dim=2, dtype=kind) / max(heard.shape[1], 1)
+    some = shares[0].sign()  # 0 where nothing is heard, of a modality or at all
+    averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
+    mass = averages[0]
+    means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
+    hit_rate, chance, nll, entropy, contradicted = means.unbind()
+    known = skill(hit_rate, chance)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
-    noise = credible_noise(doubt / mass_or_tiny[0], known[0])
-    buffers.label_noise.lerp_(noise, some[0])
+    buffers.calibration.copy_(calibration(nll, entropy))
+    buffers.label_noise.lerp_(credible_noise(contradicted[0], known[0]), some[0])
 
 
 def take_in(
@@ -458,7 +451,7 @@ def take_in(
     if contradicted is not None:
         # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
         # Once any sample was held out, those trained on, known by heart, are not asked for it.
-        doubt, heard = contradicted.sum() / some, buffers.held_out_mass[0] > 0.0
+        doubt, heard = contradicted.sum() / some, buffers.held_out_averages[0, 0] > 0.0
         buffers.label_noise.lerp_(doubt.to(kind), torch.where(heard, 0.0, steps))
 
     mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(tiny)
@@ -776,16 +769,17 @@ def _truth(criterion: Criterion, dtype: torch.dtype) -> _Indices | _Probabilitie
 
 
 def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
-    return -torch.where(truth > 0, truth * log_probs, 0.0).sum(dim=2)
+    return -torch.where(truth != 0, truth * log_probs, 0.0).sum(dim=2)
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, calibration: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
+    scale = scale * calibration.unsqueeze(1)
     return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
 
 

@@ -21,12 +21,18 @@ __all__ = [
     "Normaliser",
     "Settings",
     "Statistics",
+    "with_memory",
 ]
 
 
 # What kernels save for their gradients, if anything: normalisers of the softmaxes; or what the
 # gradients are made in, which the first backward takes out of its box for good.
 Normaliser = Tensor | list[tuple[Tensor, ...]] | None
+
+
+def with_memory(grad: Tensor) -> Tensor:
+    """A gradient that has an address, which the zeros that autograd makes for free lack."""
+    return grad.clone() if grad._is_zerotensor() else grad
 
 
 class Criterion(NamedTuple):
@@ -52,11 +58,11 @@ class Statistics(NamedTuple):
 class Buffers(NamedTuple):
     """The running averages of a ``CurriculumState``, updated in place.
 
-    Of samples held out, averages that start at 0, of shares of a batch: ``held_out_mass``
-    ``[M + 1]``, held out and seen by a head, of them ``held_out_hits`` ``[M + 1]``, predicted by
-    it, ``held_out_chance`` ``[M + 1]``, to be predicted by chance, and ``held_out_doubt``,
-    contradicted by all heads. ``skill`` ``[M + 1]`` follows from them, and so does
-    ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
+    ``held_out_averages`` ``[6, M + 1]`` start at 0. They are over the samples of a batch, 0 but
+    for those that are held out and that a head sees, of 1, of what it predicts, of what it would
+    by chance, of its NLL and its entropy in nats, both by how far the label is believed, and of
+    how far all heads contradict the label. ``skill`` and ``calibration``, ``[M + 1]``, follow from
+    them, and so does ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
     the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the
     classes, 1 without; 0 where predictions do not follow the frequency of the classes, as with
@@ -72,11 +78,9 @@ class Buffers(NamedTuple):
     effective_share: Tensor
     step: Tensor
     nonfinite: Tensor
-    held_out_mass: Tensor
-    held_out_hits: Tensor
-    held_out_chance: Tensor
-    held_out_doubt: Tensor
+    held_out_averages: Tensor
     skill: Tensor
+    calibration: Tensor
     log_class_average: Tensor
     class_seen: Tensor
     class_weight: Tensor
@@ -138,6 +142,7 @@ class Learnt(NamedTuple):
     skill: Tensor
     class_seen: Tensor
     class_weight: Tensor
+    calibration: Tensor
 
 
 class Gating(NamedTuple):
@@ -196,7 +201,8 @@ class Kernels(Protocol):
     ) -> Curriculum:
         """Weigh the samples by what the state knows; then take the batch into the state.
 
-        Samples held out have value and coefficient 0, and tell of skill and label noise. A
+        Samples held out have value and coefficient 0, and tell of skill, calibration and label
+        noise. A
         batch of nothing else has value 0.
         """
 
@@ -234,12 +240,17 @@ class Kernels(Protocol):
         """
 
     def mix(
-        self, streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
+        self,
+        streams: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        scale: Tensor,
+        calibration: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Streams, scaled and next to each other; logits, scaled and added up, if any.
 
-        Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``. Where one is
-        0, so is what it scales, whatever that holds.
+        Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``, those of
+        logits times ``calibration``, ``[M]``. Where one is 0, so is what it scales, whatever that
+        holds.
         """
 
     def unmix(self, grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 2  # raised, as in _native.c, when what a call passes changes
+_INTERFACE = 3  # raised, as in _native.c, when what a call passes changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 
@@ -155,9 +155,11 @@ def gradients(
     )
     if isinstance(normaliser, Tensor):
         held = grad, coefficient, normaliser, grads
-        _in_parts(_native.gradients, problem, held, *arguments)
+        rejected = _in_parts(_native.gradients, problem, held, *arguments)
     else:
-        _native.gradients(*problem.whole, *arguments)
+        rejected = _native.gradients(*problem.whole, *arguments)
+    if rejected:
+        raise _out_of_range(rejected, problem, None)
     return grads
 
 
@@ -205,16 +207,17 @@ def gate(
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, calibration: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     widths = [x.shape[-1] for x in streams]
     if _torch_spreads(sum(map(Tensor.numel, streams))):
-        return eager.mix(streams, logits, scale)
+        return eager.mix(streams, logits, scale, calibration)
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _mix(streams, widths, fused, scale, logits, total)
+    _check_kept("calibration", calibration)
+    _mix(streams, widths, fused, scale, logits, total, calibration)
     return fused, total
 
 
@@ -244,6 +247,7 @@ def _mix(
     scale: Tensor,
     logits: Sequence[Tensor] = (),
     total: Tensor | None = None,
+    calibration: Tensor | None = None,
     backward: bool = False,
 ) -> None:
     _native.mix(
@@ -256,6 +260,7 @@ def _mix(
         fused.data_ptr(),
         0 if total is None else total.data_ptr(),
         scale.data_ptr(),
+        0 if calibration is None else calibration.data_ptr(),
         backward,
     )
 

@@ -490,10 +490,10 @@ def _curriculum(
     seen = tl.load(buffers.seen + head, mask=head < known, other=0)
     log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
     log_quality = log_quality.to(tl.float32)
-    held_mass = tl.load(buffers.held_out_mass + head, mask=head < known, other=0.0)
-    held_hits = tl.load(buffers.held_out_hits + head, mask=head < known, other=0.0)
-    held_chance = tl.load(buffers.held_out_chance + head, mask=head < known, other=0.0)
-    held_doubt = tl.load(buffers.held_out_doubt)
+    averages: tl.tuple = ()
+    for k in tl.static_range(6):
+        at = buffers.held_out_averages + k * known + head
+        averages += (tl.load(at, mask=head < known, other=0.0),)
     each = tl.arange(0, groups)
     smoothed = tl.load(buffers.class_seen + each, mask=each < classes, other=-1) + 1
     trained_on = tl.sum(smoothed, 0).to(tl.float32)
@@ -520,13 +520,13 @@ def _curriculum(
     if below is not None:
         hearing = (memory.rows, below, asked_heads, head_weight, usual)
     plane = tl.zeros([heads, samples], tl.float32)
-    listened, hits, chance = plane, plane, plane
+    said: tl.tuple = (plane, plane, plane, plane, plane, plane)
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     left_out = zero
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, kept, valid, held, heard, signal, difficulty, _, doubt = _signals(
+        nll, here, kept, valid, held, heard, signal, difficulty, surprise, doubt = _signals(
             found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
         )
         summed: tl.tuple = ()
@@ -551,10 +551,18 @@ def _curriculum(
             asked = heard
             left_out += held.to(tl.float32)
             asked_here = here & heard[None, :]
-            listened += asked_here.to(tl.float32)
-            hits += (asked_here & (prediction == y[None, :])).to(tl.float32)
             of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
-            chance += (of_class + 1).to(tl.float32) / trained_on
+            believed = tl.exp(_log_weight(rho * surprise, 0.0))[None, :]
+            entropy = tl.load(found.rows + 2 * count * batch + at, mask=here, other=0.0)
+            doubted = tl.where(agree & (fused != y), doubt, 0.0)[None, :]
+            said = (
+                said[0] + asked_here.to(tl.float32),
+                said[1] + (asked_here & (prediction == y[None, :])).to(tl.float32),
+                said[2] + (of_class + 1).to(tl.float32) / trained_on,
+                said[3] + tl.where(asked_here, believed * nll, 0.0),
+                said[4] + tl.where(asked_here, believed * entropy, 0.0),
+                said[5] + tl.where(asked_here, doubted, 0.0),
+            )
         contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
         if skip:
             left_out += (kept & (valid == 0)).to(tl.float32)
@@ -620,13 +628,13 @@ def _curriculum(
         _average(buffers.signal_mean + k, now, first_rate)
     if below is None:
         # Once any was held out, those trained on, known by heart, are not asked for it.
-        doubt_rate = tl.where(tl.sum(tl.where(head == 0, held_mass, 0.0), 0) > 0, 0.0, rate)
+        doubt_rate = tl.where(tl.sum(tl.where(head == 0, averages[0], 0.0), 0) > 0, 0.0, rate)
         _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
     else:
         skill = _listen(
             buffers,
-            (held_mass, held_hits, held_chance, held_doubt),
-            (tl.sum(listened, 1), tl.sum(hits, 1), tl.sum(chance, 1), tl.sum(contradicted, 0)),
+            averages,
+            said,
             tl.maximum(batch, 1),
             1.0 - decays[0],
             own_skill,
@@ -755,8 +763,8 @@ def _average(at: tl.tensor, value: tl.tensor, rate: tl.tensor) -> None:
 @_jit
 def _listen(
     buffers: tl.tuple,
-    before: tl.tuple,
-    found: tl.tuple,
+    averages: tl.tuple,
+    said: tl.tuple,
     batch: tl.tensor,
     rate: tl.tensor,
     own: tl.tensor,
@@ -764,13 +772,17 @@ def _listen(
     known: tl.constexpr,
 ) -> tl.tensor:
     """Take in what heads say about samples that they were never trained on; their skills."""
-    some = tl.sum(tl.where(head == 0, found[0], 0.0), 0) > 0
+    seen = tl.sum(said[0], 1)
+    some = tl.sum(tl.where(head == 0, seen, 0.0), 0) > 0
     # Of a modality that was not heard they stay, or they would fade to nothing.
-    heads_rate = tl.where(found[0] > 0, rate, 0.0)
-    mass = before[0] + heads_rate * (found[0] / batch - before[0])
-    hits = before[1] + heads_rate * (found[1] / batch - before[1])
-    chance = before[2] + heads_rate * (found[2] / batch - before[2])
-    doubt = before[3] + tl.where(some, rate, 0.0) * (found[3] / batch - before[3])
+    rate = tl.where(seen > 0, rate, 0.0)
+    moved: tl.tuple = ()
+    for k in tl.static_range(6):
+        moved += (averages[k] + rate * (tl.sum(said[k], 1) / batch - averages[k]),)
+        at = buffers.held_out_averages + k * known + head
+        tl.store(at, moved[k], mask=head < known)
+    mass, hits, chance, nll, entropy, contradicted = moved
+    calibration = tl.where(nll > entropy, entropy / tl.where(nll > 0, nll, 1.0), 1.0)
     positive = tl.maximum(mass, 1e-30)
     error = tl.maximum(1.0 - chance / positive, _SMALLEST_ERROR)
     skill = tl.minimum((hits - chance) / positive / error, 1.0)
@@ -780,13 +792,11 @@ def _listen(
     skill = tl.where(mass > 0, skill, fused)
     skill = own * skill + (1.0 - own) * tl.sum(tl.where(head < known, skill, 0.0), 0) / known
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
-    noise = doubt / tl.sum(tl.where(head == 0, positive, 0.0), 0) * tl.minimum(4.0 * fused, 1.0)
+    noise = tl.sum(tl.where(head == 0, contradicted / positive, 0.0), 0)
+    noise *= tl.minimum(4.0 * fused, 1.0)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
-    tl.store(buffers.held_out_mass + head, mass, mask=head < known)
-    tl.store(buffers.held_out_hits + head, hits, mask=head < known)
-    tl.store(buffers.held_out_chance + head, chance, mask=head < known)
-    tl.store(buffers.held_out_doubt, doubt)
+    tl.store(buffers.calibration + head, calibration, mask=head < known)
     tl.store(buffers.skill + head, skill, mask=head < known)
     return skill
 
