@@ -635,6 +635,24 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
 
+@each_backend
+def test_logits_count_by_their_calibration(backend: str) -> None:
+    state = CurriculumState(NAMES)
+    features, unimodal = inputs()
+    fusion = GatedFusion(WIDTHS, state=state, dropout=0.0, backend=backend)
+    before, gates, _ = fusion(features, unimodal=unimodal)
+    state.calibration.copy_(torch.tensor([0.9, 0.25, 1.0, 0.0]))
+    fused, _, logits = fusion(features, unimodal=unimodal)
+    assert torch.equal(fused, before)
+    scale = ref.relative_gates(gates.t().numpy()) * np.array([0.25, 1.0, 0.0])[:, None]
+    total = sum(s[:, None] * x.numpy() for s, x in zip(scale, unimodal.values(), strict=True))
+    assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
+    state.reset_parameters()
+    assert_allclose(fusion.eval()(features, unimodal=unimodal).logits, total, rtol=1e-4, atol=1e-5)
+    fusion.reset_parameters()
+    assert (fusion.calibration == 1.0).all()
+
+
 def test_what_it_keeps_stays_in_float32() -> None:
     for module in (still().half(), still().double(), still().to(torch.bfloat16)):
         assert {x.dtype for x in module.buffers()} == {torch.float32}

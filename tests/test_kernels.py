@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -557,6 +558,24 @@ def test_a_rejected_call_leaves_the_state_alone(native: ModuleType) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("ahead", [True, False])
+def test_labels_that_change_before_the_backward_are_checked_again(
+    native: ModuleType, ahead: bool
+) -> None:
+    """Autograd does not notice a change through memory that a tensor shares."""
+    labels = np.array([1, 0, 2, 0])
+    leaf = randn(4, 3).requires_grad_()
+    if ahead:  # kept, unless a head wants no gradient
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), backend="native")
+        loss = criterion(leaf, torch.from_numpy(labels), unimodal=[randn(4, 3)])
+    else:
+        found = head_statistics([leaf, leaf], torch.from_numpy(labels), backend="native")
+        loss = found.loss.sum()
+    labels[:] = 10**9
+    with pytest.raises(IndexError, match="target: expected class indices in"):
+        loss.backward()
+
+
 def test_native_holds_out_what_the_hash_says(native: ModuleType) -> None:
     state, index = CurriculumState(1, num_samples=2**18), torch.arange(2**18)
     settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "sum", 0.05)
@@ -624,6 +643,10 @@ print(dyncim_core.backends()["native"])
     assert "install the package again" in ran.stdout
 
 
+class Subclass(Tensor):
+    """What may have no memory of its own, as a ``DTensor``."""
+
+
 LOGITS, TARGET = [torch.zeros(2, 3)], torch.tensor([0, 1])
 
 
@@ -641,6 +664,9 @@ def test_a_call_takes_the_kernels_that_fit_its_tensors(native: ModuleType) -> No
         assert kernels.select(None, logits, target) is eager
     with FakeTensorMode():
         assert kernels.select(None, [torch.zeros(2, 3)], TARGET) is eager
+    assert kernels.select(None, LOGITS, TARGET, (None, nn.Parameter(torch.ones(3)))) is native
+    assert kernels.select(None, LOGITS, TARGET.as_subclass(Subclass)) is eager
+    assert kernels.select(None, LOGITS, TARGET, (None, TARGET.as_subclass(Subclass))) is eager
 
 
 @pytest.mark.parametrize(
@@ -650,6 +676,8 @@ def test_a_call_takes_the_kernels_that_fit_its_tensors(native: ModuleType) -> No
         ((LOGITS, torch.zeros(2, 3)), "class probabilities"),
         ((LOGITS * 10, TARGET), "more than 9 heads"),
         (([LOGITS[0].to("meta")], TARGET), "device meta"),
+        ((LOGITS, TARGET.as_subclass(Subclass)), "a Subclass"),
+        ((LOGITS, TARGET, [TARGET.as_subclass(Subclass)]), "a Subclass"),
     ],
 )
 @needs_native

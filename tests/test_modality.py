@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from strategies import Array, arrays, log_quality, reals, to_torch, upcast
 from torch import Tensor
+from torch.nn import functional as F
 
 from dyncim_core import modality
 from dyncim_core import reference as ref
 from dyncim_core.modality import (
     augmentation_rates,
     balance_factor,
+    calibration,
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
@@ -457,6 +459,31 @@ def test_skill_is_what_chance_does_not_explain(hits: Array, chance: float) -> No
     assert (found[hits <= chance] == 0).all()
     if chance < 0.99:
         assert_allclose(skill(torch.ones(1), chance), 1.0)
+
+
+@given(arrays(4, reals(0, 9)), arrays(4, reals(0, 9)))
+def test_calibration_is_how_sure_a_head_may_be(nll: Array, entropy: Array) -> None:
+    found = calibration(to_torch(nll), to_torch(entropy)).numpy()
+    assert_allclose(found, ref.calibration(nll, entropy), rtol=1e-12)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert (found[nll <= entropy] == 1).all()  # not sure enough is left as it is
+    assert (found[nll > entropy] < 1).all()
+
+
+def test_logits_that_are_too_large_are_brought_back() -> None:
+    """Of one class in three, by what they were multiplied by, as far as that can be told."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.0 * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    found = []
+    for factor in (0.5, 1.0, 2.0, 4.0):
+        log_probs = (factor * logits).log_softmax(dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
+        found.append(float(calibration(F.nll_loss(log_probs, target), entropy)))
+    assert found[0] == 1.0
+    assert found[1] > 0.97
+    assert 0.2 < found[2] < 0.6
+    assert found[3] < 0.5 * found[2]
 
 
 def test_where_there_is_one_class_there_is_no_skill() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -221,6 +222,101 @@ def test_statistics_and_gates_under_a_function_transform() -> None:
 
     for actual in torch.func.vmap(gates)(*rows):
         assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@each_backend
+def test_an_incoming_gradient_may_have_no_memory(backend: str) -> None:
+    """As the zeros that the backward of ``torch.sgn`` gives."""
+    logits, target = heads()
+    fused = GatedFusion([5, 5], backend=backend)(logits[:2]).fused
+    found = head_statistics(logits, target, backend=backend).loss
+    for value in (loss_of(logits, target, backend=backend), fused, found):
+        for grad in torch.autograd.grad(value.sgn().sum(), logits, allow_unused=True):
+            assert grad is None or not grad.any()
+
+
+@each_backend
+def test_signals_that_stand_still_have_no_volatility(backend: str) -> None:
+    logits, target = heads(batch=60, classes=3)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend=backend)
+    for _ in range(4):
+        criterion(logits[0], target, unimodal=logits[1:])
+    assert not criterion.state.volatility.any()
+
+
+@each_backend
+@pytest.mark.parametrize("classes", [3, 5, 100])
+def test_a_batch_of_one_has_weight_1(backend: str, classes: int) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), pacing_strength=3.0, backend=backend)
+    criterion(torch.zeros(1, classes, requires_grad=True), torch.tensor([1]))
+    assert not criterion.state.log_class_average.any()
+
+
+@each_backend
+def test_what_is_absent_has_no_gradient_where_no_class_has_weight(backend: str) -> None:
+    logits, target = heads(batch=4)
+    weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(weight), modalities=2, backend=backend)
+    present = torch.tensor([[True, False]] * 4)
+    criterion(logits[0], target, unimodal=logits[1:], present=present).backward()
+    assert not logits[2].grad.any()
+
+
+@each_backend
+def test_what_is_there_counts_alike_with_and_without_a_mask(backend: str) -> None:
+    found = []
+    for present in (None, torch.ones(4, 1, dtype=torch.bool)):
+        logits, target = heads(batch=4, count=2)
+        with torch.no_grad():
+            logits[1][1, 1] = -torch.inf
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(), modalities=1, unimodal_strength=0.0, backend=backend
+        )
+        found.append(criterion(logits[0], target, unimodal=logits[1:], present=present))
+    assert_allclose(*(x.detach() for x in found), equal_nan=True)
+
+
+@each_backend
+def test_the_memory_of_what_is_hopeless_is_bounded(backend: str) -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=1, held_out=0.0, backend=backend)
+    logits = torch.tensor([[1e31, 0.0]], requires_grad=True)
+    criterion(logits, torch.tensor([1]), index=torch.tensor([0]))
+    assert_allclose(criterion.state.memory_nll, 1e30, rtol=1e-6)
+
+
+@each_backend
+def test_qualities_far_apart_leave_the_farthest_a_coefficient(backend: str) -> None:
+    log_quality = [-440.0, -400.0, -642.0]
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(reduction="sum"), modalities=2, pacing_strength=0.0, backend=backend
+    )
+    criterion.state.log_quality.copy_(torch.tensor(log_quality))
+    criterion.state.seen.fill_(10**6)
+    criterion.state.decay = 1.0 - 1e-12  # so that they stay
+    logits = [torch.zeros(1, 2, requires_grad=True) for _ in range(3)]
+    criterion(logits[0], torch.tensor([0]), unimodal=logits[1:]).backward()
+    found = [float(x.grad[0, 1] / logits[0].grad[0, 1]) for x in logits[1:]]
+    assert_allclose(found, ref.modality_coefficients(log_quality), rtol=1e-4)
+
+
+def test_the_mass_of_class_weights_in_half_precision_does_not_overflow() -> None:
+    target = torch.arange(4096) % 10
+    logits = torch.zeros(4096, 10, dtype=torch.float16, requires_grad=True)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(torch.full((10,), 20.0))).half()
+    loss = criterion(logits, target)
+    loss.backward()
+    assert_allclose(loss.detach(), math.log(10.0), rtol=1e-3)
+    assert logits.grad.any()
+
+
+def test_class_probabilities_may_be_below_0_as_those_of_cross_entropy() -> None:
+    target, logits = torch.tensor([[1.2, -0.2, 0.0]]), torch.randn(1, 3)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), surprise_strength=0.0, pacing_strength=0.0)
+    leaf = logits.clone().requires_grad_()
+    # With a modality it is not handed to the criterion.
+    loss = criterion(leaf, target, unimodal=[torch.zeros(1, 3)])
+    expected = F.cross_entropy(logits, target) + F.cross_entropy(torch.zeros(1, 3), target)
+    assert_allclose(loss.detach(), expected, rtol=1e-5)
 
 
 @each_backend

@@ -260,7 +260,9 @@ def test_summary_names_every_quantity() -> None:
     expected = {"step", "nonfinite", "label_noise", "effective_share"}
     expected |= {"gmr", "hmir", "balance_factor", "redundancy", "quality/fused", "skill/fused"}
     expected |= {
-        f"{kind}/{name}" for kind in ("quality", "skill", "calibration", "modality_weight") for name in "ab"
+        f"{kind}/{name}"
+        for kind in ("quality", "skill", "calibration", "modality_weight")
+        for name in "ab"
     }
     signals = ("deviation", "consistency", "stability")
     expected |= {f"{kind}/{name}" for kind in ("signal", "signal_weight") for name in signals}

@@ -30,10 +30,9 @@ from .models import (
     MeanOfLogits,
     Network,
     OneModality,
+    Overruled,
     Specialists,
-    Uncalibrated,
     Uncounted,
-    Unskilled,
 )
 
 
@@ -474,7 +473,7 @@ def no_gate(state: CurriculumState) -> Fusion:
 
 def no_skill(state: CurriculumState) -> Fusion:
     """Ablation: the fusion takes all modalities alike, whatever their skill."""
-    return partial(Unskilled, state=state)
+    return partial(Overruled, state=state, name="skill", value=0.0)
 
 
 def no_prior(state: CurriculumState) -> Fusion:
@@ -489,7 +488,7 @@ def no_novelty(state: CurriculumState) -> Fusion:
 
 def no_calibration(state: CurriculumState) -> Fusion:
     """Ablation: gated logits count in full, however sure of themselves."""
-    return partial(Uncalibrated, state=state)
+    return partial(Overruled, state=state, name="calibration", value=1.0)
 
 
 def attached_logits(state: CurriculumState) -> Fusion:

@@ -195,11 +195,20 @@ class FeaturesAlone(Gated):
         return logits
 
 
-class Unskilled(Gated):
-    """``Gated`` that does not hear of skills."""
+class Overruled(Gated):
+    """``Gated`` that reads ``value`` in one of the state's buffers, ``name``."""
 
-    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
+    def __init__(
+        self,
+        modalities: tuple[str, ...],
+        head: Head,
+        *,
+        state: CurriculumState,
+        name: str,
+        value: float,
+    ) -> None:
         super().__init__(modalities, head, state=state)
+        self.name, self.value = name, value
         self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
 
     @override
@@ -208,24 +217,7 @@ class Unskilled(Gated):
     ) -> Tensor:
         """Fused logits."""
         (state,) = self._state
-        state.skill.zero_()  # nobody has any, so that all count alike
-        return super().forward(features, unimodal, present)
-
-
-class Uncalibrated(Gated):
-    """``Gated`` whose gated logits count in full, however sure of themselves."""
-
-    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
-        super().__init__(modalities, head, state=state)
-        self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
-
-    @override
-    def forward(
-        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
-    ) -> Tensor:
-        """Fused logits."""
-        (state,) = self._state
-        state.calibration.fill_(1.0)
+        state.get_buffer(self.name).fill_(self.value)
         return super().forward(features, unimodal, present)
 
 

@@ -492,8 +492,8 @@ def _curriculum(
     log_quality = log_quality.to(tl.float32)
     averages: tl.tuple = ()
     for k in tl.static_range(6):
-        at = buffers.held_out_averages + k * known + head
-        averages += (tl.load(at, mask=head < known, other=0.0),)
+        average_at = buffers.held_out_averages + k * known + head
+        averages += (tl.load(average_at, mask=head < known, other=0.0),)
     each = tl.arange(0, groups)
     smoothed = tl.load(buffers.class_seen + each, mask=each < classes, other=-1) + 1
     trained_on = tl.sum(smoothed, 0).to(tl.float32)
