@@ -62,7 +62,8 @@ class GatedFusion(KeepsDtype):
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
             modalities are to be believed when they contradict each other, what their ``votes``
-            count, and which to swap or drop the less, and whose ``redundancy`` tells how often.
+            count, and which to swap or drop the less, whose calibrations tell what their logits
+            count, and whose ``redundancy`` tells how often.
             Of at most 1024 classes, under ``nn.CrossEntropyLoss`` of class indices without label
             smoothing, predictions contradict each other only in what goes beyond how frequent the
             classes are, see ``log_prior``, and less is swapped or dropped the less even they are,
