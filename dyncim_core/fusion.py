@@ -238,8 +238,6 @@ class GatedFusion(KeepsDtype):
         if self.training:
             _checks.check_first_pass("GatedFusion")
             learnt = self._learnt()
-            if learnt is not None:
-                self.calibration.copy_(learnt.calibration[1:])
             if self.swap or self.dropout:
                 chance = torch.rand((3, batch), dtype=torch.float32, device=device)
         kernels = select(
@@ -260,6 +258,8 @@ class GatedFusion(KeepsDtype):
             penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
+        if learnt is not None:
+            self.calibration.copy_(learnt.calibration[1:])
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, by)
         rows = gating.source

@@ -290,12 +290,13 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
 
 
 def calibration(nll: Tensor, entropy: Tensor) -> Tensor:
-    """What a head's logits are to be multiplied by, for it to be as sure as it is right.
+    """What a head's logits count: less, the surer it is than it is right.
 
     ``min(1, H / NLL)``: predictions that are as often right as they say lose their entropy on
     average, those of a head that knows its training set by heart far more. The idea is that of
-    temperature scaling ("On Calibration of Modern Neural Networks", arXiv 1706.04599); this
-    definition, which needs no fit, is chosen here.
+    temperature scaling ("On Calibration of Modern Neural Networks", arXiv 1706.04599). This
+    definition, which needs no fit and goes past the best temperature where a head is far too sure,
+    is chosen here.
 
     Args:
         nll: Average NLL of held-out samples in nats, any shape, >= 0.

@@ -732,7 +732,7 @@ def pooled_skill(skill: ArrayLike, samples: float) -> Array:
 
 
 def calibration(nll: ArrayLike, entropy: ArrayLike) -> Array:
-    """What a head's logits are to be multiplied by, ``min(1, H / NLL)``.
+    """What a head's logits count, ``min(1, H / NLL)``.
 
     Definition chosen here.
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
-from dyncim_core.kernels.interface import Buffers, Memory
+from dyncim_core.kernels.interface import HEARD, Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
     geometric_mean_ratio,
@@ -80,8 +80,8 @@ class CurriculumState(KeepsDtype):
             samples held out once there were any, before of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        calibration: ``[M + 1]`` in [0, 1], what each head's logits are to be multiplied by for it
-            to be as sure of samples held out as it is right; 1 as long as there were none.
+        calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less, the surer it is of
+            samples held out than it is right; 1 as long as there were none.
         held_out_averages: ``[6, M + 1]``, what they and ``label_noise`` come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
@@ -158,7 +158,7 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
         self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
-        self.register_buffer("held_out_averages", torch.zeros(6, heads, dtype=torch.float32))
+        self.register_buffer("held_out_averages", torch.zeros(HEARD, heads, dtype=torch.float32))
         self.register_buffer("calibration", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("log_class_average", torch.zeros(GROUPS, dtype=torch.float32))
         self.register_buffer("class_seen", torch.zeros(GROUPS, dtype=torch.int64))

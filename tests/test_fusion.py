@@ -635,6 +635,19 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
+def test_a_rejected_call_takes_up_nothing() -> None:
+    state = CurriculumState(NAMES)
+    state.calibration.fill_(0.5)
+    state.skill.fill_(0.5)
+    fusion = GatedFusion(WIDTHS, state=state, backend="native")
+    before = copy.deepcopy(fusion.state_dict())
+    features, unimodal = inputs()
+    with pytest.raises(RuntimeError, match=r"'native' does not take logits of torch\.float64"):
+        fusion(features, unimodal={name: x.double() for name, x in unimodal.items()})
+    assert all(torch.equal(x, before[name]) for name, x in fusion.state_dict().items())
+
+
 @each_backend
 def test_logits_count_by_their_calibration(backend: str) -> None:
     state = CurriculumState(NAMES)

@@ -389,6 +389,59 @@ def test_a_modality_of_next_to_weightless_samples_is_as_bad_as_it_is(
     assert_allclose(state.log_quality[1].cpu(), -surprise, rtol=1e-5)
 
 
+def test_signals_that_stand_still_have_no_volatility() -> None:
+    c = case(3, 60, 5)
+    state = CurriculumState(2).to(DEVICE)
+    settings = Settings(2.0, None, 0.2, 1.0, False, 0.9, 0.8, "mean")
+    for _ in range(4):
+        kernel.curriculum(c.logits, None, c.criterion, state.averages(), None, settings)
+    assert not state.volatility.any()
+
+
+def test_the_memory_of_what_is_hopeless_is_bounded() -> None:
+    logits = [torch.tensor([[1e31, 0.0]] * 2, device=DEVICE)] * 2
+    state = CurriculumState(1, num_samples=60).to(DEVICE)
+    index = torch.arange(60, device=DEVICE)
+    index = torch.stack([index[held_out(index, 0.3)][0], index[~held_out(index, 0.3)][0]])
+    settings = Settings(0.0, None, 0.2, 1.0, False, 0.9, 0.8, "mean", 0.3)
+    target = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    for _ in range(3):
+        kernel.curriculum(
+            logits, None, Criterion(target), state.averages(), state.memory(index), settings
+        )
+    assert_allclose(state.memory_nll[index].cpu(), 1e30, rtol=1e-6)
+    assert state.held_out_averages.isfinite().all()
+    assert not state.calibration.any()
+
+
+def test_qualities_far_apart_leave_the_farthest_a_coefficient() -> None:
+    log_quality = [-440.0, -400.0, -642.0]
+    state = CurriculumState(2)
+    state.log_quality.copy_(torch.tensor(log_quality))
+    state.seen.fill_(10**6)
+    joint = kernel.curriculum(
+        [torch.zeros(1, 2, device=DEVICE)] * 3,
+        None,
+        Criterion(torch.zeros(1, dtype=torch.int64, device=DEVICE)),
+        state.to(DEVICE).averages(),
+        None,
+        Settings(0.0, None, 0.0, 1.0, False, 1.0 - 1e-12, 0.8, "sum"),
+    )
+    expected = ref.modality_coefficients(log_quality)
+    assert_allclose(joint.coefficient[1:, 0].cpu(), expected, rtol=1e-4)
+
+
+def test_what_is_absent_has_coefficient_0_where_no_class_has_weight() -> None:
+    weight = torch.tensor([0.0, 1.0], device=DEVICE)
+    criterion = Criterion(torch.zeros(2, dtype=torch.int64, device=DEVICE), weight)
+    present = torch.tensor([[True, True], [True, False]], device=DEVICE)
+    settings = Settings(2.0, None, 0.2, 1.0, False, 0.9, 0.8, "mean")
+    logits = [torch.zeros(2, 2, device=DEVICE)] * 2
+    averages = CurriculumState(1).to(DEVICE).averages()
+    joint = kernel.curriculum(logits, present, criterion, averages, None, settings)
+    assert joint.coefficient[1, 1] == 0.0
+
+
 @pytest.mark.parametrize("batch", [0, 3])
 def test_a_batch_that_says_nothing_moves_nothing(batch: int) -> None:
     logits = [torch.zeros(batch, 5, device=DEVICE) for _ in range(3)]

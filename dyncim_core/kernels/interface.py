@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "HEARD",
     "Buffers",
     "Criterion",
     "Curriculum",
@@ -24,6 +25,9 @@ __all__ = [
     "with_memory",
 ]
 
+
+# Rows of ``Buffers.held_out_averages``.
+HEARD = 6
 
 # What kernels save for their gradients, if anything: normalisers of the softmaxes; or what the
 # gradients are made in, which the first backward takes out of its box for good.
@@ -58,7 +62,7 @@ class Statistics(NamedTuple):
 class Buffers(NamedTuple):
     """The running averages of a ``CurriculumState``, updated in place.
 
-    ``held_out_averages`` ``[6, M + 1]`` start at 0. They are over the samples of a batch, 0 but
+    ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would
     by chance, of its NLL and its entropy in nats, both by how far the label is believed, and of
     how far all heads contradict the label. ``skill`` and ``calibration``, ``[M + 1]``, follow from

@@ -23,6 +23,7 @@ from torch import Tensor
 from dyncim_core._units import own_share, per_log_classes
 from dyncim_core.kernels.eager import disturbance_rates, mix, novelty, observe, take_up, unmix
 from dyncim_core.kernels.interface import (
+    HEARD,
     Buffers,
     Criterion,
     Curriculum,
@@ -243,6 +244,8 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
     return {"group": group, "lanes": lanes, "num_warps": group * lanes // 32, **_OPTIONS}
 
 
+_HEARD = tl.constexpr(HEARD)
+_LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and samples are finite
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
@@ -491,7 +494,7 @@ def _curriculum(
     log_quality = tl.load(buffers.log_quality + head, mask=head < known, other=0.0)
     log_quality = log_quality.to(tl.float32)
     averages: tl.tuple = ()
-    for k in tl.static_range(6):
+    for k in tl.static_range(_HEARD):
         average_at = buffers.held_out_averages + k * known + head
         averages += (tl.load(average_at, mask=head < known, other=0.0),)
     each = tl.arange(0, groups)
@@ -777,7 +780,7 @@ def _listen(
     # Of a modality that was not heard they stay, or they would fade to nothing.
     rate = tl.where(seen > 0, rate, 0.0)
     moved: tl.tuple = ()
-    for k in tl.static_range(6):
+    for k in tl.static_range(_HEARD):
         moved += (averages[k] + rate * (tl.sum(said[k], 1) / batch - averages[k]),)
         at = buffers.held_out_averages + k * known + head
         tl.store(at, moved[k], mask=head < known)
@@ -834,6 +837,7 @@ def _signals(
     y = tl.load(criterion.target + i, mask=i < batch, other=criterion.ignore_index)
     kept = y != criterion.ignore_index
     valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
+    nll = tl.minimum(nll, _LARGEST_NLL, propagate_nan=_NAN_STAYS)
     held = kept & (kept == 0)
     heard = held
     rows, below, asked, head_weight, usual = hearing
@@ -874,10 +878,11 @@ def _modality_coefficients(ratio: tl.tensor, head: tl.tensor, count: tl.constexp
     # Infinite only where every ratio is far past the cap, and no balance matters.
     log_one_plus_hmir = tl.log(1.0 + tl.exp(log_hmir))
     log_gmr = tl.sum(tl.where(is_modality, ratio, 0.0), 0) / modalities
-    balance = 1.0 - tl.exp(tl.minimum(log_one_plus_hmir - log_gmr, 0.0))
+    kept = tl.exp(tl.minimum(log_one_plus_hmir - log_gmr, 0.0))
+    balance = 1.0 - kept
     capped = tl.where(is_modality, tl.minimum(ratio, 1.0), _LOWEST)
     alpha = tl.exp(capped - tl.max(capped, 0))
-    return 1.0 + balance * (modalities * alpha / tl.sum(alpha, 0) - 1.0)
+    return kept + balance * modalities * alpha / tl.sum(alpha, 0)
 
 
 @_jit
