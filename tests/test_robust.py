@@ -263,6 +263,22 @@ def test_what_is_absent_has_no_gradient_where_no_class_has_weight(backend: str) 
 
 
 @each_backend
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_the_mean_of_nothing_is_that_of_cross_entropy(
+    backend: str, masked: bool, nonfinite: Any
+) -> None:
+    logits, _ = heads(batch=4)
+    target = torch.full((4,), -100)
+    present = torch.tensor([[True, False]] * 4) if masked else None
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=2, nonfinite=nonfinite, backend=backend
+    )
+    assert criterion(logits[0], target, unimodal=logits[1:], present=present).isnan()
+    assert F.cross_entropy(logits[0], target).isnan()
+
+
+@each_backend
 def test_what_is_there_counts_alike_with_and_without_a_mask(backend: str) -> None:
     found = []
     for present in (None, torch.ones(4, 1, dtype=torch.bool)):

@@ -510,6 +510,21 @@ static const float *of_head(const Problem *p, int64_t h, const float *numbers, f
     return part;
 }
 
+/* The coefficients of a mean over no mass, infinite or NaN, but 0 of what is absent; their value. */
+static double without_mass(const Problem *p, const float *w, const double *factor, double scale,
+                           const float *loss, int guard, float *coefficient) {
+    double sum = 0.0;
+    for (int64_t h = 0; h < p->heads; h++)
+        for (int64_t i = 0; i < p->batch; i++) {
+            int64_t at = h * p->batch + i;
+            int here = !p->present || p->present[at];
+            float found = here ? w[i] * (float)(factor[h] * scale) : 0.0f;
+            sum += guard && found == 0.0f ? 0.0 : found * loss[at];
+            coefficient[at] = found;
+        }
+    return sum;
+}
+
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
  * or come from `work` as they are needed; coefficient may be where their nll or loss is. */
 static int curriculum(const Problem *p, const Work *work, Statistics *found, State *s,
@@ -693,7 +708,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t i = 0; i < B; i++)
         used[i] = held[i] || (o->skip_nonfinite && !weighed[i]) ? 0.0f : weight[i];
-    for (int64_t h = 0; h < H; h++)
+    if (!isfinite(scale)) sum = without_mass(p, used, factor, scale, loss, may_skip, coefficient);
+    for (int64_t h = 0; isfinite(scale) && h < H; h++)
         sum += rows_of.coefficients(of_head(p, h, used, part), (float)(factor[h] * scale),
                                     loss + h * B, may_skip, B, coefficient + h * B,
                                     o->reduction == REDUCE_NONE ? value : NULL);

@@ -523,9 +523,8 @@ static void FOR_TARGET(weighted_sums)(const float *w, const float *x, int64_t co
     }
 }
 
-/* coefficient_i = factor * w_i, which may be where the loss is, and 0 where w_i is; adds its product
- * with the loss to value, or returns the sum of those when NULL. With `guard`, a product with 0 is
- * 0. */
+/* coefficient_i = factor * w_i, which may be where the loss is; adds its product with the loss to
+ * value, or returns the sum of those when NULL. With `guard`, a product with 0 is 0. */
 static double FOR_TARGET(coefficients)(const float *w, float factor, const float *loss, int guard,
                                        int64_t count, float *coefficient, float *value) {
     FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
@@ -533,8 +532,7 @@ static double FOR_TARGET(coefficients)(const float *w, float factor, const float
     Ints kept = (Ints){0} - !guard;
     double total = 0.0;
     if (shape.left) {
-        last = FOR_TARGET(load_last)(w, shape);
-        last = FOR_TARGET(choose)(last != 0.0f, last * factor, last);
+        last = FOR_TARGET(load_last)(w, shape) * factor;
         term = last * FOR_TARGET(load_last)(loss, shape);
         term = FOR_TARGET(choose)(kept | (last != 0.0f), term, (Floats){0});
         if (value) before = FOR_TARGET(load_last)(value, shape);
@@ -544,8 +542,7 @@ static double FOR_TARGET(coefficients)(const float *w, float factor, const float
         int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
         Floats sum = {0};
         for (int64_t c = start; c < stop; c += LANES) {
-            Floats x = FOR_TARGET(load)(w + c), f = FOR_TARGET(choose)(x != 0.0f, x * factor, x);
-            Floats t = f * FOR_TARGET(load)(loss + c);
+            Floats f = FOR_TARGET(load)(w + c) * factor, t = f * FOR_TARGET(load)(loss + c);
             t = FOR_TARGET(choose)(kept | (f != 0.0f), t, (Floats){0});
             FOR_TARGET(store)(coefficient + c, f);
             if (value) FOR_TARGET(store)(value + c, FOR_TARGET(load)(value + c) + t);
