@@ -31,12 +31,13 @@ class KeepsDtype(nn.Module):
     def keep_dtype(self) -> None:
         """Undo a cast that was not asked of the module, as of FSDP's ``MixedPrecision``.
 
-        It casts all buffers or none.
+        It casts all buffers or none; one alone is a mistake, which kernels refuse.
         """
-        if next(iter(self._buffers.values())).dtype is not torch.float32:  # type: ignore[union-attr]
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    self._buffers[name] = buffer.float()
+        if next(iter(self._buffers.values())).dtype is torch.float32:  # type: ignore[union-attr]
+            return
+        kept = {k: x for k, x in self._buffers.items() if x is not None and x.is_floating_point()}
+        if all(x.dtype is not torch.float32 for x in kept.values()):
+            self._buffers.update({name: x.float() for name, x in kept.items()})
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

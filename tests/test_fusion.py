@@ -839,10 +839,8 @@ def test_features_that_c_does_not_take_are_mixed_all_the_same(backend: str) -> N
 
 
 @pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
-def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them() -> None:
-    def spoil(x: Tensor) -> Tensor:
-        return x.repeat(2)[::2]
-
+@pytest.mark.parametrize("spoil", [torch.Tensor.half, lambda x: x.repeat(2)[::2]])
+def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any) -> None:
     features, unimodal = inputs()
     fusion = still(backend="native")
     fusion.skill.data = spoil(fusion.skill)

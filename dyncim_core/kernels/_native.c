@@ -708,8 +708,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     if (o->reduction == REDUCE_NONE && B) memset(value, 0, (size_t)B * sizeof *value);
     for (int64_t i = 0; i < B; i++)
         used[i] = held[i] || (o->skip_nonfinite && !weighed[i]) ? 0.0f : weight[i];
-    if (!isfinite(scale)) sum = without_mass(p, used, factor, scale, loss, may_skip, coefficient);
-    for (int64_t h = 0; isfinite(scale) && h < H; h++)
+    int massless = !isfinite(scale);
+    if (massless) sum = without_mass(p, used, factor, scale, loss, may_skip, coefficient);
+    for (int64_t h = massless ? H : 0; h < H; h++)
         sum += rows_of.coefficients(of_head(p, h, used, part), (float)(factor[h] * scale),
                                     loss + h * B, may_skip, B, coefficient + h * B,
                                     o->reduction == REDUCE_NONE ? value : NULL);
