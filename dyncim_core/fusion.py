@@ -238,14 +238,13 @@ class GatedFusion(KeepsDtype):
         if self.training:
             _checks.check_first_pass("GatedFusion")
             learnt = self._learnt()
-            if self.swap or self.dropout:
-                chance = torch.rand((3, batch), dtype=torch.float32, device=device)
-        kernels = select(
-            self.backend, evidence, others=(self.skill, prior, there, chance, *(learnt or ()))
-        )
+        kernels = select(self.backend, evidence, others=(self.skill, prior, there, *(learnt or ())))
         # What was asked for is for the logits; C takes the features that it can.
         by = "eager" if kernels is eager else None
-        if not self.training and self.moments is not None:
+        if self.training:
+            if self.swap or self.dropout:
+                chance = torch.rand((3, batch), dtype=torch.float32, device=device)
+        elif self.moments is not None:
             penalty = self.novelty_slope * novelty_penalty(self.moments.novelty(streams, by))
 
         gating = kernels.gate(

@@ -643,9 +643,11 @@ def test_a_rejected_call_takes_up_nothing() -> None:
     fusion = GatedFusion(WIDTHS, state=state, backend="native")
     before = copy.deepcopy(fusion.state_dict())
     features, unimodal = inputs()
+    random = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=r"'native' does not take logits of torch\.float64"):
         fusion(features, unimodal={name: x.double() for name, x in unimodal.items()})
     assert all(torch.equal(x, before[name]) for name, x in fusion.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @each_backend
