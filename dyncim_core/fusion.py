@@ -60,15 +60,13 @@ class GatedFusion(KeepsDtype):
 
     Args:
         features: Width of each modality's features, by name or by position.
-        state: The ``CurriculumState`` whose skills, where samples are held out, tell how far
-            modalities are to be believed when they contradict each other, what their ``votes``
-            count, and which to swap or drop the less, whose calibrations tell what their logits
-            count, and whose ``redundancy`` tells how often.
-            Of at most 1024 classes, under ``nn.CrossEntropyLoss`` of class indices without label
-            smoothing, predictions contradict each other only in what goes beyond how frequent the
-            classes are, see ``log_prior``, and less is swapped or dropped the less even they are,
-            see ``evenness``. What was last seen in training is kept for inference. All modalities
-            count alike, and disturbances in full, when ``None``.
+        state: The ``CurriculumState`` of the criterion. Its skills tell how far modalities are
+            believed when they contradict each other, what their ``votes`` count and which are
+            dropped more; its calibrations what their logits count; its ``redundancy`` how much is
+            dropped; the classes that it has seen, if at most 1024, are what predictions are
+            compared beyond (``log_prior``), and uneven ones spare dropout (``evenness``). What was
+            last seen in training is kept for inference, which needs no state. When ``None``, all
+            modalities count alike, and dropout acts in full.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.

@@ -127,7 +127,8 @@ def reliability_gates(
     Args:
         logits: ``[M, B]``.
         present: Bool ``[M, B]``; all when ``None``.
-        threshold: Share under which a gate is cut, in [0, 1 / M).
+        threshold: Share under which a gate is cut, in [0, 1 / M); not checked, from 1 / M on it
+            may cut all.
 
     Returns:
         ``[M, B]``, >= 0, sums to 1 over the modalities; all 0 for a sample without any.
@@ -214,7 +215,7 @@ def novelty_penalty(novelty: Tensor, tolerance: float = 3.0) -> Tensor:
 
     Args:
         novelty: Any shape, >= 0.
-        tolerance: Novelty up to which nothing is taken off, > 0.
+        tolerance: Novelty up to which nothing is taken off, > 0; not checked.
 
     Returns:
         Same shape, >= 0.

@@ -24,13 +24,15 @@ __all__ = ["HeadStatistics", "differentiable", "head_statistics"]
 class HeadStatistics(NamedTuple):
     """What each head says about each sample; every field is ``[M + 1, B]``.
 
+    All but ``prediction`` are float32, or float64 when any head is.
+
     Attributes:
-        loss: Per-sample cross-entropy with class weights, smoothing and ``ignore_index``;
+        loss: Per-sample cross-entropy with class weights, smoothing and ``ignore_index``, >= 0;
             the one differentiable field.
-        nll: Negative log-likelihood of the target in nats, without weights and smoothing.
-        entropy: Entropy of the predicted distribution in nats.
+        nll: Negative log-likelihood of the target in nats, >= 0, without weights and smoothing.
+        entropy: Entropy of the predicted distribution in nats, in [0, log C].
         distance: ``||p_h - p_0||_2 / sqrt(2)`` to the fused prediction, in [0, 1].
-        prediction: Most probable class, int64; anything where the head is absent.
+        prediction: Most probable class, int64 in [0, C); anything where the head is absent.
     """
 
     loss: Tensor

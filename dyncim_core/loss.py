@@ -31,9 +31,8 @@ class DynCIMLoss(nn.Module):
     (mean 1 in the long run) are small for labels that confident heads contradict, as far as the run
     itself shows label noise, favour easy samples while the model is incompetent, and leave
     classes as frequent as they are.
-    The modality coefficients ``c`` favour modalities that lag behind the fusion, and
-    count those little that show on held-out samples next to nothing of what it knows, and all of
-    them little as long as no head has learnt much.
+    The modality coefficients ``c`` favour modalities that lag behind the fusion; those with little
+    skill on held-out samples count less, and all of them until some head has a skill of a third.
     Both are detached. The paper (arXiv 2503.06456) names these parts; the formulas are
     definitions chosen here.
 
@@ -56,9 +55,8 @@ class DynCIMLoss(nn.Module):
             shows, it acts in part as long as the fused head's ``trust`` is below 0.25.
         label_noise: Share of wrong labels in [0, 1], where it is known; the weighting acts in
             full from 0.04 on. When ``None``, the run shows it: ``state.label_noise`` averages
-            how far all heads contradict a label together, from the first sample held out on of
-            such ones alone. That
-            takes at least one modality's logits; without, the surprise weighting stays
+            how far all heads contradict a label together, once a sample was held out of such ones
+            alone. That takes at least one modality's logits; without, the surprise weighting stays
             off unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
@@ -179,9 +177,9 @@ class DynCIMLoss(nn.Module):
                 the modality level on.
             present: Modalities that each sample has, bool ``[B, M]``; all when
                 ``None``. Logits of absent ones may hold anything and get no gradient.
-            index: Position of each sample in the training set, int64 ``[B]`` without
-                repeats (how often these count is left open), to feed the per-sample memory and
-                to hold some of them out.
+            index: Position of each sample in the training set, int64 ``[B]``, to feed the
+                per-sample memory and to hold some of them out. The memory of a position that is
+                repeated in a call is left undefined.
 
         Returns:
             A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
@@ -191,7 +189,7 @@ class DynCIMLoss(nn.Module):
             TypeError: An argument is not a tensor of the dtype described.
             ValueError: Shapes, devices or modalities do not fit.
             IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
-                assertion, or from Triton's kernels a loss of NaN and no memory).
+                assertion, or from Triton's kernels a loss of NaN and a memory left as it was).
             RuntimeError: The backend asked for does not take the tensors; or, in training, logits
                 have a forward-mode gradient, or it is called again in the backward, as
                 ``torch.utils.checkpoint`` does.

@@ -52,7 +52,7 @@ def improvement_ratios(log_quality: Tensor) -> Tensor:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
 
     Returns:
-        ``[..., M]``, > 0 (infinite where it overflows the dtype).
+        ``[..., M]``, >= 0 (0 or infinite where the ratio leaves the dtype's range).
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -75,7 +75,7 @@ def geometric_mean_ratio(log_quality: Tensor) -> Tensor:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
 
     Returns:
-        ``[...]``, > 0.
+        ``[...]``, >= 0 (0 or infinite where it leaves the dtype's range).
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -99,7 +99,7 @@ def harmonic_mean_improvement_rate(log_quality: Tensor, eps: float = 1e-3) -> Te
         eps: Floor of each rate, > 0.
 
     Returns:
-        ``[...]``, >= ``eps``.
+        ``[...]``, >= ``eps`` (infinite where it leaves the dtype's range).
 
     Raises:
         ValueError: There is no modality (M = 0).
@@ -163,7 +163,7 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
 
 
 def modality_coefficients(log_quality: Tensor) -> Tensor:
-    """Factor of each modality's loss in the joint objective, of which ``loss_shares`` remain.
+    """Factor of each modality's loss in the joint objective, before ``loss_shares``.
 
     ``(1 - lambda) + lambda * M * alpha_m`` with the balance factor and the modality
     weights: all 1 when the modalities are balanced. Definition chosen here.
@@ -255,7 +255,8 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
     Args:
         hit_rate: Share of held-out samples whose target a head predicts, any shape in [0, 1].
         chance: The same for targets drawn from the training set, whatever the sample: the mean
-            frequency of the predicted classes, in [0, 1]; 1 / C when classes are balanced.
+            over those samples of how frequent the predicted class is, in [0, 1], same shape or a
+            number; 1 / C when classes are balanced.
 
     Returns:
         Same shape, in [0, 1]; 0 for less than 1e-4.
@@ -270,7 +271,7 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
 
 
 def pooled_skill(skill: Tensor, samples: float) -> Tensor:
-    """Skills of heads, the nearer to their mean the fewer samples they were found on.
+    """Skills of heads, pulled towards their mean when few samples are held out.
 
     ``(n s_h + 20 s) / (n + 20)`` of the mean ``s``: a handful of samples cannot tell a head that
     is good from one that is not. Definition chosen here.
@@ -290,7 +291,7 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
 
 
 def calibration(nll: Tensor, entropy: Tensor) -> Tensor:
-    """What a head's logits count: less, the surer it is than it is right.
+    """What a head's logits count: less if it is surer than it is right.
 
     ``min(1, H / NLL)``: predictions that are as often right as they say lose their entropy on
     average, those of a head that knows its training set by heart far more. The idea is that of
@@ -303,7 +304,7 @@ def calibration(nll: Tensor, entropy: Tensor) -> Tensor:
         entropy: Average entropy of the predictions for them in nats, same shape, >= 0.
 
     Returns:
-        Same shape, in [0, 1]; 1 where both are 0.
+        Same shape, in [0, 1]; 1 where both are 0, or one is NaN.
 
     Example:
         >>> calibration(torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.6, 0.2, 0.0]))
@@ -341,7 +342,7 @@ def trust(skill: Tensor) -> Tensor:
     Definition chosen here.
 
     Args:
-        skill: Of any heads, ``[H]`` in [0, 1].
+        skill: Of any heads, one at least, ``[H]`` in [0, 1].
 
     Returns:
         ``[H]`` in [0.02, 1]; all 1 when no skill is above 0, as where nothing is held out.
@@ -355,7 +356,7 @@ def trust(skill: Tensor) -> Tensor:
 
 
 def votes(skill: Tensor) -> Tensor:
-    """What each modality's word counts in a fusion: less the nearer it is to guessing.
+    """What each modality's word counts in a fusion: less with less skill.
 
     In full from half of the best one's skill on, so that what is reliable in training need
     not be so elsewhere; a modality with next to nothing to say is next to silenced.
@@ -382,7 +383,7 @@ def votes(skill: Tensor) -> Tensor:
 
 
 def loss_shares(skill: Tensor) -> Tensor:
-    """What each modality's own loss counts: less, the more fusion tells that it does not.
+    """What each modality's own loss counts: less with less skill than the fusion has.
 
     ``max(0.1, (min(1, 3 max_h s_h) min(1, s_m / s_0))^2)``. An encoder is not to be trained for
     what its modality cannot tell on its own, but for what fusion makes of it, which does not show

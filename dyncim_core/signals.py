@@ -180,7 +180,7 @@ def volatility_weights(volatility: Tensor) -> Tensor:
 
 
 def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
-    """Weighted mean of the signals of a sample.
+    """Weighted mean of the signals of a sample. Definition chosen here.
 
     Args:
         signals: ``[K, B]`` in [0, 1].
@@ -250,8 +250,8 @@ def held_out(index: Tensor, share: float) -> Tensor:
     Definition chosen here.
 
     Args:
-        index: Position in the training set, int64 of any shape, >= 0.
-        share: Of the training set, in [0, 1].
+        index: Position in the training set, integers of any shape, >= 0.
+        share: Of the training set, in [0, 1]; not checked.
 
     Returns:
         Bool, same shape.
@@ -267,10 +267,9 @@ def held_out(index: Tensor, share: float) -> Tensor:
 
 
 def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
-    """Label noise by what heads say about samples that they were not trained on.
+    """Label noise as samples held out show it, less while the fusion predicts little of them.
 
-    As long as the fusion predicts little of them, it is worth less than it says. Definition
-    chosen here.
+    Definition chosen here.
 
     Args:
         contradicted: Share of those samples whose target all heads contradict, in [0, 1].
@@ -363,7 +362,7 @@ def sample_weights(
 
     Args:
         log_weights: As the function of that name gives them, ``[B]``.
-        group: Class of each sample, or its remainder by K, int64 ``[B]``.
+        group: Class of each sample, or its remainder by K, int64 ``[B]`` in [0, K).
         log_average: Logarithm of the running average of each class, ``[K]``.
         decay: Of the average, for each sample of a class, in [0, 1).
         valid: Bool ``[B]``, samples to weigh; all when ``None``. The others get 1, whatever

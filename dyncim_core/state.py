@@ -56,7 +56,7 @@ class Suspects(NamedTuple):
 class CurriculumState(KeepsDtype):
     """Running statistics of a curriculum, as buffers.
 
-    ``DynCIMLoss`` owns one and is its only writer; ``GatedFusion`` and loggers read it.
+    ``DynCIMLoss`` owns one and writes it; ``GatedFusion`` and loggers read it.
     Every value is a tensor that stays in float32 (counters in int64) whatever the
     model's dtype, is saved by ``state_dict``, and is updated in place without reading
     anything on the host.
@@ -72,16 +72,21 @@ class CurriculumState(KeepsDtype):
         memory_decay: Of the running averages over visits to a sample, in [0, 1).
 
     Attributes:
-        log_quality: ``[M + 1]``, minus the average NLL of each head, in nats.
+        modalities: Names of the modalities, or ``None``.
+        num_samples, decay, memory_decay: As given.
+        log_quality: ``[M + 1]``, minus the average NLL of each head, each sample by its weight, in
+            nats.
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
-        label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: of
-            samples held out once there were any, before of those trained on.
+        label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: once
+            there were any, of samples held out, by able heads alone (``witnesses``) and less while
+            the fusion has little skill (``credible_noise``); before, of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less, the surer it is of
-            samples held out than it is right; 1 as long as there were none.
+        calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less if it is surer of
+            samples held out, each by how far its label is believed, than it is right; 1 as long as
+            there were none.
         held_out_averages: ``[6, M + 1]``, what they and ``label_noise`` come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
@@ -222,7 +227,8 @@ class CurriculumState(KeepsDtype):
 
         Without ``modality``, the score is the mean over heads of the average NLL, each
         weighted by the square of its ``trust``: the samples whose label the model cannot come
-        to agree with, be it that a modality with little skill learns it by heart. With one,
+        to agree with, even if a weak modality has learnt it by heart. Those held out are ranked as
+        well. With one,
         it is that modality's NLL times the geometric mean of the probabilities that the others
         give the label: samples whose input of that modality, rather than the label, looks
         corrupted. Definition chosen here.
