@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, cast
 
@@ -178,8 +179,8 @@ class DynCIMLoss(nn.Module):
             present: Modalities that each sample has, bool ``[B, M]``; all when
                 ``None``. Logits of absent ones may hold anything and get no gradient.
             index: Position of each sample in the training set, int64 ``[B]``, to feed the
-                per-sample memory and to hold some of them out. The memory of a position that is
-                repeated in a call is left undefined.
+                per-sample memory and to hold some of them out; a warning tells of a call without it
+                where there is a memory. That of a position repeated in a call is left undefined.
 
         Returns:
             A scalar, or ``[B]`` under reduction "none", in float32 (float64 for float64
@@ -231,6 +232,8 @@ class DynCIMLoss(nn.Module):
         _checks.check_no_tangent(heads)
         _checks.check_savable(heads, target, None if read is None else read.weight, called)
 
+        if index is None and state.num_samples is not None:
+            _warn_of_no_index()
         if present is not None:
             present = torch.cat([present.new_ones(1, len(logits)), present.t()])
         weight = None if read is None else read.weight
@@ -361,8 +364,8 @@ class DynCIMLoss(nn.Module):
         if loss.shape != logits.shape[:1]:
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
-                f"{list(loss.shape)}; if it reduces, give one that does not, and "
-                'reduction="mean" to DynCIMLoss'
+                f"{list(loss.shape)}; if it reduces, give one that does not, such as "
+                'functools.partial(criterion, reduction="none"), and reduction="mean" to DynCIMLoss'
             )
         return loss
 
@@ -389,6 +392,16 @@ class DynCIMLoss(nn.Module):
             f"pacing_strength={self.pacing_strength}, "
             f"unimodal_strength={self.unimodal_strength}, "
             f"held_out={self.held_out}, nonfinite={self.nonfinite!r}, reduction={self.reduction!r}"
+        )
+
+
+def _warn_of_no_index() -> None:
+    """Once, under Python's default filter: a column dropped on the way would go unnoticed."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "index: expected the samples' positions, since num_samples= keeps a memory of each, got "
+            "None; nothing is held out of such a call and suspects() learns nothing from it",
+            stacklevel=1,
         )
 
 

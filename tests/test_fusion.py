@@ -913,3 +913,27 @@ def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on(
         return torch.autograd.grad(logits.sum(), [encoders[1].weight])[0]
 
     assert_allclose(gradient(torch.compile(model)), gradient(model), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_inference_can_be_traced(backend: str | None) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fusion = GatedFusion([6, 6, 6], backend=backend)
+            self.heads = nn.ModuleList([nn.Linear(6, 5) for _ in range(3)])
+
+        def forward(self, *features: Tensor) -> Tensor:
+            unimodal = [head(x) for head, x in zip(self.heads, features, strict=True)]
+            fused, _, logits = self.fusion(features, unimodal=unimodal)
+            assert logits is not None
+            return torch.cat([fused, logits], dim=1)
+
+    model = Model()
+    with torch.no_grad():
+        model(*torch.randn(3, 300, 6))
+        model.eval()
+        traced = torch.jit.trace(model, [*torch.randn(3, 8, 6)], check_trace=False)
+        other = [*torch.randn(3, 5, 6) * 4.0]
+        assert_allclose(traced(*other), model(*other), rtol=1e-5, atol=1e-6)

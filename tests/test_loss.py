@@ -44,6 +44,8 @@ def unchanged(criterion: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def train(criterion: DynCIMLoss, steps: int = 6, **options: Any) -> None:
+    if criterion.state.num_samples is not None:
+        options.setdefault("index", torch.arange(12))
     for seed in range(steps):
         fused, others, target = batch(seed=seed)
         criterion(fused, target, unimodal=others, **options)
@@ -231,10 +233,11 @@ def test_absent_modalities_hold_anything_and_get_nothing() -> None:
     assert unchanged(dirty, buffers(clean))
 
 
+@pytest.mark.filterwarnings("ignore:index")
 def test_everything_ignored() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
     fused, others, _ = batch()
-    train(criterion)
+    train(criterion, index=None)
     before = buffers(criterion)
     target = torch.full((12,), -100)
     loss = criterion(fused, target, unimodal=others, index=torch.arange(12))
@@ -543,6 +546,7 @@ def test_of_few_samples_none_are_held_out_unless_asked_for() -> None:
         assert (losses == 0).sum() == expected
 
 
+@pytest.mark.filterwarnings("ignore:index")
 def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
     fused, others, target = batch()
     index = torch.arange(12)
@@ -666,6 +670,7 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
             assert_allclose(value, after[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:index")
 def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None:
     logits, labels, wrong = contradicted_task(120)
     index, state = torch.arange(120), CurriculumState(2, num_samples=120)
@@ -892,6 +897,19 @@ def test_a_rejected_call_says_why_and_changes_nothing(
     with pytest.raises(error, match=message):
         call(criterion)
     assert unchanged(criterion, before)
+
+
+def test_a_training_call_without_the_positions_that_a_memory_takes_warns() -> None:
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120)
+    before = buffers(criterion)
+    with pytest.warns(UserWarning, match=r"index: expected the samples' positions.*got None"):
+        criterion(FUSED, TARGET, unimodal=OTHERS)
+    assert criterion.state.step == 1
+    unvisited = criterion.state.memory_visits
+    assert torch.equal(unvisited, before["state.memory_visits"])
+    criterion(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12))  # any warning is an error
+    criterion.eval()(FUSED, TARGET)
+    DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)(FUSED, TARGET, unimodal=OTHERS)
 
 
 def test_a_rejected_first_call_settles_nothing() -> None:

@@ -32,7 +32,8 @@ def backends() -> dict[str, str]:
         For each backend "available", or the reason why it is not. Of those that are, a
         call on a CPU takes "native" (C), one on a GPU "triton", and "eager" (plain
         PyTorch) takes what these two do not: float64, class probabilities, tensor
-        subclasses, and everything under ``torch.compile``, which fuses it itself.
+        subclasses, and everything that is traced: under ``torch.compile``, which fuses it
+        itself, ``torch.export`` and ``torch.jit.trace``.
 
     Example:
         >>> backends()["eager"]
@@ -76,7 +77,7 @@ def select(
     Raises:
         RuntimeError: The backend asked for cannot take them.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what a tracer can follow
         return eager
     name = asked or _fastest(logits[0])
     module = _load(name)[0]
