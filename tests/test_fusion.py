@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inputs import Foreign, each_backend, needs_native
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,9 +20,6 @@ from dyncim_core.kernels.interface import Gate
 NAMES = ["audio", "image", "text"]
 WIDTHS = {"audio": 3, "image": 5, "text": 2}
 CLASSES = 4
-each_backend = pytest.mark.parametrize(
-    "backend", [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
-)
 
 
 def inputs(size: int = 9, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -635,7 +633,7 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
+@needs_native
 def test_a_rejected_call_takes_up_nothing() -> None:
     state = CurriculumState(NAMES)
     state.calibration.fill_(0.5)
@@ -840,7 +838,7 @@ def test_features_that_c_does_not_take_are_mixed_all_the_same(backend: str) -> N
     fusion.train()(features)
 
 
-@pytest.mark.skipif(kernels.backends()["native"] != "available", reason="C kernels not built")
+@needs_native
 @pytest.mark.parametrize("spoil", [torch.Tensor.half, lambda x: x.repeat(2)[::2]])
 def test_c_refuses_buffers_that_do_not_lie_in_memory_as_it_takes_them(spoil: Any) -> None:
     features, unimodal = inputs()
@@ -937,3 +935,197 @@ def test_inference_can_be_traced(backend: str | None) -> None:
         traced = torch.jit.trace(model, [*torch.randn(3, 8, 6)], check_trace=False)
         other = [*torch.randn(3, 5, 6) * 4.0]
         assert_allclose(traced(*other), model(*other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disagreement_slope": math.inf}, r"disagreement_slope: .*\[0, inf\), got inf"),
+        ({"novelty_slope": math.inf}, r"novelty_slope: .*\[0, inf\), got inf"),
+        ({"swap": 0.5, "dropout": -0.1}, r"dropout: expected a value in \[0, 1\], got -0.1"),
+        ({"backend": "cuda"}, r"backend: expected one of .*got 'cuda'"),
+    ],
+)
+def test_options_of_a_fusion_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        GatedFusion([1, 1], **options)
+
+
+@pytest.mark.parametrize("who", ["fusion", "state"])
+def test_a_fusion_on_another_device_is_told_apart(who: str) -> None:
+    fusion = GatedFusion([2, 2], state=CurriculumState(2))
+    if who == "state":
+        fusion = fusion.to("meta")
+    with pytest.raises(ValueError, match=f"^{who}: expected device meta of the logits, got cpu"):
+        fusion([torch.ones(3, 2, device="meta")] * 2)
+
+
+def test_a_call_without_logits_keeps_the_prior() -> None:
+    state = CurriculumState(3)
+    fusion = GatedFusion([2, 2, 2], state=state)
+    state.class_seen[:2] = torch.tensor([9, 1])
+    state.class_weight[:2] = 1.0
+    fusion([torch.ones(4, 2)] * 3)
+    assert not fusion.log_prior.any()
+
+
+@needs_native
+def test_c_gates_features_of_any_dtype_without_logits() -> None:
+    fusion = GatedFusion([2, 2], backend="native").eval()
+    assert_allclose(fusion([torch.ones(3, 2).bfloat16()] * 2).gates, 0.5)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["skill", "log_prior", "present", "state"])
+def test_c_gates_no_subclass_of_a_tensor_wherever_it_is(what: str) -> None:
+    fusion = GatedFusion([2, 2, 2], state=CurriculumState(3), backend="native", novelty_slope=0.0)
+    present = torch.ones(4, 3, dtype=torch.bool)
+    if what == "present":
+        present = present.as_subclass(Foreign)
+    else:
+        owner, name = (fusion._state[0], "quality") if what == "state" else (fusion, what)
+        owner._buffers[name] = owner._buffers[name].as_subclass(Foreign)
+    with pytest.raises(RuntimeError, match="'native' does not take a Foreign"):
+        fusion([torch.ones(4, 2)] * 3, unimodal=[torch.zeros(4, 3)] * 3, present=present)
+
+
+@needs_native
+def test_a_fusion_asked_to_be_eager_calls_no_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dyncim_core.kernels import native
+
+    for name in ("gate", "mix", "observe", "novelty"):
+        monkeypatch.setattr(native, name, None)
+    fusion = GatedFusion([2, 2], backend="eager")
+    for mode in (True, False):
+        fusion.train(mode)([torch.ones(3, 2)] * 2)
+
+
+def test_where_nothing_is_disturbed_no_random_numbers_are_drawn() -> None:
+    before = torch.get_rng_state()
+    GatedFusion([2, 2], swap=0.0, dropout=0.0)([torch.ones(3, 2)] * 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_default_dtype_drops_as_many(backend: str, dtype: torch.dtype) -> None:
+    fusion = GatedFusion([2, 2], swap=0.0, dropout=1.0, backend=backend)
+    torch.set_default_dtype(dtype)
+    try:
+        gates = fusion([torch.ones(64, 2, dtype=torch.float32)] * 2).gates
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ((gates == 0).sum(dim=1) == 1).all()
+    assert 10 < (gates[:, 0] == 0).sum() < 54
+
+
+@each_backend
+def test_a_fusion_does_not_watch_what_is_absent(backend: str) -> None:
+    present = torch.ones(8, 2, dtype=torch.bool)
+    present[:, 1] = False
+    fusion = GatedFusion([2, 2], backend=backend)
+    fusion([torch.ones(8, 2)] * 2, present=present)
+    assert (fusion.moments.mass > 0).tolist() == [True, False]
+
+
+def test_gates_lie_in_memory_as_they_read() -> None:
+    assert GatedFusion([2, 2])([torch.ones(3, 2)] * 2).gates.is_contiguous()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@each_backend
+def test_features_may_get_no_gradient(backend: str) -> None:
+    features = [torch.ones(3, 2, requires_grad=True) for _ in range(2)]
+    fused = GatedFusion([2, 2], backend=backend)(features).fused
+    grads = torch.autograd.grad(NoGradient.apply(fused).sum(), features, allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
+def test_a_cast_of_a_fusion_of_two_is_undone() -> None:
+    fusion = GatedFusion([2, 2])
+    for buffer in fusion.buffers():
+        buffer.data = buffer.data.bfloat16()
+    fusion([torch.ones(3, 2)] * 2)
+    assert {x.dtype for x in fusion.buffers()} == {torch.float32}
+
+
+def test_a_move_may_be_that_of_a_module_alone() -> None:
+    fusion = GatedFusion([2, 2]).to_empty(device="meta", recurse=False)
+    assert fusion.skill.is_meta
+    assert not fusion.moments.mass.is_meta
+
+
+def test_a_move_with_a_cast_moves_alone() -> None:
+    state = CurriculumState(2).to("meta", torch.bfloat16)
+    assert state.skill.is_meta
+    assert state.skill.dtype == torch.float32
+
+
+def test_a_checkpoint_cannot_change_the_order_in_memory() -> None:
+    state = CurriculumState(2)
+    saved = {**state.state_dict(), "skill": torch.zeros(6)[::2]}
+    state.load_state_dict(saved, assign=True)
+    assert state.skill.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("features", "unimodal", "message"),
+    [
+        ([torch.ones(3, 1, 4, 2)] * 2, None, r"features of modality 0: .*\[B, T, D\], got \[3, 1"),
+        (
+            [torch.ones(3, 2), torch.ones(3, 2, device="meta")],
+            None,
+            "features of modality 1: expected device cpu of the logits, got meta",
+        ),
+        (
+            [torch.ones(3, 2)] * 2,
+            [torch.zeros(2, 4)] * 2,
+            r"unimodal logits of modality 0: expected shape \[3, 4\], got \[2, 4\]",
+        ),
+        (
+            [torch.ones(3, 2)] * 2,
+            [torch.zeros(3, 4, device="meta")] * 2,
+            "unimodal logits of modality 0: expected device cpu of the logits, got meta",
+        ),
+        (
+            [torch.ones(3, 2)] * 2,
+            [torch.zeros(3, 0)] * 2,
+            r"unimodal logits of modality 0: expected shape \[B, C\] with C >= 1, got \[3, 0\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_fusion_is_refused(features: Any, unimodal: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        GatedFusion([2, 2])(features, unimodal=unimodal)
+
+
+@pytest.mark.parametrize(("bad", "got"), [(3, "int"), (torch.zeros(3, 4).long(), "torch.int64")])
+def test_unimodal_logits_of_a_fusion_are_floating_point(bad: Any, got: str) -> None:
+    message = f"unimodal logits of modality 0: expected a floating-point tensor, got {got}"
+    with pytest.raises(TypeError, match=message):
+        GatedFusion([2, 2])([torch.ones(3, 2)] * 2, unimodal=[bad, torch.zeros(3, 4)])
+
+
+def test_features_of_several_dtypes_keep_their_values() -> None:
+    features = [torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2).bfloat16()]
+    fused = GatedFusion([2, 2]).eval()(features).fused
+    assert torch.equal(fused, torch.cat(features, dim=1))
+
+
+@each_backend
+def test_nothing_is_swapped_with_what_is_absent(backend: str) -> None:
+    present = torch.ones(64, 3, dtype=torch.bool)
+    present[::2, 0] = False
+    features = [torch.ones(64, 2) for _ in range(3)]
+    features[0][::2] = math.nan
+    fusion = GatedFusion([2] * 3, swap=1.0, dropout=0.0, backend=backend)
+    assert fusion(features, present=present).fused.isfinite().all()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import CLASSES, Foreign, batch, each_backend, needs_native
 from numpy.testing import assert_allclose
 from strategies import Array, Heads, arrays, heads, reals, to_torch, upcast, with_nan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncim_core import head_statistics
+from dyncim_core import DynCIMLoss, head_statistics
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
 
@@ -453,3 +454,57 @@ def test_errors_name_argument_expected_and_got(
 ) -> None:
     with pytest.raises(error, match=message):
         head_statistics(logits, target, **options)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["present", "weight"])
+def test_statistics_in_c_take_no_subclass_of_a_tensor(what: str) -> None:
+    fused, _, target = batch()
+    given = {"present": torch.ones(1, 12, dtype=torch.bool), "weight": torch.ones(CLASSES)}
+    given[what] = given[what].as_subclass(Foreign)
+    with pytest.raises(RuntimeError, match="'native' does not take a Foreign"):
+        head_statistics([fused], target, backend="native", **given)
+
+
+@each_backend
+def test_a_loss_of_statistics_changes_in_place(backend: str) -> None:
+    fused, _, target = batch()
+    loss = head_statistics([fused], target, backend=backend).loss
+    loss.mul_(2.0)
+    (grad,) = torch.autograd.grad(loss.sum(), fused)
+    (expected,) = torch.autograd.grad(2 * F.cross_entropy(fused, target, reduction="sum"), fused)
+    assert_allclose(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@each_backend
+def test_gradients_with_a_graph_change_in_place(backend: str) -> None:
+    fused, _, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss(), backend=backend)(fused, target)
+    (plain,) = torch.autograd.grad(loss, fused, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, fused, create_graph=True)
+    grad.mul_(2.0)
+    assert_allclose(grad.detach(), 2.0 * plain)
+
+
+def test_statistics_take_a_list_of_heads() -> None:
+    with pytest.raises(TypeError, match="logits: expected a list with one entry per head, got Ten"):
+        head_statistics(torch.zeros(2, 3, 4), torch.zeros(3).long())  # type: ignore[arg-type]
+
+
+def test_statistics_are_refused_to_a_function_transform_that_would_get_no_gradient() -> None:
+    fused, _, target = batch()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: head_statistics([x], target).loss.sum())(fused.detach())
+
+
+def test_a_class_ruled_out_that_has_no_probability_costs_nothing() -> None:
+    logits, target = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[0.5, 0.5, 0.0]])
+    found = head_statistics([logits], target)
+    assert_allclose(found.nll, [[math.log(2.0)]], rtol=1e-6)
+    assert_allclose(found.loss, found.nll)
+
+
+def test_statistics_are_as_exact_as_any_head() -> None:
+    fused, others, target = batch()
+    found = head_statistics([fused, others[0].double()], target)
+    assert found.nll.dtype == torch.float64

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import batch, each_backend, needs_native, randn
 from numpy.testing import assert_allclose
 from specification import CASES, SKILLS, run, run_at_skills
 from torch import Tensor, nn
@@ -39,7 +40,6 @@ from dyncim_core.kernels.interface import (
 )
 
 native_status = kernels.backends()["native"]
-needs_native = pytest.mark.skipif(native_status != "available", reason=native_status)
 FIELDS = ("loss", "nll", "entropy", "distance")
 
 
@@ -50,10 +50,6 @@ def native() -> ModuleType:
     from dyncim_core.kernels import native
 
     return native
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
@@ -762,3 +758,125 @@ def test_losses_count_by_skill(
     module = eager if backend == "eager" else request.getfixturevalue("native")
     found, expected = run_at_skills(module, torch.device("cpu"), skills)
     assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_an_empty_variable_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNCIM_BACKEND", "")
+    assert DynCIMLoss(nn.CrossEntropyLoss()).backend is None
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("owner", "name", "message"),
+    [
+        ("state", "memory_nll", "state"),
+        ("state", "memory_weight", "state"),
+        ("fusion", "log_prior", "fusion"),
+        ("fusion", "calibration", "calibration"),
+        ("moments", "total", "moments"),
+        ("learnt", "quality", "state"),
+    ],
+)
+def test_c_refuses_any_buffer_of_another_dtype(owner: str, name: str, message: str) -> None:
+    fused, others, target = batch(modalities=3)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=3, num_samples=12, backend="native")
+    state = CurriculumState(3)
+    fusion = GatedFusion([2, 2, 2], state=state, backend="native", dropout=0.0)
+    owners = {
+        "state": criterion.state,
+        "fusion": fusion,
+        "moments": fusion.moments,
+        "learnt": state,
+    }
+    buffer = owners[owner].get_buffer(name)
+    buffer.data = buffer.data.half()
+
+    def call() -> object:
+        if owner == "state":
+            return criterion(fused, target, unimodal=others, index=torch.arange(12))
+        return fusion([torch.ones(12, 2)] * 3, unimodal=others)
+
+    with pytest.raises(TypeError, match=f"^{message}: expected contiguous float32 buffers"):
+        call()
+
+
+@each_backend
+def test_strides_of_the_index_do_not_matter(backend: str) -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=24, backend=backend)
+    criterion(fused, target, unimodal=others, index=torch.arange(24)[::2])
+    assert (criterion.state.memory_visits[:, 0] == torch.tensor([1, 0] * 12)).all()
+
+
+@each_backend
+@pytest.mark.parametrize("ahead", [True, False])
+def test_rows_that_nobody_asks_for_get_no_gradient_where_there_is_a_mask(
+    backend: str, ahead: bool
+) -> None:
+    fused, others, target = batch()
+    fused.data[3] = math.nan
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(reduction="none"), modalities=2, backend=backend)
+    present = torch.ones(12, 2, dtype=torch.bool)
+    loss = criterion(fused, target, unimodal=others, present=present)[torch.arange(12) != 3].sum()
+    if not ahead:
+        torch.autograd.grad(loss, fused, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, fused)
+    assert not grad[3].any()
+    assert grad[4:].all()
+
+
+@each_backend
+def test_a_negated_gradient_of_a_fusion_keeps_its_sign(backend: str) -> None:
+    features = [torch.ones(3, 2, requires_grad=True) for _ in range(2)]
+    fused = GatedFusion([2, 2], dropout=0.0, backend=backend)(features).fused
+    for x in torch.autograd.grad(fused, features, torch._neg_view(torch.ones(3, 4))):
+        assert_allclose(x, -1.0)
+
+
+@each_backend
+def test_strides_of_the_target_do_not_matter(backend: str) -> None:
+    fused, others, target = batch()
+    column = torch.stack([target, torch.full_like(target, 77)], dim=1)[:, 0]
+    found = [
+        DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend=backend)(fused, y, unimodal=others)
+        for y in (target, column)
+    ]
+    assert torch.equal(*found)
+
+
+@each_backend
+@pytest.mark.parametrize("make", [lambda w: w.repeat_interleave(2)[::2], Tensor.double])
+def test_strides_and_dtype_of_class_weights_do_not_matter(backend: str, make: Any) -> None:
+    fused, others, target = batch()
+    weight = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])
+    found = [
+        DynCIMLoss(nn.CrossEntropyLoss(w), modalities=2, backend=backend)(
+            fused, target, unimodal=others
+        )
+        for w in (weight, make(weight))
+    ]
+    assert_allclose(found[1].item(), found[0].item(), rtol=1e-6)
+
+
+@needs_native
+def test_a_default_device_changes_nothing() -> None:
+    fused, others, target = batch()
+    with torch.device("cpu"):
+        expected = head_statistics([fused, *others], target, backend="native").loss
+    with torch.device("meta"):
+        found = head_statistics([fused, *others], target, backend="native").loss
+    assert torch.equal(found, expected)
+
+
+def test_a_wrong_label_in_another_thread_is_refused(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    fused, others, target = batch()
+    target[-1] = 77
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(IndexError, match=r"target: expected class indices .* to 77"):
+            head_statistics([fused, *others], target, backend="native")
+    finally:
+        torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inputs import CLASSES, Foreign, batch, needs_native, randn
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -16,22 +17,14 @@ from torch.nn import functional as F
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out
 from dyncim_core import reference as ref
 
-CLASSES = 5
-PLAIN = {"surprise_strength": 0.0, "pacing_strength": 0.0}
+PLAIN: dict[str, Any] = {"surprise_strength": 0.0, "pacing_strength": 0.0}
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator)
+class Other(nn.CrossEntropyLoss):
+    """A cross-entropy of its own, which takes the path of any criterion."""
 
-
-def batch(
-    size: int = 12, modalities: int = 2, seed: int = 0
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    fused, *others = (2 * randn(1 + modalities, size, CLASSES, seed=seed)).unbind()
-    target = torch.randint(CLASSES, (size,), generator=torch.Generator().manual_seed(seed))
-    leaves = [x.clone().requires_grad_() for x in (fused, *others)]
-    return leaves[0], leaves[1:], target
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return 2.0 * super().forward(logits, target)
 
 
 def buffers(criterion: nn.Module) -> dict[str, Tensor]:
@@ -1116,3 +1109,221 @@ def test_a_target_of_the_other_dtype_is_told_apart(target: Tensor) -> None:
     message = rf"target: expected .*int64, or .*floating-point, got {target.dtype} of shape"
     with pytest.raises(TypeError, match=message):
         DynCIMLoss(nn.CrossEntropyLoss())(torch.zeros(9, 3, requires_grad=True), target)
+
+
+def test_no_more_than_half_is_held_out() -> None:
+    with pytest.raises(ValueError, match=r"held_out: expected a value in \[0, 0.5\], got 0.6"):
+        DynCIMLoss(nn.CrossEntropyLoss(), num_samples=10, held_out=0.6)
+
+
+@pytest.mark.parametrize(
+    ("present", "unimodal", "error", "message"),
+    [
+        ([True], False, ValueError, "present: expected None without unimodal logits, got list"),
+        (torch.ones(12, 3, dtype=torch.bool), True, ValueError, r"present: .*\[12, 2\], got"),
+        (torch.ones(12, 2), True, TypeError, "present: expected a bool tensor, got torch.float32"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(
+    present: Any, unimodal: bool, error: type[Exception], message: str
+) -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    with pytest.raises(error, match=message):
+        criterion(fused, target, unimodal=others if unimodal else None, present=present)
+    assert criterion.state.step == 0
+
+
+def test_labels_may_be_smoothed_in_full() -> None:
+    fused, _, target = batch()
+    criterion = nn.CrossEntropyLoss(label_smoothing=1.0)
+    loss = DynCIMLoss(criterion, **PLAIN)(fused, target, unimodal=[fused])
+    assert_allclose(loss.item(), 2 * criterion(fused, target).item(), rtol=1e-5)
+
+
+def test_a_negative_smoothing_is_refused() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(label_smoothing=-0.1), modalities=2)
+    with pytest.raises(ValueError, match=r"label_smoothing: expected .* got -0.1"):
+        criterion(fused, target, unimodal=others)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["present", "index", "weight", "state"])
+def test_c_takes_no_subclass_of_a_tensor_wherever_it_is(what: str) -> None:
+    fused, others, target = batch()
+    given = {"present": torch.ones(12, 2, dtype=torch.bool), "index": torch.arange(12)}
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(torch.ones(CLASSES)), modalities=2, num_samples=12, backend="native"
+    )
+    if what in given:
+        given[what] = given[what].as_subclass(Foreign)
+    else:
+        owner, name = (
+            (criterion.criterion, what) if what == "weight" else (criterion.state, "skill")
+        )
+        owner._buffers[name] = owner._buffers[name].as_subclass(Foreign)
+    with pytest.raises(RuntimeError, match="'native' does not take a Foreign"):
+        criterion(fused, target, unimodal=others, **given)
+
+
+def test_class_weights_of_any_criterion_are_checked() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.NLLLoss(torch.ones(2)), modalities=2)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[5\], got \[2\]"):
+        criterion(fused, target, unimodal=others)
+
+
+@pytest.mark.parametrize("case", ["ruled out", "ignored"])
+def test_any_criterion_is_spared_what_it_cannot_take(case: str) -> None:
+    fused, others, target = batch()
+    values = fused.detach().clone()
+    if case == "ruled out":
+        values[3, target[3]] = -math.inf  # an infinite loss of a finite entropy
+    else:
+        target[3], values[3] = 4, math.nan  # a loss of 0 of no entropy
+    values.requires_grad_()
+    criterion: Any = Other(ignore_index=4)
+    if case == "ruled out":
+        criterion = lambda x, y: F.cross_entropy(x, y, reduction="none").square()  # noqa: E731
+    loss = DynCIMLoss(criterion, nonfinite="skip")(values, target, unimodal=others)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, values)[0].isfinite().all()
+
+
+def test_any_criterion_is_spared_what_is_absent_where_it_skips() -> None:
+    fused, others, target = batch()
+    present = torch.ones(12, 2, dtype=torch.bool)
+    present[3, 0] = False
+    others[0].data[3] = math.nan
+    loss = DynCIMLoss(Other(), nonfinite="skip")(fused, target, unimodal=others, present=present)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, others[0])[0].isfinite().all()
+
+
+def test_a_criterion_that_is_infinite_at_0_may_have_absent_modalities() -> None:
+    fused, others, target = batch()
+    present = torch.ones(12, 2, dtype=torch.bool)
+    present[3, 0] = False
+    loss = DynCIMLoss(lambda x, _: 1.0 / x.square().sum(dim=1))(
+        fused, target, unimodal=others, present=present
+    )
+    assert loss.isfinite()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, [fused, *others]))
+
+
+def test_a_first_call_may_have_ignored_samples() -> None:
+    fused, others, target = batch()
+    target[0] = 255
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(ignore_index=255))
+    assert criterion(fused, target, unimodal=others).isfinite()
+
+
+def test_a_first_call_of_a_wrong_index_settles_nothing() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=4)
+    with pytest.raises(IndexError, match=r"index: expected sample indices in \[0, 4\)"):
+        criterion(fused, target, unimodal=others, index=torch.arange(12))
+    assert criterion.state.modalities is None
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, Other])
+def test_without_strength_it_skips_all_the_same(make: Any) -> None:
+    fused, _, target = batch()
+    fused.data[3] = math.nan
+    assert DynCIMLoss(make(), nonfinite="skip", **PLAIN)(fused, target).isfinite()
+
+
+def test_class_probabilities_cannot_be_ignored_at_0_either() -> None:
+    fused, others, _ = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(ignore_index=0), modalities=2)
+    with pytest.raises(ValueError, match=r"target: expected class indices.*ignore_index=0"):
+        criterion(fused, fused.detach().softmax(dim=1), unimodal=others)
+
+
+def test_a_criterion_that_gives_a_column_is_refused() -> None:
+    fused, others, target = batch()
+    wrapped = DynCIMLoss(lambda x, y: F.cross_entropy(x, y, reduction="none").unsqueeze(1))
+    with pytest.raises(ValueError, match=r"criterion: expected .* \[12\], got \[12, 1\]"):
+        wrapped(fused, target, unimodal=others)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])])
+def test_the_mean_over_class_probabilities_overrides_a_sum(weight: Tensor | None) -> None:
+    fused, _, _ = batch()
+    soft = torch.eye(CLASSES)[torch.arange(12) % CLASSES]
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(weight, reduction="sum"), reduction="mean")
+    expected = F.cross_entropy(fused, soft, weight)
+    assert_allclose(criterion.eval()(fused, soft).item(), expected.item(), rtol=1e-5)
+
+
+def test_the_mean_over_class_weights_overrides_a_sum_where_some_are_ignored() -> None:
+    fused, _, target = batch()
+    target[0], weight = -100, torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(weight, reduction="sum"), reduction="mean")
+    expected = F.cross_entropy(fused, target, weight)
+    assert_allclose(criterion.eval()(fused, target).item(), expected.item(), rtol=1e-5)
+
+
+def test_a_cross_entropy_of_its_own_is_called() -> None:
+    fused, _, target = batch()
+    loss = DynCIMLoss(Other(), **PLAIN)(fused, target, unimodal=[fused])
+    assert_allclose(loss.item(), 4 * F.cross_entropy(fused, target).item(), rtol=1e-5)
+
+
+def test_repr_tells_what_is_held_out_and_disturbed() -> None:
+    assert "held_out=0.2" in repr(DynCIMLoss(nn.CrossEntropyLoss(), num_samples=9, held_out=0.2))
+    assert "swap=0.1, dropout=0.2" in repr(GatedFusion([1], swap=0.1, dropout=0.2))
+
+
+def test_numbers_of_a_checkpoint_give_way_to_names_after_a_call_by_position() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss())
+    criterion.state.load_state_dict(CurriculumState(2).state_dict())
+    criterion(fused, target, unimodal=others)
+    criterion(fused, target, unimodal=dict(zip("ab", others, strict=True)))
+    assert criterion.state.modalities == ("a", "b")
+
+
+def test_a_loss_alone_undoes_a_cast_behind_its_back() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)
+    before = {name: x.dtype for name, x in criterion.named_buffers()}
+    for buffer in criterion.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.bfloat16()
+    criterion(fused, target, unimodal=others)
+    assert {name: x.dtype for name, x in criterion.named_buffers()} == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: DynCIMLoss(nn.CrossEntropyLoss(), label_noise=True),
+            "label_noise: expected an int",
+        ),
+        (lambda: CurriculumState(True), "modalities: expected a whole number, got bool"),
+        (lambda: CurriculumState(2, num_samples=True), "num_samples: expected a whole number"),
+        (lambda: CurriculumState([1, 2]), "modalities: expected a number or a sequence of names"),
+    ],
+)
+def test_options_of_another_type_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        make()
+
+
+def test_an_index_on_another_device_is_refused() -> None:
+    fused, others, target = batch()
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=12)
+    with pytest.raises(ValueError, match="index: expected device cpu of the logits, got meta"):
+        criterion(fused, target, unimodal=others, index=torch.arange(12, device="meta"))
+
+
+def test_a_modality_too_many_is_refused() -> None:
+    fused, others, target = batch(modalities=3)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=["a", "b"])
+    with pytest.raises(
+        ValueError, match=r"expected the modalities \['a', 'b'\], got \['a', 'b', 'c"
+    ):
+        criterion(fused, target, unimodal=dict(zip("abc", others, strict=True)))

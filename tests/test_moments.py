@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from inputs import Foreign, each_backend, needs_native
 from numpy.testing import assert_allclose
 from torch import Tensor
 
@@ -15,10 +16,6 @@ from dyncim_core.moments import FeatureMoments
 
 WIDTHS = (5, 3)
 SCALES = (1.0, 20.0)
-
-by_backend = pytest.mark.parametrize(
-    "backend", [name for name in ("eager", "native") if backends()[name] == "available"]
-)
 
 
 def batch(size: int, seed: int, shift: float = 0.0) -> list[Tensor]:
@@ -61,7 +58,7 @@ def test_they_average_over_steps() -> None:
         assert_allclose(covariance, scale**2 * np.eye(WIDTHS[m]), atol=0.1 * scale**2)
 
 
-@by_backend
+@each_backend
 @pytest.mark.parametrize("size", [1, 16, 37])
 def test_novelty_is_that_of_the_reference(backend: str, size: int) -> None:
     moments = trained()
@@ -72,7 +69,7 @@ def test_novelty_is_that_of_the_reference(backend: str, size: int) -> None:
         assert_allclose(found[m], ref.novelty(x, mean, covariance), rtol=1e-4)
 
 
-@by_backend
+@each_backend
 def test_novelty_of_what_has_no_distance_is_finite(backend: str) -> None:
     moments = trained()
     features = batch(8, 1000)
@@ -334,3 +331,30 @@ def test_negated_views_are_read_as_they_are() -> None:
     moments.observe([z.conj().imag], None)
     mean = moments.total / moments.mass
     assert_allclose(mean[0], -z.imag.mean(dim=0), rtol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["available", "mass", "total"])
+@pytest.mark.parametrize("call", ["observe", "novelty"])
+def test_c_watches_no_subclass_of_a_tensor(what: str, call: str) -> None:
+    moments, available = FeatureMoments([2]), torch.ones(1, 3, dtype=torch.bool)
+    if what == "available":
+        available = available.as_subclass(Foreign)
+        call = "observe"
+    else:
+        moments._buffers[what] = moments._buffers[what].as_subclass(Foreign)
+    given = (available,) if call == "observe" else ()
+    with pytest.raises(RuntimeError, match="'native' does not take a Foreign"):
+        getattr(moments, call)([torch.ones(3, 2)], *given, backend="native")
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_sequences_of_any_dtype_count_by_their_mean(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(40, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = FeatureMoments([64]), FeatureMoments([64])
+    found.observe([x], None, backend=backend)
+    expected.observe([x.float().mean(1)], None, backend=backend)
+    for name, value in expected.named_buffers():
+        assert_allclose(found.get_buffer(name), value, rtol=1e-5, atol=1e-8, err_msg=name)
+    assert_allclose(found.novelty([x], backend), expected.novelty([x.float().mean(1)], backend))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import each_backend
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -25,12 +26,8 @@ from dyncim_core import (
     GatedFusion,
     head_statistics,
     held_out,
-    kernels,
 )
 from dyncim_core import reference as ref
-
-BACKENDS = [name for name in ("eager", "native") if kernels.backends()[name] == "available"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def heads(batch: int = 8, classes: int = 5, count: int = 3) -> tuple[list[Tensor], Tensor]:

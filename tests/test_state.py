@@ -342,3 +342,67 @@ def test_suspects_of_nothing_are_refused() -> None:
 def test_no_modality_is_named_as_the_fused_head() -> None:
     with pytest.raises(ValueError, match=r"modalities: expected names other than .*'fused'"):
         CurriculumState(["audio", "fused"])
+
+
+def test_a_fresh_state_has_no_weighting() -> None:
+    assert CurriculumState().summary()["effective_share"] == 1.0
+
+
+def test_a_default_dtype_is_not_that_of_the_state() -> None:
+    expected = {name: x.dtype for name, x in CurriculumState(2, num_samples=3).named_buffers()}
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = CurriculumState(2, num_samples=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {name: x.dtype for name, x in state.named_buffers()} == expected
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["fused"], 0])
+def test_modalities_settled_later_are_checked(names: Any) -> None:
+    state = CurriculumState()
+    with pytest.raises(ValueError, match="modalities: expected"):
+        state.settle_modalities(names)
+    assert state.modalities is None
+
+
+def test_modalities_settled_later_count_in_full() -> None:
+    state = CurriculumState()
+    fusion = GatedFusion([2, 2], state=state, dropout=0.0)
+    logits = fusion([torch.ones(3, 2)] * 2, unimodal=[torch.ones(3, 4)] * 2).logits
+    assert_allclose(logits, 2.0)
+    expected = dict(CurriculumState(2).named_buffers())
+    assert all(torch.equal(x, expected[name]) for name, x in state.named_buffers())
+
+
+def test_what_cannot_be_compared_is_not_suspected() -> None:
+    state = CurriculumState(2, num_samples=3)
+    state.memory_nll.copy_(torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.5, 0.5]]))
+    state.memory_visits.copy_(torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]))
+    scores = state.suspects(modality=0).scores
+    assert scores.isneginf().tolist() == [False, True, True]
+
+
+def test_a_summary_is_exact_and_of_the_heads_that_it_names() -> None:
+    state = CurriculumState(["a", "b"])
+    state.step.fill_(2**24 + 1)
+    for name in ("quality", "skill", "calibration"):
+        state.get_buffer(name).copy_(torch.tensor([0.25, 0.5, 0.75]))
+    summary = state.summary()
+    assert summary["step"] == 2**24 + 1
+    for name in ("quality", "skill", "calibration"):
+        assert (summary[f"{name}/a"], summary[f"{name}/b"]) == (0.5, 0.75)
+
+
+def test_positions_do_not_count_from_the_end() -> None:
+    state = CurriculumState(2, num_samples=3)
+    state.memory_visits.fill_(1)
+    with pytest.raises(ValueError, match=r"modality: expected one of .* got -1"):
+        state.suspects(modality=-1)
+
+
+def test_a_checkpoint_may_hold_no_modalities() -> None:
+    state = CurriculumState()
+    state.load_state_dict(CurriculumState().state_dict())
+    state.load_state_dict({}, strict=False)
+    assert state.modalities is None
