@@ -21,7 +21,7 @@ __all__ = [
     "check_heads",
     "check_index",
     "check_instance",
-    "check_no_tangent",
+    "check_no_transform",
     "check_present",
     "check_range",
     "check_savable",
@@ -143,15 +143,21 @@ def check_first_pass(name: str) -> None:
         )
 
 
-def check_no_tangent(heads: Sequence[Tensor]) -> None:
-    """No logits with a forward-mode gradient."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def check_no_transform(heads: Sequence[Tensor]) -> None:
+    """No logits with a forward-mode gradient, and no transform of ``torch.func`` around."""
+    if torch.compiler.is_compiling():
         return
-    tangents = (forward_ad.unpack_dual(head).tangent for head in heads)  # type: ignore[no-untyped-call]
-    if any(tangent is not None for tangent in tangents):
+    if forward_ad._current_level >= 0:
+        tangents = (forward_ad.unpack_dual(head).tangent for head in heads)  # type: ignore[no-untyped-call]
+        if any(tangent is not None for tangent in tangents):
+            raise RuntimeError(
+                "logits: expected none with a forward-mode gradient, got a tangent; the loss has a "
+                "backward alone"
+            )
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "logits: expected none with a forward-mode gradient, got a tangent; the loss has a "
-            "backward alone"
+            "DynCIMLoss: expected no transform of torch.func in training, where it moves its "
+            "state, got one; use autograd, or eval()"
         )
 
 
@@ -194,10 +200,8 @@ def check_present(present: Tensor | None, shape: tuple[int, int], device: torch.
     check_device("present", present, device)
 
 
-def check_index(index: Tensor | None, num_samples: int | None, logits: Tensor) -> None:
+def check_index(index: Tensor, num_samples: int | None, logits: Tensor) -> None:
     """Sample indices ``[B]`` for a memory that exists."""
-    if index is None:
-        return
     if num_samples is None:
         raise ValueError(
             "index: expected None without a per-sample memory, got a tensor; "
@@ -219,7 +223,7 @@ def as_list(
                     f"{name}: expected the modalities {list(names)}, got {list(values)}"
                 )
             return list(values.values()) if names is None else [values[key] for key in names]
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        if not isinstance(values, Sequence):
             raise TypeError(
                 f"{name}: expected a mapping or a sequence with one entry per modality, "
                 f"got {type(values).__name__}"

@@ -192,14 +192,12 @@ class DynCIMLoss(nn.Module):
             IndexError: ``target`` or ``index`` is out of range (on CPU; on a GPU a device
                 assertion, or from Triton's kernels a loss of NaN and a memory left as it was).
             RuntimeError: The backend asked for does not take the tensors; or, in training, logits
-                have a forward-mode gradient, or it is called again in the backward, as
-                ``torch.utils.checkpoint`` does.
+                have a forward-mode gradient, a transform of ``torch.func`` is around, or it is
+                called again in the backward, as ``torch.utils.checkpoint`` does.
         """
         # Where Module.__getattr__, which is slow, would find them.
         state = cast(CurriculumState, self._modules["state"])
-        criterion: Callable[[Tensor, Tensor], Tensor] | None = self._modules.get("criterion")
-        if criterion is None:
-            criterion = self.criterion
+        criterion = self._modules.get("criterion")  # or None, if it is a function
         heads, names = [logits], state.modalities
         called: Iterable[object] | None = ()  # in messages
         if unimodal is not None:
@@ -229,7 +227,7 @@ class DynCIMLoss(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
-        _checks.check_no_tangent(heads)
+        _checks.check_no_transform(heads)
         _checks.check_savable(heads, target, None if read is None else read.weight, called)
 
         if index is None and state.num_samples is not None:
@@ -399,8 +397,8 @@ def _warn_of_no_index() -> None:
     """Once, under Python's default filter: a column dropped on the way would go unnoticed."""
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "index: expected the samples' positions, since num_samples= keeps a memory of each, got "
-            "None; nothing is held out of such a call and suspects() learns nothing from it",
+            "index: expected the samples' positions, since num_samples= keeps a memory of each, "
+            "got None; nothing is held out of such a call and suspects() learns nothing from it",
             stacklevel=1,
         )
 

@@ -377,8 +377,7 @@ def votes(skill: Tensor) -> Tensor:
     """
     _check_modalities(skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
-    share = skill / torch.where(best > 0.0, best, 1.0)
-    counts = (2.0 * share).clamp_max(1.0).square().clamp_min(_LEAST)
+    counts = (2.0 * skill / best).clamp_max(1.0).square().clamp_min(_LEAST)
     return torch.where(best > 0.0, counts, 1.0)
 
 

@@ -268,13 +268,13 @@ class CurriculumState(KeepsDtype):
         if position is None:
             weight = torch.where(visited, trust(self.skill).square(), 0.0)
             ranked = visited.any(dim=1)
-            score = (weight * nll).sum(dim=1) / torch.where(ranked, weight.sum(dim=1), 1.0)
+            score = (weight * nll).sum(dim=1) / weight.sum(dim=1)
         else:
             head = 1 + position
             others = visited[:, 1:].clone()
             others[:, head - 1] = False
             count = others.sum(dim=1)
-            mean_of_others = torch.where(others, nll[:, 1:], 0.0).sum(dim=1) / count.clamp_min(1)
+            mean_of_others = torch.where(others, nll[:, 1:], 0.0).sum(dim=1) / count
             score = nll[:, head] * torch.exp(-mean_of_others)
             ranked = visited[:, head] & (count > 0)
         top = torch.where(ranked, score, -torch.inf).topk(int(k))

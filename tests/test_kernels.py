@@ -880,3 +880,16 @@ def test_a_wrong_label_in_another_thread_is_refused(
             head_statistics([fused, *others], target, backend="native")
     finally:
         torch.set_num_threads(1)
+
+
+def test_gradients_made_anew_are_of_all_samples_at_once(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C makes them of the whole batch, so that threads would write the same ones."""
+    fused, others, target = batch()
+    loss = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2)(fused, target, unimodal=others)
+    expected = torch.autograd.grad(loss, [fused, *others], retain_graph=True)
+    monkeypatch.setattr(native, "_in_parts", None)
+    found = torch.autograd.grad(loss, [fused, *others])
+    for grad, other in zip(found, expected, strict=True):
+        assert_allclose(grad, other, rtol=1e-6)

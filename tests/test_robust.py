@@ -716,3 +716,17 @@ def test_a_batch_of_which_everything_is_skipped_has_no_loss(backend: str, reduct
     assert loss == 0.0
     assert not any(x.any() for x in gradients)
     assert criterion.state.nonfinite == len(target)
+
+
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(), partial(F.cross_entropy, reduction="none")]
+)
+def test_a_function_transform_is_refused_in_training_alone(criterion: Any) -> None:
+    logits, target = heads(count=1)
+    loss = DynCIMLoss(criterion, reduction="mean")
+    with pytest.raises(RuntimeError, match=r"DynCIMLoss: expected no transform of torch.func"):
+        torch.func.grad(lambda x: loss(x, target))(logits[0].detach())
+    assert loss.state.step == 0
+    found = torch.func.grad(lambda x: loss.eval()(x, target))(logits[0].detach())
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], target), logits)
+    assert_allclose(found, expected, rtol=1e-5)

@@ -77,7 +77,7 @@ def select(
     Raises:
         RuntimeError: The backend asked for cannot take them.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what a tracer can follow
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # which follow it
         return eager
     name = asked or _fastest(logits[0])
     module = _load(name)[0]

@@ -287,7 +287,7 @@ def weigh(
         valid=weighed,
     )
     # Of class probabilities, the likeliest.
-    classes = target.argmax(dim=1) if target.is_floating_point() else torch.where(counts, target, 0)
+    classes = target.argmax(dim=1) if target.is_floating_point() else target
     group, average = classes % len(buffers.log_class_average), buffers.log_class_average
     weights, moved = sample_weights(log_weight, group, average, settings.decay, weighed)
     average.copy_(moved)

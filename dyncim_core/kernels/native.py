@@ -156,7 +156,7 @@ def gradients(
     if isinstance(normaliser, Tensor):
         held = grad, coefficient, normaliser, grads
         rejected = _in_parts(_native.gradients, problem, held, *arguments)
-    else:
+    else:  # made anew as before, of all samples at once
         rejected = _native.gradients(*problem.whole, *arguments)
     if rejected:
         raise _out_of_range(rejected, problem, None)
@@ -401,7 +401,7 @@ def _in_parts(
 
 def _parts(problem: _Problem) -> int:
     work = len(problem.logits) * problem.batch * problem.classes // _WORTH_A_THREAD
-    return max(1, min(torch.get_num_threads(), problem.batch, work)) if work > 1 else 1
+    return min(torch.get_num_threads(), problem.batch, work) if work > 1 else 1
 
 
 @lru_cache(maxsize=1)
