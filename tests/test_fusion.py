@@ -997,7 +997,7 @@ def test_a_fusion_asked_to_be_eager_calls_no_c(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(native, name, None)
     fusion = GatedFusion([2, 2], backend="eager")
     for mode in (True, False):
-        fusion.train(mode)([torch.ones(3, 2)] * 2)
+        assert_allclose(fusion.train(mode)([torch.ones(3, 2)] * 2).gates.sum(dim=1), 1.0)
 
 
 def test_where_nothing_is_disturbed_no_random_numbers_are_drawn() -> None:
