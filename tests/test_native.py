@@ -1,0 +1,316 @@
+"""C against plain PyTorch at the edges: what is not finite, nothing at all, ties and bounds."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from inputs import randn
+from numpy.testing import assert_allclose
+from torch import Tensor
+
+from dyncim_core import CurriculumState, held_out
+from dyncim_core.kernels import eager
+from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Moments, Settings
+
+
+@pytest.fixture
+def native() -> ModuleType:
+    return pytest.importorskip("dyncim_core.kernels.native")
+
+
+PLAIN = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean")
+
+
+def both(
+    native: ModuleType,
+    logits: list[Tensor],
+    criterion: Criterion,
+    settings: Settings = PLAIN,
+    present: Tensor | None = None,
+    index: Tensor | None = None,
+    grad: Tensor | None = None,
+    steps: int = 1,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+    **known: Any,
+) -> CurriculumState:
+    """Takes steps in C and in PyTorch; what is found and kept must be alike. The state in C."""
+    kept = []
+    for backend in (native, eager):
+        state = CurriculumState(max(1, len(logits) - 1), num_samples=200)
+        for name, x in known.items():
+            getattr(state, name).copy_(torch.as_tensor(x))
+        memory = None if index is None else state.memory(index)
+        found: list[Tensor] = []
+        for _ in range(steps):
+            leaves = [x.clone().requires_grad_() for x in logits]
+            joint = backend.curriculum(
+                leaves, present, criterion, state.averages(), memory, settings
+            )
+            found += [joint.value, joint.coefficient]
+            if grad is not None:
+                guard = present is not None or settings.skip_nonfinite or settings.held_out > 0.0
+                found += backend.gradients(
+                    grad, joint.coefficient, joint.normaliser, leaves, criterion, guard
+                )
+        kept.append((state, found))
+    (ours, mine), (theirs, others) = kept
+    for x, y in zip(mine, others, strict=True):
+        assert_allclose(x.detach(), y.detach(), rtol=rtol, atol=atol)
+    for (name, x), (_, y) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=name)
+    return ours
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_incoming_gradient_of_0_meets_logits_of_nan(native: ModuleType, masked: bool) -> None:
+    logits = [randn(4, 5, seed=s) for s in range(2)]
+    logits[0][1:3] = math.nan
+    criterion, settings = Criterion(torch.tensor([0, 1, -100, 3])), PLAIN._replace(reduction="none")
+    present = torch.ones(2, 4, dtype=torch.bool) if masked else None
+    grad = torch.tensor([1.0, 0.0, 1.0, 2.0])
+    both(native, logits, criterion, settings, present, grad=grad)
+
+
+def test_the_share_held_out_ends_where_it_says(native: ModuleType) -> None:
+    index = torch.arange(8)
+    logits, criterion = [torch.zeros(8, 2)] * 2, Criterion(torch.zeros_like(index))
+    for i in range(8):
+        first = bisect.bisect_left(
+            range(2**32), True, key=lambda n: bool(held_out(index[i], n / 2**32))
+        )
+        for below in (first - 1, first):
+            state, share = CurriculumState(1, num_samples=8), below / 2**32
+            settings = PLAIN._replace(reduction="sum", held_out=share)
+            joint = native.curriculum(
+                logits, None, criterion, state.averages(), state.memory(index), settings
+            )
+            assert torch.equal(joint.coefficient[0] == 0.0, held_out(index, share))
+
+
+@pytest.mark.parametrize("noise", [None, 0.1])
+@pytest.mark.parametrize(
+    "skill",
+    [[0.1, 0.9, 0.2, 0.1], [0.9, 0.3, 0.2, 0.1], [0.1, 0.75, 0.375, 0.3], [0.05, 0.1, 0.1, 0.1]],
+)
+def test_who_is_asked_depends_on_skill(
+    native: ModuleType, skill: list[float], noise: float | None
+) -> None:
+    logits = [2.0 * randn(60, 2, seed=s) for s in range(4)]
+    criterion, index = Criterion(torch.arange(60) % 2), torch.arange(60)
+    settings = PLAIN._replace(label_noise=noise, held_out=0.5)
+    state = both(native, logits, criterion, settings, index=index, skill=skill)
+    assert state.held_out_averages[5, 0] > 0.0
+
+
+@pytest.mark.parametrize("seen", [(10**6, 0), (499_974, 500_024)])
+def test_next_to_no_skill_is_none(native: ModuleType, seen: tuple[int, int]) -> None:
+    index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:40]
+    logits = [torch.tensor([[1.0, 0.0]]).repeat(40, 1)] * 2
+    target = torch.zeros(40, dtype=torch.int64)
+    if seen[1]:
+        target[::2] = 1
+    known = torch.zeros(1024, dtype=torch.int64)
+    known[:2] = torch.tensor(seen)
+    settings = PLAIN._replace(held_out=0.5)
+    state = both(
+        native, logits, Criterion(target), settings, index=index, atol=1e-4, class_seen=known
+    )
+    assert (state.skill < 0.01).all()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kind", ["ignored", "worthless", "held"])
+def test_a_mean_over_nothing(native: ModuleType, kind: str, skip: bool) -> None:
+    logits = [randn(6, 3, seed=s) for s in range(2)]
+    logits[0][:3] = math.nan
+    target = torch.tensor([0, 1, 2, 0, 1, -1])
+    weight = torch.zeros(3) if kind == "worthless" else None
+    present = torch.ones(2, 6, dtype=torch.bool)
+    present[1, 2:4] = False
+    settings, index = PLAIN._replace(skip_nonfinite=skip), None
+    if kind == "ignored":
+        target[:] = -1
+    if kind == "held":
+        index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:6]
+        settings = settings._replace(held_out=0.5)
+    criterion = Criterion(target, weight, -1)
+    both(native, logits, criterion, settings, present, index, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("batch", [5, 24])
+def test_the_largest_loss_is_bounded(native: ModuleType, batch: int, share: float) -> None:
+    logits = [randn(batch, 2, seed=s) for s in range(3)]
+    for x in logits:
+        x[: batch // 2 + 1, 0] = -2e38
+    criterion, settings = (
+        Criterion(torch.zeros(batch, dtype=torch.int64)),
+        PLAIN._replace(held_out=share),
+    )
+    index = torch.arange(batch)
+    both(native, logits, criterion, settings, index=index, label_noise=0.1, skill=[0.9] * 3)
+
+
+@pytest.mark.parametrize(("scale", "strength"), [(5e-4, 0.5), (1.0, 100.0)])
+def test_pacing_is_bounded(native: ModuleType, scale: float, strength: float) -> None:
+    logits = [scale * randn(64, 4, seed=s) for s in range(2)]
+    settings = PLAIN._replace(surprise_strength=0.0, pacing_strength=strength)
+    both(
+        native,
+        logits,
+        Criterion(torch.zeros(64, dtype=torch.int64)),
+        settings,
+        rtol=2e-2,
+        atol=1e-3,
+    )
+
+
+def test_the_weights_of_all_classes_that_are_told_apart_are_known(native: ModuleType) -> None:
+    logits, weight = [randn(4, 1024, seed=s) for s in range(2)], randn(1024).abs()
+    state = both(native, logits, Criterion(torch.tensor([0, 5, 1022, 1023]), weight))
+    assert torch.equal(state.class_weight, weight)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("swap", "dropout"), [(0.9, 0.0), (0.0, 0.5), (0.5, 0.5)])
+def test_disturbed_gates_are_those_of_eager(
+    native: ModuleType, swap: float, dropout: float, masked: bool
+) -> None:
+    batch, modalities = 64, 4
+    generator = torch.Generator().manual_seed(0)
+    logits = [3.0 * randn(batch, 5, seed=s) for s in range(modalities)]
+    chance = torch.rand(3, batch, generator=generator)
+    chance[0, 0] = 1.0 - 2**-24  # the last modality
+    chance[1, 1::4] = 1.0 - dropout  # just dropped
+    chance[2, 2::4] = 1.0 - 2**-24  # the sample before
+    present = torch.rand(modalities, batch, generator=generator) < 0.7 if masked else None
+    found = []
+    for backend in (native, eager):
+        settings = Gate(1.5, 0.05, swap, dropout)
+        found.append(
+            backend.gate(
+                logits, torch.full((modalities,), 0.5), None, None, present, chance, None, settings
+            )
+        )
+    ours, theirs = found
+    if swap:
+        assert torch.equal(ours.source, theirs.source)
+        assert (ours.source != torch.arange(batch)).any()
+    assert_allclose(ours.gates, theirs.gates, rtol=1e-4, atol=1e-5)
+
+
+def learnt(modalities: int, **known: Any) -> Learnt:
+    quality = torch.linspace(0.9, 0.5, 1 + modalities)
+    found = Learnt(
+        quality.log(),
+        quality,
+        torch.linspace(0.9, 0.3, 1 + modalities),
+        torch.full((1024,), 3),
+        torch.ones(1024),
+        torch.ones(1 + modalities),
+    )
+    return found._replace(**known)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {},
+        {"log_quality": torch.tensor([0.9, 0.2, 0.3, 0.4]).log()},
+        {"skill": torch.tensor([0.9, 0.1, 0.05, 0.2])},
+        {"class_seen": torch.zeros(1024, dtype=torch.int64)},
+        {"class_weight": torch.tensor([math.inf, 1.0, -1.0, math.nan]).repeat(256)},
+        {"class_seen": 10 ** torch.arange(16).repeat(64)},
+    ],
+    ids=["plain", "redundant", "unskilled", "unseen", "odd weights", "rare"],
+)
+def test_what_is_learnt_disturbs_as_in_eager(native: ModuleType, known: dict[str, Tensor]) -> None:
+    batch, modalities = 256, 3
+    logits = [3.0 * randn(batch, 8, seed=s) for s in range(modalities)]
+    chance = torch.rand(3, batch, generator=torch.Generator().manual_seed(0))
+    chance[1] = chance[1].pow(3.0)  # near the swaps that are rare
+    found = []
+    for backend in (native, eager):
+        skill, prior = torch.zeros(modalities), torch.zeros(1024)
+        args = learnt(modalities, **known), None, chance, None, Gate(1.5, 0.05, 0.5, 0.5)
+        found.append((*backend.gate(logits, skill, prior, *args), skill, prior))
+    for ours, theirs in zip(*found, strict=True):
+        assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_novelty_has_bounds(native: ModuleType) -> None:
+    zeros = [torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3, 3)]
+    asked = [torch.tensor([[math.nan] * 3, [1e30] * 3, [math.inf] * 3, [1.0] * 3])]
+    for offset in (0.0, 1e4, 1e6):
+        moments = Moments(*(x.clone() for x in zeros))
+        if offset:
+            known = 0.03 * randn(400, 3) + offset
+            eager.observe([known], [1], None, moments, 6400.0)
+        ours, theirs = (b.novelty(asked, [1], moments, 6400.0) for b in (native, eager))
+        assert_allclose(ours, theirs, rtol=1e-3)
+    ours, theirs = Moments(*zeros), Moments(*(x.clone() for x in zeros))
+    for backend, moments in ((native, ours), (eager, theirs)):
+        backend.observe([torch.tensor([[5e17] * 3, [1e18] * 3])], [1], None, moments, 1.0)
+    for x, y in zip(ours, theirs, strict=True):
+        assert_allclose(x, y, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [3, 8, 13, 40])
+def test_nan_stays_wherever_it_is(native: ModuleType, classes: int) -> None:
+    logits = randn(classes, classes)
+    logits.fill_diagonal_(math.nan)
+    criterion = Criterion(torch.zeros(classes, dtype=torch.int64))
+    ours, theirs = (b.statistics([logits], None, criterion) for b in (native, eager))
+    assert ours.rows[:3].isnan().all()
+    assert theirs.rows[:3].isnan().all()
+    assert ((ours.prediction >= 0) & (ours.prediction < classes)).all()
+    args = [logits.clone() for _ in range(2)], criterion, False
+    (grad, _) = native.gradients(
+        torch.ones(2, classes),
+        None,
+        native.statistics(*args[:1], None, criterion).normaliser,
+        *args,
+    )
+    assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_gate_bears_what_is_not_finite(native: ModuleType, there: bool) -> None:
+    logits = [randn(8, 5, seed=s) for s in range(4)]
+    logits[0][::2, 1] = math.nan
+    logits[1][:, 4] = math.inf
+    present = torch.ones(4, 8, dtype=torch.bool)
+    present[0] = there
+    found = [
+        b.gate(
+            logits, torch.full((4,), 0.5), None, None, present, None, None, Gate(1.5, 0.05, 0, 0)
+        )
+        for b in (native, eager)
+    ]
+    for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):
+        assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_without_a_say_may_be_infinite(native: ModuleType) -> None:
+    logits = [randn(3, 4, seed=s) for s in range(3)]
+    logits[2][1] = -math.inf
+    scale = torch.ones(3, 3)
+    scale[2, 1] = 0.0
+    ours, theirs = (
+        b.mix([x.clone() for x in logits], logits, scale, torch.ones(3)) for b in (native, eager)
+    )
+    assert_allclose(ours[1], theirs[1], rtol=1e-5)
+
+
+def test_smoothing_sums_many_classes_exactly(native: ModuleType) -> None:
+    logits = randn(4, 200_000) - 5.0
+    criterion = Criterion(torch.arange(4), label_smoothing=0.5)
+    found = native.statistics([logits], None, criterion).rows[0]
+    truth = eager.statistics([logits.double()], None, criterion).rows[0]
+    assert_allclose(found, truth, rtol=3e-7)
