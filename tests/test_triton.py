@@ -414,6 +414,31 @@ def test_the_memory_of_what_is_hopeless_is_bounded() -> None:
     assert not state.calibration.any()
 
 
+def test_losses_whose_sum_overflows_count() -> None:
+    logits = [torch.tensor([[2e38, 0.0]] * 2, device=DEVICE)] * 2
+    state = CurriculumState(1).to(DEVICE)
+    target = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    settings = Settings(0.0, None, 0.0, 1.0, False, 0.9, 0.8, "mean", 0.0)
+    kernel.curriculum(logits, None, Criterion(target), state.averages(), None, settings)
+    assert state.nonfinite == 0
+    assert_allclose(state.log_quality.cpu(), -1e30, rtol=1e-6)
+
+
+def test_two_runs_of_one_batch_are_alike_in_every_bit() -> None:
+    """Weights are summed in whole numbers, in whatever order threads come."""
+    found = []
+    generator = torch.Generator()
+    for order in (torch.arange(64), torch.arange(63, -1, -1)):
+        generator.manual_seed(0)
+        state = CurriculumState(1).to(DEVICE)
+        logits = [x[order].to(DEVICE) for x in 4.0 * torch.randn(2, 64, 3, generator=generator)]
+        target = (torch.arange(64) % 3)[order].to(DEVICE)
+        settings = Settings(2.0, 1.0, 0.0, 1.0, False, 0.9, 0.8, "mean", 0.0)
+        kernel.curriculum(logits, None, Criterion(target), state.averages(), None, settings)
+        found.append(state.log_class_average)
+    assert torch.equal(*found)
+
+
 def test_qualities_far_apart_leave_the_farthest_a_coefficient() -> None:
     log_quality = [-440.0, -400.0, -642.0]
     state = CurriculumState(2)

@@ -57,7 +57,7 @@ _TILE = 1024  # logits of a head whose gradient a program writes
 _PLANE = 2048  # heads times samples that the curriculum has in hand
 _OPTIONS = {"enable_fp_fusion": True}  # the default differs between versions
 
-# A batch of another size is no reason to compile anew.
+# A batch of another size compiles anew only where it changes the tile, which is a power of two.
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["batch"])
 
 
@@ -123,7 +123,7 @@ def curriculum(
             (settings.surprise_strength, settings.pacing_strength, settings.unimodal_strength),
             settings.label_noise,
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
-            found.rows.new_zeros((2, groups)),
+            buffers.class_seen.new_zeros((2, groups)),
             round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
             0.0 if memory is None else own_share(settings.held_out * len(memory.nll)),
             skip=settings.skip_nonfinite,
@@ -249,6 +249,7 @@ _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and sam
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust and vote
+_UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
@@ -519,9 +520,7 @@ def _curriculum(
         moved += shares[k]
 
     zero = tl.zeros([samples], tl.float32)
-    hearing: tl.tuple = (None, None, asked_heads, head_weight, usual)
-    if below is not None:
-        hearing = (memory.rows, below, asked_heads, head_weight, usual)
+    hearing: tl.tuple = (asked_heads, head_weight, usual)
     plane = tl.zeros([heads, samples], tl.float32)
     said: tl.tuple = (plane, plane, plane, plane, plane, plane)
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
@@ -530,7 +529,19 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, kept, valid, held, heard, signal, difficulty, surprise, doubt = _signals(
-            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            memory,
+            below,
+            shares,
+            moved,
+            hearing,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         summed: tl.tuple = ()
         for k in tl.static_range(3):
@@ -585,12 +596,26 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         _, _, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            memory,
+            below,
+            shares,
+            moved,
+            hearing,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         group, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
-        tl.atomic_add(of_classes + group, 1.0, mask=valid)
-        tl.atomic_add(of_classes + groups + group, tl.exp(log_weight - average), mask=valid)
+        # In whole numbers, whose sum does not depend on which thread comes first.
+        units = (tl.exp(log_weight - average) * _UNITS + 0.5).to(tl.int64)
+        tl.atomic_add(of_classes + group, 1, mask=valid)
+        tl.atomic_add(of_classes + groups + group, units, mask=valid)
     tl.debug_barrier()  # after it, all is added up
     _level(buffers, of_classes, decays[2], groups)
     tl.debug_barrier()
@@ -600,7 +625,19 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         nll, here, _, valid, _, _, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            memory,
+            below,
+            shares,
+            moved,
+            hearing,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -689,7 +726,19 @@ def _curriculum(
         i = start + tl.arange(0, samples)
         inside = i < batch
         nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
-            found, present, criterion, shares, moved, hearing, i, head, count, batch, per_log
+            found,
+            present,
+            criterion,
+            memory,
+            below,
+            shares,
+            moved,
+            hearing,
+            i,
+            head,
+            count,
+            batch,
+            per_log,
         )
         _, average = _of_class(criterion.target, buffers.log_class_average, i, valid, groups)
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
@@ -729,8 +778,9 @@ def _level(
 ) -> None:
     """Take the batch into what is kept of each class."""
     group = tl.arange(0, groups)
-    number = tl.load(of_classes + group)
-    mean = tl.load(of_classes + groups + group) / tl.maximum(number, 1.0)
+    number = tl.load(of_classes + group).to(tl.float32)
+    total = tl.load(of_classes + groups + group).to(tl.float32) / _UNITS
+    mean = total / tl.maximum(number, 1.0)
     stays = tl.exp(number * log_decay)
     moves = tl.where(number > 0, tl.log(stays + (1.0 - stays) * mean), 0.0)
     tl.store(buffers.log_class_average + group, tl.load(buffers.log_class_average + group) + moves)
@@ -818,6 +868,8 @@ def _signals(
     found: tl.tuple,
     present: tl.tensor,
     criterion: tl.tuple,
+    memory: tl.tuple,
+    below: tl.tensor,
     shares: tl.tuple,
     moved: tl.tensor,
     hearing: tl.tuple,
@@ -836,13 +888,14 @@ def _signals(
     distance = tl.load(found.rows + 3 * plane + at, mask=here, other=0.0)
     y = tl.load(criterion.target + i, mask=i < batch, other=criterion.ignore_index)
     kept = y != criterion.ignore_index
-    valid = kept & (tl.abs(tl.sum(nll + entropy, 0)) < float("inf"))
+    finite = tl.abs(nll + entropy) < float("inf")  # of each, since their sum could overflow
+    valid = kept & (tl.min(finite.to(tl.int32), 0) > 0)
     nll = tl.minimum(nll, _LARGEST_NLL, propagate_nan=_NAN_STAYS)
     held = kept & (kept == 0)
     heard = held
-    rows, below, asked, head_weight, usual = hearing
-    if rows is not None:
-        held = kept & _is_held_out(tl.load(rows + i, mask=i < batch, other=0), below)
+    asked, head_weight, usual = hearing
+    if below is not None:
+        held = kept & _is_held_out(tl.load(memory.rows + i, mask=i < batch, other=0), below)
         heard = held & valid
         kept = kept & (held == 0)
         valid = valid & (held == 0)
