@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -893,3 +893,33 @@ def test_gradients_made_anew_are_of_all_samples_at_once(
     found = torch.autograd.grad(loss, [fused, *others])
     for grad, other in zip(found, expected, strict=True):
         assert_allclose(grad, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "failure", "reason"),
+    [
+        ((6, 1), None, "a GPU is older than those that Triton compiles for"),
+        ((9, 0), RuntimeError("no C compiler"), "Triton cannot launch here: no C compiler"),
+        ((9, 0), ImportError("no triton"), "no triton"),
+        ((9, 0), None, "available"),
+    ],
+)
+def test_triton_is_taken_only_where_it_can_launch(
+    capability: tuple[int, int],
+    failure: Exception | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def import_module(name: str) -> Any:
+        if failure is not None:
+            raise failure
+        utils = SimpleNamespace(utils=None)
+        return SimpleNamespace(name=name, driver=SimpleNamespace(active=utils))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("importlib.import_module", import_module)
+    module, found = kernels._load.__wrapped__("triton")
+    assert found == reason
+    assert (module is None) == (reason != "available")

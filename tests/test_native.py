@@ -341,3 +341,10 @@ def test_what_is_too_much_is_refused(native: ModuleType) -> None:
                 native.observe(features, [step] * len(features), None, moments, 1.0)
     with pytest.raises(TypeError, match="expected 8 arguments, got 1"):
         native._native.observe(1)
+
+
+def test_a_negative_index_is_refused(native: ModuleType) -> None:
+    state, index = CurriculumState(1, num_samples=5), torch.tensor([0, -1])
+    logits, criterion = [torch.zeros(2, 3)] * 2, Criterion(torch.tensor([0, 1]))
+    with pytest.raises(IndexError, match="index: expected sample indices"):
+        native.curriculum(logits, None, criterion, state.averages(), state.memory(index), PLAIN)
