@@ -348,3 +348,21 @@ def test_a_negative_index_is_refused(native: ModuleType) -> None:
     logits, criterion = [torch.zeros(2, 3)] * 2, Criterion(torch.tensor([0, 1]))
     with pytest.raises(IndexError, match="index: expected sample indices"):
         native.curriculum(logits, None, criterion, state.averages(), state.memory(index), PLAIN)
+
+
+def test_classes_of_another_task_are_no_chance(native: ModuleType) -> None:
+    index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:20]
+    logits = [randn(20, 3, seed=s) for s in range(3)]
+    seen = torch.zeros(1024, dtype=torch.int64)
+    seen[0], seen[7] = 100, 1000
+    settings = PLAIN._replace(held_out=0.5)
+    both(native, logits, Criterion(torch.arange(20) % 3), settings, index=index, class_seen=seen)
+
+
+def test_class_weights_may_be_a_negated_view(native: ModuleType) -> None:
+    logits, target, weight = [randn(6, 3)], torch.arange(6) % 3, torch.tensor([0.5, 1.0, 2.0])
+    found = [
+        native.statistics(logits, None, Criterion(target, w)).rows
+        for w in (weight, torch._neg_view(-weight))
+    ]
+    assert_allclose(found[1], found[0])

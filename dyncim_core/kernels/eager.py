@@ -383,8 +383,8 @@ def remember(
 
 def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
     """How frequent the predicted classes are among all samples trained on, each once more."""
-    seen, kind = buffers.class_seen, buffers.skill.dtype
-    groups = min(num_classes, len(seen))
+    kind, groups = buffers.skill.dtype, min(num_classes, len(buffers.class_seen))
+    seen = buffers.class_seen[:groups]
     if groups < num_classes:
         prediction = prediction % groups
     return (seen[prediction] + 1).to(kind) / (seen.sum() + groups).to(kind)

@@ -334,7 +334,7 @@ class _Problem:
         if present is not None:
             present = present.contiguous()
         if weight is not None:
-            weight = weight.to(torch.float32).contiguous()
+            weight = _contiguous(weight.to(torch.float32))
         self.logits, self.target, self.others = logits, target, (present, weight)
         self.ignore_index = ignore_index
         self.whole = (
