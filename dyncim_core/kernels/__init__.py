@@ -137,18 +137,23 @@ def _unsuited(
 
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    if name == "triton":
-        if not torch.cuda.is_available():
-            return None, "there is no GPU that torch can use"
-        devices = range(0 if torch.version.hip else torch.cuda.device_count())
-        if any(torch.cuda.get_device_capability(device) < (7, 0) for device in devices):
-            return None, "a GPU is older than those that Triton compiles for"
+    if name == "triton" and not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use"
     try:
         module = importlib.import_module(f"dyncim_core.kernels.{name}")
-        if name == "triton":  # which builds its launcher: no C compiler or no Python.h shows here
-            _ = importlib.import_module("triton.runtime").driver.active.utils
+        if name == "triton":
+            _check_launch()
     except ImportError as error:
         return None, str(error)
     except Exception as error:  # whatever keeps Triton from a launch
         return None, f"Triton cannot launch here: {error}"
     return module, "available"
+
+
+def _check_launch() -> None:
+    """Ask for what Triton needs of a machine, which would show at the first step only."""
+    devices = range(0 if torch.version.hip else torch.cuda.device_count())
+    if any(torch.cuda.get_device_capability(device) < (7, 0) for device in devices):
+        raise ImportError("a GPU is older than those that Triton compiles for")
+    # It builds what launches kernels, with a C compiler and Python's headers.
+    _ = importlib.import_module("triton.runtime").driver.active.utils
