@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -366,3 +370,24 @@ def test_class_weights_may_be_a_negated_view(native: ModuleType) -> None:
         for w in (weight, torch._neg_view(-weight))
     ]
     assert_allclose(found[1], found[0])
+
+
+def test_the_processor_is_used_as_far_as_torch_may_use_it(native: ModuleType) -> None:
+    folder = Path(native._native.__file__).parent
+
+    def chosen(asked: str | None) -> str:
+        others = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+        ran = subprocess.run(
+            [sys.executable, "-c", "import _native; print(_native.CAPABILITY)"],
+            cwd=folder,  # where it is found without torch
+            env=others if asked is None else {**others, "ATEN_CPU_CAPABILITY": asked},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return ran.stdout.strip()
+
+    names = ["default", "avx2", "avx512"]
+    most = names.index(chosen(None))
+    assert [chosen(name) for name in names] == [names[min(k, most)] for k in range(3)]
+    assert {chosen(name) for name in ("", "AVX2", "avx")} == {names[most]}

@@ -121,17 +121,31 @@ typedef struct {
 #endif
 
 static RowKernels rows_of;
+static const char *capability; /* their name, as torch calls it */
+
+#ifdef HAVE_TARGETS
+/* Whether no more than that is to be used: torch heeds the same variable. */
+static int is_asked(const char *name) {
+    const char *asked = getenv("ATEN_CPU_CAPABILITY");
+    return asked && strcmp(asked, name) == 0;
+}
+#endif
 
 static void choose_kernels(void) {
     rows_of = kernels_baseline;
+    capability = "default";
 #ifdef HAVE_TARGETS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        rows_of = kernels_avx2;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            rows_of = kernels_avx512;
-    }
+    if (is_asked("default") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return;
+    rows_of = kernels_avx2;
+    capability = "avx2";
+    if (is_asked("avx2") || !__builtin_cpu_supports("avx512f") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return;
+    rows_of = kernels_avx512;
+    capability = "avx512";
 #endif
 }
 
@@ -1369,6 +1383,8 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__native(void) {
     choose_kernels();
     PyObject *created = PyModule_Create(&module);
-    if (created && PyModule_AddIntConstant(created, "INTERFACE", INTERFACE)) Py_CLEAR(created);
+    if (created && (PyModule_AddIntConstant(created, "INTERFACE", INTERFACE) ||
+                    PyModule_AddStringConstant(created, "CAPABILITY", capability)))
+        Py_CLEAR(created);
     return created;
 }
