@@ -72,7 +72,7 @@ typedef struct {
                        const float *even, const float *weight);
     void (*distance_rows)(float *e, const float *p, int64_t rows, int64_t classes,
                           const float *factor, float *squared);
-    double (*weighted_sum)(const float *x, double shift, const float *weight, int64_t classes);
+    double (*weighted_sum)(const float *x, float shift, const float *weight, int64_t classes);
     void (*gradient_row)(const float *x, double lse, float factor, float smooth,
                          const float *weight, int64_t classes, float *out);
     void (*exp_row)(float *x, int64_t count);
@@ -400,8 +400,8 @@ static void modality_coefficients(const float *log_quality, int64_t modalities, 
         top = alpha[m] > top ? alpha[m] : top;
     }
     for (int64_t m = 0; m < modalities; m++) total += alpha[m] = exp(alpha[m] - top);
-    double log_hmir = log_hmir_of(log_quality, modalities);
-    double excess = (log_hmir > 30.0 ? log_hmir : log1p(exp(log_hmir))) - mean;
+    /* Where exp overflows, all lags are capped and all alpha alike: any balance will do. */
+    double excess = log1p(exp(log_hmir_of(log_quality, modalities))) - mean;
     double balance = -expm1(excess < 0.0 ? excess : 0.0);
     for (int64_t m = 0; m < modalities; m++)
         out[m] = (1.0 - balance) + balance * (double)modalities * alpha[m] / total;
@@ -524,16 +524,17 @@ static const float *of_head(const Problem *p, int64_t h, const float *numbers, f
     return part;
 }
 
-/* The coefficients of a mean over no mass, infinite or NaN, but 0 of what is absent; their value. */
+/* The coefficients of a mean over no mass, infinite or NaN, but 0 of what is absent, whose loss is
+ * 0 as well; their value. */
 static double without_mass(const Problem *p, const float *w, const double *factor, double scale,
-                           const float *loss, int guard, float *coefficient) {
+                           const float *loss, float *coefficient) {
     double sum = 0.0;
     for (int64_t h = 0; h < p->heads; h++)
         for (int64_t i = 0; i < p->batch; i++) {
             int64_t at = h * p->batch + i;
             int here = !p->present || p->present[at];
             float found = here ? w[i] * (float)(factor[h] * scale) : 0.0f;
-            sum += guard && found == 0.0f ? 0.0 : found * loss[at];
+            sum += found * loss[at];
             coefficient[at] = found;
         }
     return sum;
@@ -723,7 +724,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t i = 0; i < B; i++)
         used[i] = held[i] || (o->skip_nonfinite && !weighed[i]) ? 0.0f : weight[i];
     int massless = !isfinite(scale);
-    if (massless) sum = without_mass(p, used, factor, scale, loss, may_skip, coefficient);
+    if (massless) sum = without_mass(p, used, factor, scale, loss, coefficient);
     for (int64_t h = massless ? H : 0; h < H; h++)
         sum += rows_of.coefficients(of_head(p, h, used, part), (float)(factor[h] * scale),
                                     loss + h * B, may_skip, B, coefficient + h * B,
@@ -777,12 +778,9 @@ static double evenness_of(float *const *learnt) {
 /* From the skill that a fusion has kept, and, if not NULL, what its state has learnt. */
 static void trust_in(int64_t modalities, const float *skill, float *const *learnt, Trust *t) {
     const double eps = 1e-3;
-    double worst = INFINITY, best = 0.0, share = 1.0;
+    double worst = INFINITY, best = best_of(skill, modalities), share = 1.0;
     if (learnt) share = redundancy_of(learnt, modalities) * evenness_of(learnt);
-    for (int64_t m = 0; m < modalities; m++) {
-        worst = skill[m] < worst ? skill[m] : worst;
-        best = skill[m] > best ? skill[m] : best;
-    }
+    for (int64_t m = 0; m < modalities; m++) worst = skill[m] < worst ? skill[m] : worst;
     for (int64_t m = 0; m < modalities; m++) {
         double vote = 1.0;
         t->believed[m] = 1.0;
@@ -807,8 +805,8 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
                     int64_t i, int64_t count, uint8_t *has) {
     int64_t M = p->heads, B = p->batch;
     for (int64_t m = 0; d->source && m < M; m++) d->source[m * B + i] = i;
-    int64_t m = (int64_t)(d->chance[i] * (float)M);
-    if (count < 2 || m >= M) return;
+    if (count < 2) return;
+    int64_t m = (int64_t)(d->chance[i] * (float)M); /* < M, of 1 - 2^-24 as well */
     double rate = rates[m], event = d->chance[B + i];
     int64_t other = (i + 1 + (int64_t)(d->chance[2 * B + i] * (float)(B - 1))) % B;
     int there = p->present ? p->present[m * B + other] : 1;
@@ -977,7 +975,8 @@ static void observe(const Features *f, const uint8_t *available, double window, 
     }
 }
 
-/* The upper factor R of R^T R = a, [n, n] in rows of WATCHED; NaN unless it is positive definite. */
+/* The upper factor R of R^T R = a, [n, n] in rows of WATCHED; NaN unless that is positive
+ * definite. */
 static void factorise(double *a, int64_t n) {
     for (int64_t k = 0; k < n; k++) {
         double *row = a + k * WATCHED, pivot = row[k] > 0.0 ? sqrt(row[k]) : NAN;

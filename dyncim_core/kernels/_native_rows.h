@@ -395,13 +395,13 @@ static double FOR_TARGET(contradiction)(const float *restrict probs, int64_t str
 }
 
 /* sum_c weight_c * (x_c - shift), with weights of 1 when NULL */
-static double FOR_TARGET(weighted_sum)(const float *restrict x, double shift,
+static double FOR_TARGET(weighted_sum)(const float *restrict x, float shift,
                                        const float *restrict weight, int64_t classes) {
     double sum = 0.0;
     for (int64_t start = 0; start < classes; start += BLOCK) {
         int64_t stop = start + BLOCK < classes ? start + BLOCK : classes;
         float s = 0.0f;
-        for (int64_t c = start; c < stop; c++) s += (weight ? weight[c] : 1.0f) * (x[c] - (float)shift);
+        for (int64_t c = start; c < stop; c++) s += (weight ? weight[c] : 1.0f) * (x[c] - shift);
         sum += s;
     }
     return sum;
@@ -442,8 +442,9 @@ static void FOR_TARGET(exp_row)(float *x, int64_t count) {
     if (shape.left) FOR_TARGET(store_last)(x, FOR_TARGET(exp_bounded)(tail), shape);
 }
 
-/* What the statistics of a few samples say; of the label, the heads that are asked. Head h of sample i is at h * plane + i in nll and
- * present, at h * near + i in the rest; of what a sample lacks, statistics are 0. */
+/* What the statistics of a few samples say; of the label, the heads that are asked. Head h of
+ * sample i is at h * plane + i in nll and present, at h * near + i in the rest; of what a sample
+ * lacks, statistics are 0. */
 static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_t plane,
                                 const float *entropy, const float *distance,
                                 const int64_t *prediction, int64_t near,
@@ -460,8 +461,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
         for (int64_t r = 0; r < count; r++) {
             float more = x[r] - calm[r], beyond = more > 0.0f ? more : 0.0f;
             finite[r] &= more - more == 0.0f;
-            beyond = beyond < LARGEST_NLL ? beyond : LARGEST_NLL;
-            surprisal[r] += x[r] < LARGEST_NLL ? x[r] : LARGEST_NLL;
+            surprisal[r] += x[r];
             float expected = calm[r] < usual[h] ? calm[r] : usual[h];
             float ahead = x[r] > expected ? x[r] - expected : 0.0f;
             excess[r] += head_weight[h] * (ahead < LARGEST_NLL ? ahead : LARGEST_NLL);
@@ -474,12 +474,11 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             differ[r] |= says && prediction[h * near + r] != prediction[r];
         }
     }
-    for (int r = 0; r < ROWS; r++) {
-        float over = number[r] > 1.0f ? number[r] : 1.0f;
-        float others = over > 2.0f ? over - 1.0f : 1.0f;
-        surprisal[r] = -surprisal[r] / over;
+    for (int r = 0; r < ROWS; r++) { /* from count on of nothing, NaN, which nobody reads */
+        float others = number[r] > 2.0f ? number[r] - 1.0f : 1.0f;
+        surprisal[r] = -surprisal[r] / number[r];
         least[r] = -least[r];
-        out->surprise[r] = r < count ? excess[r] / mass[r] : 0.0f;
+        out->surprise[r] = excess[r] / mass[r];
         out->consistency[r] = apart[r] / others;
         out->agree[r] = !differ[r] && witnesses[r] > 1;
         out->finite[r] = finite[r];
@@ -492,7 +491,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
     }
 }
 
-/* Sums of w, w min(x, LARGEST_NLL) and w^2; x may be anything where w is 0. */
+/* Sums of w, w min(x, LARGEST_NLL) and w^2; x, not negative, may also be NaN where w is 0. */
 static void FOR_TARGET(weighted_sums)(const float *w, const float *x, int64_t count,
                                       double *sums) {
     FOR_TARGET(Shape) shape = FOR_TARGET(shape)(count);
@@ -502,9 +501,8 @@ static void FOR_TARGET(weighted_sums)(const float *w, const float *x, int64_t co
         value = FOR_TARGET(load_tail)(x, shape, 0.0f);
     }
     value = FOR_TARGET(choose)(value < largest, value, largest);
-    Floats product = FOR_TARGET(choose)(weight > 0.0f, weight * value, (Floats){0});
     sums[0] = FOR_TARGET(sum)(weight);
-    sums[1] = FOR_TARGET(sum)(product);
+    sums[1] = FOR_TARGET(sum)(weight * value);
     sums[2] = FOR_TARGET(sum)(weight * weight);
     for (int64_t start = 0; start < shape.whole; start += BLOCK) {
         int64_t stop = start + BLOCK < shape.whole ? start + BLOCK : shape.whole;
@@ -512,9 +510,8 @@ static void FOR_TARGET(weighted_sums)(const float *w, const float *x, int64_t co
         for (int64_t c = start; c < stop; c += LANES) {
             weight = FOR_TARGET(load)(w + c);
             value = FOR_TARGET(load)(x + c);
-            product = weight * FOR_TARGET(choose)(value < largest, value, largest);
             sum += weight;
-            weighted += FOR_TARGET(choose)(weight > 0.0f, product, (Floats){0});
+            weighted += weight * FOR_TARGET(choose)(value < largest, value, largest);
             squares += weight * weight;
         }
         sums[0] += FOR_TARGET(sum)(sum);
