@@ -391,3 +391,29 @@ def test_the_processor_is_used_as_far_as_torch_may_use_it(native: ModuleType) ->
     most = names.index(chosen(None))
     assert [chosen(name) for name in names] == [names[min(k, most)] for k in range(3)]
     assert {chosen(name) for name in ("", "AVX2", "avx")} == {names[most]}
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_an_incoming_gradient_may_tell_heads_apart(native: ModuleType, expanded: bool) -> None:
+    logits, criterion = [randn(6, 3, seed=s) for s in range(3)], Criterion(torch.arange(6) % 3)
+    # The first entry alone would say that there is nothing to scale.
+    grad = torch.tensor([[1.0], [2.0], [-3.0]])
+    grad = grad.expand(3, 6) if expanded else grad * torch.linspace(1.0, 2.0, 6)
+    both(native, logits, criterion, grad=grad)
+
+
+def test_nobody_is_better_than_always_right(native: ModuleType) -> None:
+    """Whatever a saved state claims to have heard: more hits here than samples."""
+    index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:20]
+    logits = [torch.eye(3)[torch.arange(20) % 3]] * 2
+    heard = torch.tensor([0.5, 0.6, 0.2, 0.0, 0.0, 0.0]).unsqueeze(1).expand(6, 2)
+    settings = PLAIN._replace(held_out=0.5)
+    state = both(
+        native,
+        logits,
+        Criterion(torch.arange(20) % 3),
+        settings,
+        index=index,
+        held_out_averages=heard,
+    )
+    assert (state.skill == 1.0).all()
