@@ -1,6 +1,6 @@
-/* The kernels for float32 logits on a CPU: statistics of every head, the curriculum step and
- * the gradient, each in one call, or the last two in one. No torch headers: native.py passes
- * addresses.
+/* The kernels for float32 logits on a CPU. Of a loss: statistics of every head, the curriculum step
+ * and the gradient, each in one call, or the last two in one. Of a fusion: gates, mixtures and the
+ * moments of features. No torch headers: native.py passes addresses.
  *
  * Layout is head-major: logits are one row-strided [B, C] array per head, statistics [4, H, B].
  * eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compare all three.
