@@ -13,7 +13,7 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Kernels, Learnt, with_memory
+from dyncim_core.kernels.interface import Gate, Kept, Kernels, Learnt, with_memory
 from dyncim_core.moments import FeatureMoments
 from dyncim_core.state import GROUPS, CurriculumState
 
@@ -32,9 +32,9 @@ class FusionOutput(NamedTuple):
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
             without any.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features and by its ``calibration``, to add to the logits of a head over ``fused``;
-            ``None`` without unimodal logits. It is detached: unimodal heads learn from their own
-            losses.
+            features, by its vote (``votes``) and by its ``calibration``, to add to the logits of a
+            head over ``fused``; ``None`` without unimodal logits. It is detached: unimodal heads
+            learn from their own losses.
     """
 
     fused: Tensor
@@ -46,10 +46,11 @@ class GatedFusion(KeepsDtype):
     """Concatenates the features of the modalities, each scaled by how reliable it looks.
 
     The gate of a modality falls with how much the others, two at least and as far as they
-    are sure and to be believed, contradict its own prediction, with how little it has learnt
-    that generalises, and in inference as soon as its features lie far from those seen in
-    training: it works without labels. Features are scaled by their gate over the largest
-    gate of the sample, so that equal gates give plain concatenation. In training, some
+    are sure and to be believed, contradict its own prediction, and in inference as soon as its
+    features lie far from those seen in training: it works without labels. Features are scaled
+    by their gate over the largest gate of the sample, so that equal gates give plain
+    concatenation. Logits of modalities count less with less skill; features do not, since what
+    tells nothing by itself may tell what another one means. In training, some
     modalities of some samples are dropped or swapped with another sample's: at most one
     modality of a sample, the less often the less it errs, the further fusion is ahead of its
     modalities, and the more some classes outnumber others. The paper (arXiv 2503.06456) names a
@@ -61,9 +62,9 @@ class GatedFusion(KeepsDtype):
     Args:
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` of the criterion. Its skills tell how far modalities are
-            believed when they contradict each other, what their ``votes`` count and which are
-            dropped more; its calibrations what their logits count; its ``redundancy`` how much is
-            dropped; the classes that it has seen, if at most 1024, are what predictions are
+            believed when they contradict each other, what the ``votes`` of their logits are and
+            which are dropped more; its calibrations how sure those logits may be; its
+            ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024, are what predictions are
             compared beyond (``log_prior``), and uneven ones spare dropout (``evenness``). What was
             last seen in training is kept for inference, which needs no state. When ``None``, all
             modalities count alike, and dropout acts in full.
@@ -87,8 +88,8 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
-        calibration: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by; 1 as long as
-            nothing is known.
+        logit_factor: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by, votes times
+            calibrations; 1 as long as nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
             before they are compared; ``None`` with less than three modalities, which never are.
 
@@ -110,10 +111,10 @@ class GatedFusion(KeepsDtype):
     """
 
     skill: Tensor
-    calibration: Tensor
+    logit_factor: Tensor
     log_prior: Tensor | None
 
-    _at_first_1 = ("calibration",)
+    _at_first_1 = ("logit_factor",)
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class GatedFusion(KeepsDtype):
         if state is not None:
             self.follow(state)
         self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
-        self.register_buffer("calibration", torch.ones(len(widths), dtype=torch.float32))
+        self.register_buffer("logit_factor", torch.ones(len(widths), dtype=torch.float32))
         self.register_buffer(
             "log_prior", torch.zeros(GROUPS, dtype=torch.float32) if len(widths) > 2 else None
         )
@@ -247,16 +248,13 @@ class GatedFusion(KeepsDtype):
 
         gating = kernels.gate(
             evidence,
-            self.skill,
-            prior,
+            Kept(self.skill, self.logit_factor, prior),
             learnt,
             there,
             chance,
             penalty,
             Gate(self.disagreement_slope, self.threshold, self.swap, self.dropout),
         )
-        if learnt is not None:
-            self.calibration.copy_(learnt.calibration[1:])
         if self.training and self.moments is not None:
             self.moments.observe(streams, there, by)
         rows = gating.source
@@ -264,7 +262,7 @@ class GatedFusion(KeepsDtype):
             streams = [x[row] for x, row in zip(streams, rows, strict=True)]
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
         fused, total = _mixed(
-            select(by, streams), streams, logits or (), gating.scale, self.calibration
+            select(by, streams), streams, logits or (), gating.scale, self.logit_factor
         )
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
@@ -309,13 +307,13 @@ def _mixed(
     streams: Sequence[Tensor],
     logits: Sequence[Tensor],
     scale: Tensor,
-    calibration: Tensor,
+    logit_factor: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """``Kernels.mix``, differentiable for streams."""
     if kernels is eager:
-        return eager.mix(streams, logits, scale, calibration)
+        return eager.mix(streams, logits, scale, logit_factor)
     found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
-        (kernels, logits, scale, calibration), *streams
+        (kernels, logits, scale, logit_factor), *streams
     )
     return found
 
@@ -325,10 +323,10 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *streams: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernels, logits, scale, calibration = known
+        kernels, logits, scale, logit_factor = known
         ctx.known = kernels, [x.shape[-1] for x in streams], scale
         ctx.set_materialize_grads(False)
-        fused, total = kernels.mix(streams, logits, scale, calibration)
+        fused, total = kernels.mix(streams, logits, scale, logit_factor)
         if total is not None:
             ctx.mark_non_differentiable(total)
         return fused, total

@@ -356,7 +356,7 @@ def trust(skill: Tensor) -> Tensor:
 
 
 def votes(skill: Tensor) -> Tensor:
-    """What each modality's word counts in a fusion: less with less skill.
+    """What each modality's logits count in a fusion: less with less skill.
 
     In full from half of the best one's skill on, so that what is reliable in training need
     not be so elsewhere; a modality with next to nothing to say is next to silenced.

@@ -320,7 +320,7 @@ def contradiction(
     target: ArrayLike,
     present: ArrayLike | None = None,
 ) -> Array:
-    """How far all heads of a sample, two at least, contradict its target together.
+    """How far the fused head and the modalities, two at least, contradict a target together.
 
     ``(max_c t_c - t_k) min_h 1 - exp(-max(0, nll_h - entropy_h))`` where all predict class k,
     else 0; t is one-hot for a class. Definition chosen here.
@@ -336,8 +336,8 @@ def contradiction(
         ``[B]`` in [0, 1].
 
     Example:
-        >>> nll = np.log([[4.0, 4.0, 1.0]] * 2)
-        >>> contradiction([[1, 1, 0], [1, 2, 0]], nll, 0 * nll, [0, 0, 0]).round(4).tolist()
+        >>> nll = np.log([[4.0, 4.0, 1.0]] * 3)
+        >>> contradiction([[1, 1, 0], [1, 1, 0], [1, 2, 0]], nll, 0 * nll, [0, 0, 0]).round(4).tolist()
         [0.75, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
@@ -346,7 +346,7 @@ def contradiction(
     result = np.zeros(classes.shape[1])
     for i, t in enumerate(np.asarray(target)):
         votes = classes[mask[:, i], i]
-        if len(votes) > 1 and len(set(votes)) == 1:
+        if np.sum(mask[1:, i]) > 1 and len(set(votes)) == 1:
             wrong = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
             result[i] = wrong * doubt[mask[:, i], i].min()
     return result

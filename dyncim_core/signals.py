@@ -203,17 +203,18 @@ def contradiction(
     target: Tensor,
     present: Tensor | None = None,
 ) -> Tensor:
-    """How far all heads of a sample together contradict its target.
+    """How far the fused head and the modalities, two at least, together contradict a target.
 
-    Where every head predicts the same class, and not the target's, as far as the least sure of
+    Where all of them predict the same class, and not the target's, as far as the least sure of
     them is surprised: ``min_h 1 - exp(-max(0, nll_h - entropy_h))``, else 0. A target of class
     probabilities, which may be unsure itself, is contradicted by as much of that as it prefers
     its likeliest class to the predicted one.
 
     A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
     has all of them sure of another class. The share of such samples is what the run itself
-    shows of label noise. One head alone agrees with nobody: 0 for a sample without any
-    modality. Definition chosen here.
+    shows of label noise. One modality is not asked alone: what its label takes from it may be
+    told by another one that tells nothing by itself, and the fusion repeats it until it has
+    learnt to put the two together. Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
@@ -226,8 +227,8 @@ def contradiction(
         ``[B]`` in [0, 1].
 
     Example:
-        >>> prediction = torch.tensor([[1, 1, 0], [1, 2, 0]])
-        >>> nll, entropy = torch.tensor([[2.3, 2.3, 0.1]] * 2), torch.full((2, 3), 0.3)
+        >>> prediction = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 2, 0]])
+        >>> nll, entropy = torch.tensor([[2.3, 2.3, 0.1]] * 3), torch.full((3, 3), 0.3)
         >>> contradiction(prediction, nll, entropy, torch.tensor([0, 0, 0]))
         tensor([0.8647, 0.0000, 0.0000])
     """
@@ -401,12 +402,12 @@ def _credibility(competence: Tensor | float) -> Tensor | float:
 
 def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
     fused, others = prediction[0], prediction[1:]
-    if not len(others):
+    if len(others) < 2:
         return torch.zeros_like(fused, dtype=torch.bool)
     agree = others == fused
     if present is None:
         return agree.all(dim=0)
-    return (agree | ~present[1:]).all(dim=0) & present[1:].any(dim=0)
+    return (agree | ~present[1:]).all(dim=0) & (present[1:].sum(dim=0) > 1)
 
 
 def _mean_over_heads(

@@ -176,7 +176,7 @@ class AttachedLogits(Gated):
     ) -> Tensor:
         """Fused logits."""
         fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
-        scale = (relative_gates(gates.t()) * self.gates.calibration.unsqueeze(1)).unsqueeze(2)
+        scale = (relative_gates(gates.t()) * self.gates.logit_factor.unsqueeze(1)).unsqueeze(2)
         own = torch.stack(list(unimodal.values()))
         logits: Tensor = self.head(fused) + (scale * own).sum(dim=0)
         return logits

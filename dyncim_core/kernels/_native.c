@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 3 /* raised, as in native.py, when what a call passes changes */
+#define INTERFACE 4 /* raised, as in native.py, when what a call passes changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     float deviation[ROWS], consistency[ROWS], surprise[ROWS];
     float doubt[ROWS];                   /* of the target, by the head that doubts it least */
-    int32_t finite[ROWS], agree[ROWS];   /* statistics are; heads, two at least, do */
+    int32_t finite[ROWS], agree[ROWS];   /* statistics are; modalities, two at least, do */
 } Signals;
 
 /* One set of row kernels; which, depends on the processor. */
@@ -740,7 +740,7 @@ typedef struct {
 
 /* Of each modality, [M]. */
 typedef struct {
-    double believed[MAX_HEADS], log_votes[MAX_HEADS];
+    double believed[MAX_HEADS];
     double rates[MAX_HEADS]; /* how often it is disturbed */
 } Trust;
 
@@ -782,14 +782,7 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
     if (learnt) share = redundancy_of(learnt, modalities) * evenness_of(learnt);
     for (int64_t m = 0; m < modalities; m++) worst = skill[m] < worst ? skill[m] : worst;
     for (int64_t m = 0; m < modalities; m++) {
-        double vote = 1.0;
-        t->believed[m] = 1.0;
-        if (best > 0.0) {
-            t->believed[m] = trust_of(skill[m]);
-            vote = clamp(2.0 * skill[m] / best, 0.0, 1.0);
-            vote = trust_of(vote * vote);
-        }
-        t->log_votes[m] = log(vote);
+        t->believed[m] = best > 0.0 ? trust_of(skill[m]) : 1.0;
         t->rates[m] = share * (1.0 - skill[m] + eps) / (1.0 - worst + eps);
     }
 }
@@ -812,6 +805,16 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
     int there = p->present ? p->present[m * B + other] : 1;
     if (d->source && event < o->swap * rate && has[m] && there) d->source[m * B + i] = other;
     if (event >= 1.0 - o->dropout * rate) has[m] = 0;
+}
+
+/* Skills, and votes times calibrations, of what a state has learnt. */
+static void take_up(float *const *learnt, int64_t modalities, float *skill, float *logit_factor) {
+    memcpy(skill, learnt[2] + 1, (size_t)modalities * sizeof *skill);
+    double best = best_of(skill, modalities);
+    for (int64_t m = 0; m < modalities; m++) {
+        double share = best > 0.0 ? clamp(2.0 * skill[m] / best, 0.0, 1.0) : 1.0;
+        logit_factor[m] = (float)(trust_of(share * share) * learnt[5][1 + m]);
+    }
 }
 
 /* What is taken off the logits of each class, from what a state has seen of them. */
@@ -880,7 +883,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
         for (int64_t m = 0; m < M; m++) {
             if (weight[m] > 0.0 && share[m] / total < o->threshold) weight[m] = 0.0;
             if (weight[m] == 0.0) continue;
-            evidence[m] += t->log_votes[m] - (penalty ? penalty[m * B + i] : 0.0);
+            if (penalty) evidence[m] -= penalty[m * B + i];
             highest = evidence[m] > highest ? evidence[m] : highest;
         }
         for (int64_t m = 0; m < M; m++)
@@ -915,10 +918,10 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
 
 /* Logits, [B, C], times their factors, [M, B], and those of their modalities, [M], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor, const float *calibration) {
+                       const float *factor, const float *logit_factor) {
     for (int64_t i = 0; i < B; i++, sum += classes)
         for (int64_t m = 0; m < M; m++) {
-            float *part = logits[m] + i * classes, f = factor[m * B + i] * calibration[m];
+            float *part = logits[m] + i * classes, f = factor[m * B + i] * logit_factor[m];
             if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
@@ -1246,18 +1249,19 @@ static PyObject *py_curriculum(PyObject *self, PyObject *const *args, Py_ssize_t
 
 static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, PROBLEM_ARGUMENTS + 9)) return NULL;
+    if (!arguments_are(count, PROBLEM_ARGUMENTS + 10)) return NULL;
     Problem p = problem_from(args);
     args += PROBLEM_ARGUMENTS;
-    float *skill = address(args[0]), *prior = address(args[1]), *learnt[MAX_HEADS];
-    int takes_up = args[2] != Py_None;
-    if (takes_up) addresses(args[2], learnt);
-    const float *penalty = address(args[4]);
-    Disturbance d = {address(args[3]), address(args[5])};
+    float *skill = address(args[0]), *logit_factor = address(args[1]), *prior = address(args[2]);
+    float *learnt[MAX_HEADS];
+    int takes_up = args[3] != Py_None;
+    if (takes_up) addresses(args[3], learnt);
+    const float *penalty = address(args[5]);
+    Disturbance d = {address(args[4]), address(args[6])};
     Gate o;
     double *of[4] = {&o.slope, &o.threshold, &o.swap, &o.dropout};
-    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[6], k));
-    float *gates = address(args[7]), *scale = address(args[8]);
+    for (int k = 0; k < 4; k++) *of[k] = PyFloat_AsDouble(PyTuple_GetItem(args[7], k));
+    float *gates = address(args[8]), *scale = address(args[9]);
     if (PyErr_Occurred()) return NULL;
     Trust t;
     trust_in(p.heads, takes_up ? learnt[2] + 1 : skill, takes_up && d.chance ? learnt : NULL, &t);
@@ -1268,7 +1272,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     if (prior) odds_of(takes_up ? log_prior : prior, p.classes, odds);
     failed = gate(&p, &o, &d, &t, prior ? odds : NULL, penalty, gates, scale);
     if (takes_up && p.start == 0) { /* once, of several parts */
-        memcpy(skill, learnt[2] + 1, (size_t)p.heads * sizeof *skill);
+        take_up(learnt, p.heads, skill, logit_factor);
         if (prior) memcpy(prior, log_prior, sizeof log_prior);
     }
     Py_END_ALLOW_THREADS
@@ -1288,12 +1292,12 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
         width[m] = integer(PyList_GetItem(args[2], m));
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *sum = address(args[7]);
-    const float *scale = address(args[8]), *calibration = address(args[9]);
+    const float *scale = address(args[8]), *logit_factor = address(args[9]);
     int backward = PyObject_IsTrue(args[10]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, calibration);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, logit_factor);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -480,7 +480,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
         least[r] = -least[r];
         out->surprise[r] = excess[r] / mass[r];
         out->consistency[r] = apart[r] / others;
-        out->agree[r] = !differ[r] && witnesses[r] > 1;
+        out->agree[r] = !differ[r] && witnesses[r] > 2; /* the fused head is one */
         out->finite[r] = finite[r];
     }
     FOR_TARGET(exp_row)(surprisal, ROWS);

@@ -25,6 +25,7 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
+    Kept,
     Learnt,
     Memory,
     Moments,
@@ -469,16 +470,16 @@ def take_in(
 @torch.no_grad()
 def gate(
     logits: Sequence[Tensor],
-    skill: Tensor,
-    prior: Tensor | None,
+    kept: Kept,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
     penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, times their votes."""
-    take_up(learnt, skill, prior)
+    """Gates of the modalities from their logits."""
+    take_up(learnt, kept)
+    skill, prior = kept.skill, kept.log_prior
     source = None
     if chance is not None:
         rates = disturbance_rates(learnt, skill).unsqueeze(1)
@@ -496,7 +497,6 @@ def gate(
         conflict = skill.new_zeros((len(logits), logits[0].shape[0]))
     evidence = -settings.disagreement_slope * conflict
     uncut = reliability_gates(evidence, available, settings.threshold) > 0
-    evidence = evidence + votes(skill).log().unsqueeze(1)
     if penalty is not None:
         evidence = evidence - penalty
     gates = reliability_gates(evidence, uncut)
@@ -504,13 +504,14 @@ def gate(
 
 
 @torch.no_grad()
-def take_up(learnt: Learnt | None, skill: Tensor, prior: Tensor | None) -> None:
+def take_up(learnt: Learnt | None, kept: Kept) -> None:
     """Keep what the state knows now, if there is one."""
     if learnt is None:
         return
-    skill.copy_(learnt.skill[1:])
-    if prior is not None:
-        prior.copy_(log_prior(_class_mass(learnt)))
+    kept.skill.copy_(learnt.skill[1:])
+    kept.logit_factor.copy_(votes(kept.skill) * learnt.calibration[1:])
+    if kept.log_prior is not None:
+        kept.log_prior.copy_(log_prior(_class_mass(learnt)))
 
 
 @torch.no_grad()
@@ -773,13 +774,13 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, calibration: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, logit_factor: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
-    scale = scale * calibration.unsqueeze(1)
+    scale = scale * logit_factor.unsqueeze(1)
     return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Curriculum",
     "Gate",
     "Gating",
+    "Kept",
     "Kernels",
     "Learnt",
     "Memory",
@@ -149,6 +150,18 @@ class Learnt(NamedTuple):
     calibration: Tensor
 
 
+class Kept(NamedTuple):
+    """What a ``GatedFusion`` keeps of what its state has learnt, updated in place.
+
+    ``skill`` ``[M]``; ``logit_factor`` ``[M]``, votes times calibrations; ``log_prior`` ``[K]``
+    with K >= C, if there is one.
+    """
+
+    skill: Tensor
+    logit_factor: Tensor
+    log_prior: Tensor | None
+
+
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
@@ -227,19 +240,17 @@ class Kernels(Protocol):
     def gate(
         self,
         logits: Sequence[Tensor],
-        skill: Tensor,
-        prior: Tensor | None,
+        kept: Kept,
         learnt: Learnt | None,
         available: Tensor | None,
         chance: Tensor | None,
         penalty: Tensor | None,
         settings: Gate,
     ) -> Gating:
-        """Gates of the modalities from their logits, times their votes.
+        """Gates of the modalities from their logits.
 
-        ``skill``, ``[M]``, and ``prior``, ``[K]`` with K >= C, of the fusion take up what is
-        ``learnt`` first; the prior comes off the logits of the first K classes before they are
-        compared. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops one modality of some
+        What is ``kept`` takes up what is ``learnt`` first; the prior comes off the logits of the
+        first K classes before they are compared. ``chance``, uniform in [0, 1), ``[3, B]``, swaps or drops one modality of some
         samples; ``penalty``, ``[M, B]``, comes off the gates' logits.
         """
 
@@ -248,12 +259,12 @@ class Kernels(Protocol):
         streams: Sequence[Tensor],
         logits: Sequence[Tensor],
         scale: Tensor,
-        calibration: Tensor,
+        logit_factor: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Streams, scaled and next to each other; logits, scaled and added up, if any.
 
         Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``, those of
-        logits times ``calibration``, ``[M]``. Where one is 0, so is what it scales, whatever that
+        logits times ``logit_factor``, ``[M]``. Where one is 0, so is what it scales, whatever that
         holds.
         """
 

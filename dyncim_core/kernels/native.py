@@ -20,6 +20,7 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
+    Kept,
     Learnt,
     Memory,
     Moments,
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 3  # raised, as in _native.c, when what a call passes changes
+_INTERFACE = 4  # raised, as in _native.c, when what a call passes changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 
@@ -165,15 +166,14 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    skill: Tensor,
-    prior: Tensor | None,
+    kept: Kept,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
     penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, times their votes."""
+    """Gates of the modalities from their logits."""
     problem = _Problem(logits, available, None)
     shape = len(problem.logits), problem.batch
     empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
@@ -183,7 +183,8 @@ def gate(
         penalty = penalty.contiguous()
     if chance is not None and settings.swap:
         source = _empty(*shape, dtype=torch.int64)
-    _check_kept("fusion", skill, *(() if prior is None else (prior,)))
+    prior = kept.log_prior
+    _check_kept("fusion", *kept[: 2 if prior is None else 3])
     if learnt is not None:
         _check_kept("state", *learnt)
         if prior is not None and len(prior) != len(learnt.class_seen):
@@ -192,8 +193,9 @@ def gate(
     _in_parts(
         _native.gate,
         problem,
-        (skill, prior, learnt, source, chance, penalty, gates, scale),
-        skill.data_ptr(),
+        (kept, learnt, source, chance, penalty, gates, scale),
+        kept.skill.data_ptr(),
+        kept.logit_factor.data_ptr(),
         0 if prior is None else prior.data_ptr(),
         None if learnt is None else [*map(_address, learnt)],
         0 if chance is None else chance.data_ptr(),
@@ -207,17 +209,17 @@ def gate(
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, calibration: Tensor
+    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, logit_factor: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Streams, scaled and next to each other; logits, scaled and added up, if any."""
     widths = [x.shape[-1] for x in streams]
     if _torch_spreads(sum(map(Tensor.numel, streams))):
-        return eager.mix(streams, logits, scale, calibration)
+        return eager.mix(streams, logits, scale, logit_factor)
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _check_kept("calibration", calibration)
-    _mix(streams, widths, fused, scale, logits, total, calibration)
+    _check_kept("logit_factor", logit_factor)
+    _mix(streams, widths, fused, scale, logits, total, logit_factor)
     return fused, total
 
 
@@ -247,7 +249,7 @@ def _mix(
     scale: Tensor,
     logits: Sequence[Tensor] = (),
     total: Tensor | None = None,
-    calibration: Tensor | None = None,
+    logit_factor: Tensor | None = None,
     backward: bool = False,
 ) -> None:
     _native.mix(
@@ -260,7 +262,7 @@ def _mix(
         fused.data_ptr(),
         0 if total is None else total.data_ptr(),
         scale.data_ptr(),
-        0 if calibration is None else calibration.data_ptr(),
+        0 if logit_factor is None else logit_factor.data_ptr(),
         backward,
     )
 

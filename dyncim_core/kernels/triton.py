@@ -29,6 +29,7 @@ from dyncim_core.kernels.interface import (
     Curriculum,
     Gate,
     Gating,
+    Kept,
     Learnt,
     Memory,
     Normaliser,
@@ -178,19 +179,18 @@ def gradients(
 
 def gate(
     logits: Sequence[Tensor],
-    skill: Tensor,
-    prior: Tensor | None,
+    kept: Kept,
     learnt: Learnt | None,
     available: Tensor | None,
     chance: Tensor | None,
     penalty: Tensor | None,
     settings: Gate,
 ) -> Gating:
-    """Gates of the modalities from their logits, times their votes."""
+    """Gates of the modalities from their logits."""
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
-    shape, like = (len(logits), batch), skill
-    take_up(learnt, skill, prior)
+    take_up(learnt, kept)
+    shape, like, skill = (len(logits), batch), kept.skill, kept.skill
     rates = None if chance is None else disturbance_rates(learnt, skill)
     found = Gating(
         like.new_empty(shape, dtype=torch.float32),
@@ -203,7 +203,7 @@ def gate(
             logits,
             strides,
             skill,
-            prior,
+            kept.log_prior,
             None if available is None else available.contiguous(),
             None if chance is None else chance.contiguous(),
             rates,
@@ -248,7 +248,7 @@ _HEARD = tl.constexpr(HEARD)
 _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and samples are finite
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
-_LEAST = tl.constexpr(0.02)  # trust and vote
+_LEAST = tl.constexpr(0.02)  # trust
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
@@ -559,7 +559,7 @@ def _curriculum(
         prediction = tl.load(found.prediction + at, mask=here, other=0)
         fused = tl.load(found.prediction + i, mask=i < batch, other=0)
         differ = others & (prediction != fused[None, :])
-        agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
+        agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 1)
         asked = valid
         if below is not None:
             asked = heard
@@ -1065,9 +1065,7 @@ def _gate(
     highest = tl.full([group], _LOWEST, tl.float32)
     for m in tl.static_range(count):
         kept = present[m] & (tl.exp(evidence[m] - top) / total >= settings.threshold)
-        word = tl.minimum(2.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
-        vote = tl.where(best > 0, tl.maximum(word * word, _LEAST), 1.0)
-        logit = evidence[m] + tl.log(vote)
+        logit = evidence[m]
         if penalty is not None:
             logit -= tl.load(penalty + m * batch + i, mask=inside, other=0.0)
         reweighed += (tl.where(kept, logit, float("-inf")),)
