@@ -64,10 +64,10 @@ class GatedFusion(KeepsDtype):
         state: The ``CurriculumState`` of the criterion. Its skills tell how far modalities are
             believed when they contradict each other, what the ``votes`` of their logits are and
             which are dropped more; its calibrations how sure those logits may be; its
-            ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024, are what predictions are
-            compared beyond (``log_prior``), and uneven ones spare dropout (``evenness``). What was
-            last seen in training is kept for inference, which needs no state. When ``None``, all
-            modalities count alike, and dropout acts in full.
+            ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024, are
+            what predictions are compared beyond (``log_prior``), and uneven ones spare dropout
+            (``evenness``). What was last seen in training is kept for inference, which needs no
+            state. When ``None``, all modalities count alike, and dropout acts in full.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.

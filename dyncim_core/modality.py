@@ -358,12 +358,13 @@ def trust(skill: Tensor) -> Tensor:
 def votes(skill: Tensor) -> Tensor:
     """What each modality's logits count in a fusion: less with less skill.
 
-    In full from half of the best one's skill on, so that what is reliable in training need
-    not be so elsewhere; a modality with next to nothing to say is next to silenced.
-    Definition chosen here.
+    ``max(0.02, (min(1, 2 s_m / max_k s_k) min(1, max_k s_k / s_0))^2)``, over modalities k. In
+    full from half of the best one's skill on, so that what is reliable in training need not be so
+    elsewhere; all of them less where the fusion knows more than any tells on its own. Definition
+    chosen here.
 
     Args:
-        skill: Of the modalities (not the fused head), ``[M]`` in [0, 1].
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
         ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
@@ -372,13 +373,18 @@ def votes(skill: Tensor) -> Tensor:
         ValueError: There is no modality (M = 0).
 
     Example:
-        >>> votes(torch.tensor([0.9, 0.45, 0.225, 0.0]))
+        >>> votes(torch.tensor([0.8, 0.9, 0.45, 0.225, 0.0]))
         tensor([1.0000, 1.0000, 0.2500, 0.0200])
+        >>> votes(torch.tensor([0.9, 0.45, 0.45]))
+        tensor([0.2500, 0.2500])
     """
-    _check_modalities(skill.shape[-1])
-    best = skill.amax(dim=-1, keepdim=True)
-    counts = (2.0 * skill / best).clamp_max(1.0).square().clamp_min(_LEAST)
-    return torch.where(best > 0.0, counts, 1.0)
+    _check_modalities(skill.shape[-1] - 1)
+    fused, own = skill[..., :1], skill[..., 1:]
+    best = own.amax(dim=-1, keepdim=True)
+    alone = (best / fused).clamp_max(1.0)
+    counts = (alone * (2.0 * own / best).clamp_max(1.0)).nan_to_num(0.0)  # of best 0
+    known = torch.maximum(best, fused) > 0.0
+    return torch.where(known, counts.square().clamp_min(_LEAST), 1.0)
 
 
 def loss_shares(skill: Tensor) -> Tensor:

@@ -320,10 +320,10 @@ def contradiction(
     target: ArrayLike,
     present: ArrayLike | None = None,
 ) -> Array:
-    """How far the fused head and the modalities, two at least, contradict a target together.
+    """How far all heads of a sample, two at least, contradict its target together.
 
     ``(max_c t_c - t_k) min_h 1 - exp(-max(0, nll_h - entropy_h))`` where all predict class k,
-    else 0; t is one-hot for a class. Definition chosen here.
+    else 0; a twentieth of that of two heads; t is one-hot for a class. Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
@@ -336,8 +336,8 @@ def contradiction(
         ``[B]`` in [0, 1].
 
     Example:
-        >>> nll = np.log([[4.0, 4.0, 1.0]] * 3)
-        >>> contradiction([[1, 1, 0], [1, 1, 0], [1, 2, 0]], nll, 0 * nll, [0, 0, 0]).round(4).tolist()
+        >>> prediction, nll = [[1, 1, 0], [1, 1, 0], [1, 2, 0]], np.log([[4.0, 4.0, 1.0]] * 3)
+        >>> contradiction(prediction, nll, 0 * nll, [0, 0, 0]).round(4).tolist()
         [0.75, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
@@ -346,9 +346,9 @@ def contradiction(
     result = np.zeros(classes.shape[1])
     for i, t in enumerate(np.asarray(target)):
         votes = classes[mask[:, i], i]
-        if np.sum(mask[1:, i]) > 1 and len(set(votes)) == 1:
+        if len(votes) > 1 and len(set(votes)) == 1:
             wrong = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
-            result[i] = wrong * doubt[mask[:, i], i].min()
+            result[i] = wrong * doubt[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
     return result
 
 
@@ -790,24 +790,28 @@ def trust(skill: ArrayLike) -> Array:
 
 
 def votes(skill: ArrayLike) -> Array:
-    """What each modality's word counts, ``max(0.02, min(1, 2 s_m / max_k s_k)^2)``.
+    """What each modality's logits count.
 
-    Definition chosen here.
+    ``max(0.02, (min(1, 2 s_m / max_k s_k) min(1, max_k s_k / s_0))^2)``. Definition chosen here.
 
     Args:
-        skill: Of the modalities, ``[M]`` in [0, 1].
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
         ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
 
     Example:
-        >>> votes([0.9, 0.45, 0.225, 0.0]).round(4).tolist()
+        >>> votes([0.8, 0.9, 0.45, 0.225, 0.0]).round(4).tolist()
         [1.0, 1.0, 0.25, 0.02]
     """
     s = np.asarray(skill, dtype=np.float64)
+    fused, own, best = s[0], s[1:], s[1:].max()
     if not s.max() > 0:
-        return np.ones_like(s)
-    return np.asarray(np.maximum(0.02, np.minimum(1.0, 2.0 * s / s.max()) ** 2))
+        return np.ones_like(own)
+    if best == 0:
+        return np.full_like(own, 0.02)
+    alone = best / max(fused, best)
+    return np.asarray(np.maximum(0.02, (alone * np.minimum(1.0, 2.0 * own / best)) ** 2))
 
 
 def loss_shares(skill: ArrayLike) -> Array:

@@ -37,6 +37,8 @@ SIGNALS = ("deviation", "consistency", "stability")
 _32_BITS = 2**32 - 1
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
+# What a contradiction counts that only one modality bears out.
+_OF_ONE = 0.05
 # Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
 # class of nothing but such labels comes back as its average follows.
 _LARGEST_LOG_WEIGHT = 8.0
@@ -203,18 +205,20 @@ def contradiction(
     target: Tensor,
     present: Tensor | None = None,
 ) -> Tensor:
-    """How far the fused head and the modalities, two at least, together contradict a target.
+    """How far all heads of a sample together contradict its target.
 
-    Where all of them predict the same class, and not the target's, as far as the least sure of
-    them is surprised: ``min_h 1 - exp(-max(0, nll_h - entropy_h))``, else 0. A target of class
-    probabilities, which may be unsure itself, is contradicted by as much of that as it prefers
-    its likeliest class to the predicted one.
+    Where every head predicts the same class, and not the target's, as far as the least sure of
+    them is surprised: ``min_h 1 - exp(-max(0, nll_h - entropy_h))``, else 0; a twentieth of that
+    where the fused head and one modality are all. A target of class probabilities, which may be
+    unsure itself, is contradicted by as much of that as it prefers its likeliest class to the
+    predicted one.
 
     A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
     has all of them sure of another class. The share of such samples is what the run itself
-    shows of label noise. One modality is not asked alone: what its label takes from it may be
-    told by another one that tells nothing by itself, and the fusion repeats it until it has
-    learnt to put the two together. Definition chosen here.
+    shows of label noise. One modality alone is next to no evidence: what it does not know of
+    its label, another one that tells nothing by itself may explain, and a fusion repeats the
+    first until it has learnt to put the two together. The fused head alone agrees with nobody: 0
+    for a sample without any modality. Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
@@ -232,11 +236,15 @@ def contradiction(
         >>> contradiction(prediction, nll, entropy, torch.tensor([0, 0, 0]))
         tensor([0.8647, 0.0000, 0.0000])
     """
-    agree = _agreement(prediction, present)
+    dissent = prediction[1:] != prediction[0]
     doubt = -torch.expm1((entropy - nll).clamp_max(0.0))
-    if present is not None:
-        doubt = torch.where(present, doubt, 1.0)
-    least = torch.where(agree, doubt.amin(dim=0), 0.0)
+    if present is None:
+        least = (0.0, _OF_ONE, 1.0)[min(len(dissent), 2)] * doubt.amin(dim=0)
+    else:
+        there, least = present[1:], torch.where(present, doubt, 1.0).amin(dim=0)
+        dissent, number = dissent & there, there.sum(dim=0)
+        least = torch.where(number > 1, least, _OF_ONE * (number * least))
+    least = torch.where(dissent.any(dim=0), 0.0, least)
     if not target.is_floating_point():
         return torch.where(prediction[0] != target, least, 0.0)
     given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
@@ -398,16 +406,6 @@ def _credibility(competence: Tensor | float) -> Tensor | float:
     if isinstance(competence, Tensor):
         return (4.0 * competence).clamp_max(1.0)
     return min(4.0 * competence, 1.0)
-
-
-def _agreement(prediction: Tensor, present: Tensor | None) -> Tensor:
-    fused, others = prediction[0], prediction[1:]
-    if len(others) < 2:
-        return torch.zeros_like(fused, dtype=torch.bool)
-    agree = others == fused
-    if present is None:
-        return agree.all(dim=0)
-    return (agree | ~present[1:]).all(dim=0) & (present[1:].sum(dim=0) > 1)
 
 
 def _mean_over_heads(

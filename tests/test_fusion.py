@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels, redundancy
 from dyncim_core import reference as ref
-from dyncim_core.kernels.interface import Gate
+from dyncim_core.kernels.interface import Gate, Kept
 
 NAMES = ["audio", "image", "text"]
 WIDTHS = {"audio": 3, "image": 5, "text": 2}
@@ -269,11 +269,13 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.skill, [0.36, 0.6, 0.7])
-    assert_allclose(fusion.calibration, [0.3, 0.5, 1.0])
+    assert_allclose(
+        fusion.logit_factor, ref.votes([0.9, 0.36, 0.6, 0.7]) * [0.3, 0.5, 1.0], rtol=1e-6
+    )
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     kept = {name.partition(".")[0] for name in fusion.state_dict()}
-    assert kept == {"calibration", "log_prior", "moments", "skill"}
+    assert kept == {"log_prior", "logit_factor", "moments", "skill"}
     alone = GatedFusion(WIDTHS).eval()
     alone.load_state_dict(fusion.state_dict())
     criterion.state.reset_parameters()
@@ -593,7 +595,7 @@ def test_compiled_gradients_are_those_of_the_kernels() -> None:
 
 
 @each_backend
-def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> None:
+def test_novelty_weighs_the_gates_that_no_cut_took(backend: str) -> None:
     fusion = still(backend=backend, threshold=0.2, disagreement_slope=3.0, novelty_slope=0.0)
     fusion.skill.copy_(torch.tensor([1.0, 0.0, 0.0]))
     features, unimodal = inputs(1)
@@ -604,12 +606,13 @@ def test_votes_and_novelty_weigh_the_gates_that_no_cut_took(backend: str) -> Non
     probs = torch.stack(rows).double().softmax(dim=-1).numpy()
     evidence = -3.0 * ref.disagreement(probs, [1.0, 0.0, 0.0])
     assert ref.reliability_gates(evidence)[2] < 0.2  # which cuts the last
-    evidence += np.array([[0.0], [math.log(0.02)], [-math.inf]])
+    evidence[2] = -math.inf
     assert_allclose(gates, ref.reliability_gates(evidence).T, rtol=1e-4)
     kernel = kernels.select(backend, rows)
     penalty = torch.tensor([[2.0], [0.0], [0.0]])
     settings = Gate(3.0, 0.2, 0.0, 0.0)
-    found = kernel.gate(rows, fusion.skill, None, None, None, None, penalty, settings)
+    kept = Kept(fusion.skill, fusion.logit_factor, None)
+    found = kernel.gate(rows, kept, None, None, None, penalty, settings)
     expected = ref.reliability_gates(evidence - penalty.numpy())
     assert_allclose(found.gates, expected, rtol=1e-4)
     assert_allclose(found.scale, ref.relative_gates(expected), rtol=1e-4)
@@ -625,10 +628,9 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     assert torch.equal(fusion.skill, state.skill[1:])
     probs = torch.stack([x.double() for x in unimodal.values()]).softmax(dim=-1)
     apart = ref.disagreement(probs.detach().numpy(), [0.8, 0.3, 0.0])
-    votes = np.log(ref.votes([0.8, 0.3, 0.0]))[:, None]
-    expected = ref.reliability_gates(-2.0 * apart + votes)
+    expected = ref.reliability_gates(-2.0 * apart)
     assert_allclose(gates, expected.T, rtol=1e-4, atol=1e-6)
-    scale = ref.relative_gates(expected)
+    scale = ref.relative_gates(expected) * ref.votes([0.9, 0.8, 0.3, 0.0])[:, None]
     total = sum(s[:, None] * x.numpy() for s, x in zip(scale, unimodal.values(), strict=True))
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
@@ -663,7 +665,7 @@ def test_logits_count_by_their_calibration(backend: str) -> None:
     state.reset_parameters()
     assert_allclose(fusion.eval()(features, unimodal=unimodal).logits, total, rtol=1e-4, atol=1e-5)
     fusion.reset_parameters()
-    assert (fusion.calibration == 1.0).all()
+    assert (fusion.logit_factor == 1.0).all()
 
 
 def test_what_it_keeps_stays_in_float32() -> None:
@@ -674,7 +676,7 @@ def test_what_it_keeps_stays_in_float32() -> None:
     fusion.load_state_dict(saved, assign=True)
     assert {x.dtype for x in fusion.buffers()} == {torch.float32}
     kept = [name for name, _ in fusion.named_buffers(recurse=False)]
-    assert kept == ["skill", "calibration", "log_prior"]
+    assert kept == ["skill", "logit_factor", "log_prior"]
 
 
 def state_that_saw(counts: list[int], weight: list[float]) -> CurriculumState:

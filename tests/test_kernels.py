@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -34,6 +35,7 @@ from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import (
     Criterion,
     Gate,
+    Kept,
     Learnt,
     Moments,
     Settings,
@@ -226,21 +228,22 @@ def test_native_gates_are_those_of_eager(
             skill * torch.linspace(1.0, 0.0 if novel else 0.8, 1 + modalities),
             torch.randint(3, (1024,), generator=generator) ** (9 if novel else 1) + (not novel),
             torch.rand(1024, generator=generator).sub(0.1).relu() if novel else torch.ones(1024),
-            torch.ones(1 + modalities),
+            torch.rand(1 + modalities, generator=generator),
         )
     settings = Gate(slope, 0.05, swap, dropout)
-    ours, theirs = torch.linspace(0.0, 0.9, modalities).repeat(2, 1)
     prior = prior and logits[0].shape[1] <= 1024
-    priors = (-9.0 * torch.rand(1024, generator=generator)).repeat(2, 1) if prior else [None, None]
+    log_prior = -9.0 * torch.rand(1024, generator=generator) if prior else None
+    kept = Kept(torch.linspace(0.0, 0.9, modalities), torch.ones(modalities), log_prior)
+    ours, theirs = kept, copy.deepcopy(kept)
     actual, expected = (
-        backend.gate(logits, skills, own, learnt, present, chance, penalty, settings)
-        for backend, skills, own in zip((native, eager), (ours, theirs), priors, strict=True)
+        backend.gate(logits, own, learnt, present, chance, penalty, settings)
+        for backend, own in ((native, ours), (eager, theirs))
     )
-    assert torch.equal(ours, theirs)
+    assert torch.equal(ours.skill, theirs.skill)
+    assert_allclose(ours.logit_factor, theirs.logit_factor, rtol=1e-6)
     if prior:
-        assert_allclose(priors[0], priors[1], rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(actual[2:], expected[2:], strict=True):
-        assert ours is theirs is None or torch.equal(ours, theirs)
+        assert_allclose(ours.log_prior, theirs.log_prior, rtol=1e-5, atol=1e-6)
+    assert actual.source is expected.source is None or torch.equal(actual.source, expected.source)
     assert_allclose(actual.gates, expected.gates, rtol=1e-4, atol=1e-5)
     assert_allclose(actual.scale, expected.scale, rtol=1e-4, atol=1e-5)
     if modalities > 1 and batch == 33 and present is None and disturbed and not novel:
@@ -277,9 +280,9 @@ def test_native_mixes_as_eager_does(
         if logits:
             logits[0][0] = -math.inf
     grad = randn(*shape, 2 * sum(widths))[..., ::2]
-    calibration = torch.linspace(0.0, 1.0, modalities)
+    logit_factor = torch.linspace(0.0, 1.0, modalities)
     actual, expected = (
-        (*b.mix(streams, logits, scale, calibration), *b.unmix(grad, widths, scale))
+        (*b.mix(streams, logits, scale, logit_factor), *b.unmix(grad, widths, scale))
         for b in (native, eager)
     )
     assert len(actual) == len(expected) == 2 + modalities
@@ -399,22 +402,22 @@ def test_work_is_shared_between_threads(
         close(x, y)
     with pytest.raises(IndexError, match=r"target: expected class indices in \[0, 40\).* to 99"):
         native.statistics(logits, None, Criterion(torch.full((50,), 99)))
-    kept = [(torch.zeros(3), torch.zeros(1024)) for _ in range(2)]
+    kept = [Kept(torch.zeros(3), torch.zeros(3), torch.zeros(1024)) for _ in range(2)]
     learnt = Learnt(
         torch.zeros(4),
         torch.ones(4),
         torch.rand(4),
         state.class_seen,
         torch.rand(1024),
-        torch.ones(4),
+        torch.rand(4),
     )
     settings = Gate(2.0, 0.05, 0.0, 0.0)
     gates, expected = (
-        kernels.gate(logits, *own, learnt, None, None, None, settings)
+        kernels.gate(logits, own, learnt, None, None, None, settings)
         for kernels, own in zip((native, eager), kept, strict=True)
     )
     close(gates.gates, expected.gates)
-    assert kept[0][1].any()
+    assert all(x.any() for x in kept[0])
     for x, y in zip(*kept, strict=True):
         close(x, y)
 
@@ -772,7 +775,7 @@ def test_an_empty_variable_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         ("state", "memory_nll", "state"),
         ("state", "memory_weight", "state"),
         ("fusion", "log_prior", "fusion"),
-        ("fusion", "calibration", "calibration"),
+        ("fusion", "logit_factor", "fusion"),
         ("moments", "total", "moments"),
         ("learnt", "quality", "state"),
     ],

@@ -514,10 +514,10 @@ def test_what_is_learnt_by_heart_does_not_hide_label_noise() -> None:
     noise = []
     for share in (0.05, 0.0):
         criterion = DynCIMLoss(
-            nn.CrossEntropyLoss(), num_samples=1000, modalities=1, held_out=share
+            nn.CrossEntropyLoss(), num_samples=1000, modalities=2, held_out=share
         )
         for _ in range(60):
-            criterion(logits, labels, unimodal=[logits], index=index)
+            criterion(logits, labels, unimodal=[logits] * 2, index=index)
         noise.append(float(criterion.state.label_noise))
     assert noise[0] > 0.1
     assert noise[1] < 2e-2
@@ -722,8 +722,8 @@ def test_a_rejected_call_changes_nothing_of_what_was_heard(spoil: str) -> None:
 def test_sharp_heads_can_doubt() -> None:
     """Their quality is 0, as wrong labels cost them more than guessing would."""
     logits, labels, wrong = contradicted_task()
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=1000, modalities=1)
-    heads = [(3.0 * logits).requires_grad_() for _ in range(2)]
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=1000, modalities=2)
+    heads = [(3.0 * logits).requires_grad_() for _ in range(3)]
     for _ in range(80):
         criterion(heads[0], labels, unimodal=heads[1:], index=torch.arange(1000))
     share = wrong[held_out(torch.arange(1000), 0.05)].float().mean()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dyncim_core import CurriculumState, held_out
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Moments, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Moments, Settings
 
 
 @pytest.fixture
@@ -199,17 +199,17 @@ def test_disturbed_gates_are_those_of_eager(
     present = torch.rand(modalities, batch, generator=generator) < 0.7 if masked else None
     found = []
     for backend in (native, eager):
-        settings = Gate(1.5, 0.05, swap, dropout)
-        found.append(
-            backend.gate(
-                logits, torch.full((modalities,), 0.5), None, None, present, chance, None, settings
-            )
-        )
+        settings, kept = Gate(1.5, 0.05, swap, dropout), kept_of(modalities, skill=0.5)
+        found.append(backend.gate(logits, kept, None, present, chance, None, settings))
     ours, theirs = found
     if swap:
         assert torch.equal(ours.source, theirs.source)
         assert (ours.source != torch.arange(batch)).any()
     assert_allclose(ours.gates, theirs.gates, rtol=1e-4, atol=1e-5)
+
+
+def kept_of(modalities: int, skill: float, prior: Tensor | None = None) -> Kept:
+    return Kept(torch.full((modalities,), skill), torch.ones(modalities), prior)
 
 
 def learnt(modalities: int, **known: Any) -> Learnt:
@@ -220,7 +220,7 @@ def learnt(modalities: int, **known: Any) -> Learnt:
         torch.linspace(0.9, 0.3, 1 + modalities),
         torch.full((1024,), 3),
         torch.ones(1024),
-        torch.ones(1 + modalities),
+        torch.linspace(1.0, 0.4, 1 + modalities),
     )
     return found._replace(**known)
 
@@ -232,11 +232,25 @@ def learnt(modalities: int, **known: Any) -> Learnt:
         {"log_quality": torch.tensor([0.9, 0.2, 0.3, 0.4]).log()},
         {"skill": torch.tensor([0.9, 0.1, 0.05, 0.2])},
         {"skill": torch.tensor([0.95, 1.0, 1.0, 0.999])},
+        {"skill": torch.tensor([0.9, 0.0, 0.0, 0.0])},
+        {"skill": torch.tensor([0.0, 0.3, 0.1, 0.0])},
+        {"skill": torch.zeros(4)},
         {"class_seen": torch.zeros(1024, dtype=torch.int64)},
         {"class_weight": torch.tensor([math.inf, 1.0, -1.0, math.nan]).repeat(256)},
         {"class_seen": 10 ** torch.arange(16).repeat(64)},
     ],
-    ids=["plain", "redundant", "unskilled", "skilled", "unseen", "odd weights", "rare"],
+    ids=[
+        "plain",
+        "redundant",
+        "unskilled",
+        "skilled",
+        "together",
+        "apart",
+        "ignorant",
+        "unseen",
+        "odd weights",
+        "rare",
+    ],
 )
 def test_what_is_learnt_disturbs_as_in_eager(native: ModuleType, known: dict[str, Tensor]) -> None:
     batch, modalities = 256, 3
@@ -245,9 +259,9 @@ def test_what_is_learnt_disturbs_as_in_eager(native: ModuleType, known: dict[str
     chance[1] = chance[1].pow(3.0)  # near the swaps that are rare
     found = []
     for backend in (native, eager):
-        skill, prior = torch.zeros(modalities), torch.zeros(1024)
+        kept = kept_of(modalities, 0.0, torch.zeros(1024))
         args = learnt(modalities, **known), None, chance, None, Gate(1.5, 0.05, 0.5, 0.5)
-        found.append((*backend.gate(logits, skill, prior, *args), skill, prior))
+        found.append((*backend.gate(logits, kept, *args), *kept))
     for ours, theirs in zip(*found, strict=True):
         assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -296,9 +310,7 @@ def test_a_gate_bears_what_is_not_finite(native: ModuleType, there: bool) -> Non
     present = torch.ones(4, 8, dtype=torch.bool)
     present[0, 1::2] = there  # after a sample that has it
     found = [
-        b.gate(
-            logits, torch.full((4,), 0.5), None, None, present, None, None, Gate(1.5, 0.05, 0, 0)
-        )
+        b.gate(logits, kept_of(4, skill=0.5), None, present, None, None, Gate(1.5, 0.05, 0, 0))
         for b in (native, eager)
     ]
     for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):

@@ -182,7 +182,7 @@ def test_contradiction() -> None:
     nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
     calm = np.zeros((3, 5))
     found = ref.contradiction(prediction, nll, calm, [0, 0, 0, 0, 0], present)
-    assert_allclose(found, [0.5, 0.0, 0.0, 0.5, 0.0], rtol=1e-14)
+    assert_allclose(found, [0.5, 0.0, 0.0, 0.5 / 20, 0.0], rtol=1e-14)
     assert ref.contradiction([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]).tolist() == [0]
     assert ref.contradiction([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
     # As unsure as they are surprised.
@@ -190,7 +190,7 @@ def test_contradiction() -> None:
     # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
     found = ref.contradiction([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
-    assert_allclose(found, [0.15, 0.0, 0.0], rtol=1e-14)
+    assert_allclose(found, [0.15 / 20, 0.0, 0.0], rtol=1e-14)
 
 
 def test_noise_pressure() -> None:

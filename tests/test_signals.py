@@ -540,13 +540,18 @@ def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> 
     assert_allclose(doubted, [0.5, 0.0, 0.0, 0.0], rtol=1e-6)
 
 
-def test_one_head_alone_contradicts_nothing() -> None:
+def test_one_head_alone_contradicts_nothing_and_one_modality_next_to_nothing() -> None:
     one, calm = torch.ones(1, 1), torch.zeros(1, 1)
     assert contradiction(torch.tensor([[1]]), one, calm, torch.tensor([0])).tolist() == [0]
-    both = torch.tensor([[1], [1]]), torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0])
-    alone = torch.tensor([[True], [False]])
-    assert contradiction(*both).item() > 0.5
-    assert contradiction(*both, alone).tolist() == [0]
+    for modalities, expected in ((1, 0.05), (2, 1.0)):
+        shape = 1 + modalities, 1
+        found = torch.ones(shape).long(), torch.ones(shape), torch.zeros(shape), torch.tensor([0])
+        assert_allclose(contradiction(*found), [expected * (1 - math.exp(-1))], rtol=1e-6)
+        present = torch.ones(shape, dtype=torch.bool)
+        assert_allclose(contradiction(*found, present), contradiction(*found))
+        present[-1] = False
+        expected = 0.05 if modalities == 2 else 0.0
+        assert_allclose(contradiction(*found, present), [expected * (1 - math.exp(-1))], rtol=1e-6)
 
 
 @given(arrays(3, reals(0, 1)), reals(0, 1), reals(2**-6, 1))

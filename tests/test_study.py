@@ -430,17 +430,22 @@ class TestDynCIM:
         assert not torch.allclose(fused[0], inside(features, unimodal, None))
 
     @pytest.mark.parametrize(
-        ("name", "buffer", "value"),
-        [("dyncim/no-skill", "skill", 0.0), ("dyncim/no-calibration", "calibration", 1.0)],
+        ("name", "buffer", "kept", "value"),
+        [
+            ("dyncim/no-skill", "skill", "skill", 0.0),
+            ("dyncim/no-calibration", "calibration", "logit_factor", 1.0),
+        ],
     )
-    def test_what_is_overruled_is_not_heard(self, name: str, buffer: str, value: float) -> None:
+    def test_what_is_overruled_is_not_heard(
+        self, name: str, buffer: str, kept: str, value: float
+    ) -> None:
         inputs, _, _ = batch()
         for method, expected in ((name, value), ("dyncim", 0.5)):
             learnt = METHODS[method].build(problem(), 0.0)
             assert learnt.state is not None
             learnt.state.get_buffer(buffer).fill_(0.5)
             learnt.network.train()(inputs)
-            assert (learnt.network.fusion.gates.get_buffer(buffer) == expected).all()
+            assert (learnt.network.fusion.gates.get_buffer(kept) == expected).all()
 
     def test_no_gate_is_plain_concatenation(self) -> None:
         assert isinstance(self.learnt("dyncim/no-gate").network.fusion, Concatenation)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, held_out, kernels
 from dyncim_core import reference as ref
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Learnt, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Settings
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -504,15 +504,15 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         seen = torch.randint(4, 9, (1024,), generator=generator).to(DEVICE)
         seen[7] = 0
         weight = seen.sqrt() + 0.1
-        learnt = Learnt(0.1 * known.log(), quality, known, seen, weight, torch.ones_like(known))
+        learnt = Learnt(0.1 * known.log(), quality, known, seen, weight, quality)
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)
     skill = torch.linspace(0.0, 0.9, modalities, device=DEVICE)
     prior = -3.0 * torch.rand(1024, generator=generator).to(DEVICE)
-    kept = [(skill.clone(), prior.clone()) for _ in range(2)]
+    kept = [Kept(skill.clone(), torch.ones_like(skill), prior.clone()) for _ in range(2)]
     ours, theirs = (
-        b.gate(c.logits, *of, learnt, c.present, chance, penalty, settings)
+        b.gate(c.logits, of, learnt, c.present, chance, penalty, settings)
         for b, of in zip((kernel, eager), kept, strict=True)
     )
     for x, y in zip(*kept, strict=True):
@@ -520,9 +520,9 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
     for x, y in zip(ours[2:], theirs[2:], strict=True):
         assert x is y is None or torch.equal(x, y)
     if modalities > 1 and dropout:  # and some are
-        known = skill.clone(), prior.clone()
+        known = Kept(skill.clone(), torch.ones_like(skill), prior.clone())
         undropped = settings._replace(dropout=0.0)
-        plain = eager.gate(c.logits, *known, learnt, c.present, chance, penalty, undropped)
+        plain = eager.gate(c.logits, known, learnt, c.present, chance, penalty, undropped)
         assert not torch.equal(plain.gates, theirs.gates)
         assert not swap or (theirs.source != torch.arange(21, device=DEVICE)).any()
     close(ours.gates, theirs.gates)
@@ -591,7 +591,7 @@ JITFunction.run = compile_only
 
 from dyncim_core import CurriculumState
 from dyncim_core.kernels import triton as kernel
-from dyncim_core.kernels.interface import Criterion, Gate, Settings
+from dyncim_core.kernels.interface import Criterion, Gate, Kept, Settings
 
 target, present = torch.zeros(4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
 logits = [torch.zeros(4, 40), torch.zeros(4, 40).bfloat16(), torch.zeros(4, 40).half()]
@@ -609,7 +609,8 @@ for criterion, mask, memory, known, chance in (
     penalty = None if chance is None else torch.ones(3, 4)
     gate = Gate(1.5, 0.05, 0.1, 0.1)
     prior = None if chance is None else torch.zeros(1024)
-    kernel.gate(logits, torch.ones(3), prior, None, mask, chance, penalty, gate)
+    kept = Kept(torch.ones(3), torch.ones(3), prior)
+    kernel.gate(logits, kept, None, mask, chance, penalty, gate)
 settings = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean", 0.05)
 kernel.curriculum(
     logits, None, Criterion(target), state.averages(), state.memory(target), settings

@@ -25,6 +25,8 @@ MARKS = {
     "dominated": 1,
     "together": 1,
     "rare": 1,
+    "question": 1,
+    "reference": 1,
     "diabetes": 1,
 }
 EPOCHS = {
@@ -35,6 +37,8 @@ EPOCHS = {
     "dominated": 40,
     "together": 40,
     "rare": 40,
+    "question": 40,
+    "reference": 40,
     "diabetes": 60,
 }
 
@@ -94,7 +98,7 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
 
     Args:
         name: ``uci:VIEW+VIEW...``, ``odd:VIEW+VIEW...``, ``digits``, ``starving``,
-            ``dominated``, ``together``, ``rare`` or ``diabetes``.
+            ``dominated``, ``together``, ``rare``, ``question``, ``reference`` or ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -116,11 +120,15 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         return _together(rng)
     if name == "rare":
         return _rare(rng)
+    if name == "question":
+        return _question(rng)
+    if name == "reference":
+        return _reference(rng)
     if name == "diabetes":
         return _diabetes(rng)
     raise ValueError(
-        "data: expected uci:VIEWS, odd:VIEWS, digits, starving, dominated, together, rare or "
-        f"diabetes, got {name!r}"
+        "data: expected uci:VIEWS, odd:VIEWS, digits, starving, dominated, together, rare, "
+        f"question, reference or diabetes, got {name!r}"
     )
 
 
@@ -252,6 +260,45 @@ def _rare(rng: np.random.Generator) -> Split:
         inputs[name] = torch.from_numpy(x.astype(np.float32))
     truth = torch.from_numpy(label.astype(np.int64))
     return _split(inputs, truth, truth, slice(0, train), slice(train, None), 2)
+
+
+def _question(rng: np.random.Generator) -> Split:
+    """A question tells nothing by itself, and what the image tells depends on it.
+
+    The image shows four attributes of four values each; the question asks for one of them, whose
+    value is the class. Without the question, the image is right about four times in nine. The
+    fused head needs a hidden layer.
+    """
+    size, attributes, values = 4000, 4, 4
+    asked = rng.integers(attributes, size=size)
+    shown = rng.integers(values, size=(size, attributes))
+    label = shown[np.arange(size), asked]
+    looks = rng.standard_normal((attributes, values, 64))
+    words = rng.standard_normal((attributes, 32))
+    image = sum(looks[a, shown[:, a]] for a in range(attributes))
+    inputs = {"image": image, "question": words[asked]}
+    noisy = {
+        name: torch.from_numpy((x + 0.5 * rng.standard_normal(x.shape)).astype(np.float32))
+        for name, x in inputs.items()
+    }
+    truth = torch.from_numpy(label)
+    split = _split(noisy, truth, truth, slice(0, 2000), slice(2000, None), values)
+    return replace(split, hidden=128)
+
+
+def _reference(rng: np.random.Generator) -> Split:
+    """A signal under noise three times as strong, and that noise alone, seen through mixtures."""
+    size, classes, width = 4000, 5, 16
+    label = rng.integers(classes, size=size)
+    signal = rng.standard_normal((classes, width))[label]
+    noise = 3.0 * rng.standard_normal((size, width))
+    inputs = {}
+    for name, x, wide in (("signal", signal + noise, 48), ("reference", noise, 40)):
+        mixed = x @ rng.standard_normal((width, wide)) / np.sqrt(width)
+        mixed += 0.1 * rng.standard_normal(mixed.shape)
+        inputs[name] = torch.from_numpy(mixed.astype(np.float32))
+    truth = torch.from_numpy(label)
+    return _split(inputs, truth, truth, slice(0, 2000), slice(2000, None), classes)
 
 
 def _diabetes(rng: np.random.Generator) -> Split:

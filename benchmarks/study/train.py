@@ -29,6 +29,8 @@ EPOCH = {
     "starving": 1000,
     "dominated": 1000,
     "rare": 1000,
+    "question": 1000,
+    "reference": 1000,
     "together": 1000,
     "diabetes": 300,
 }

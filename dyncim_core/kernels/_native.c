@@ -26,6 +26,7 @@
 #define SIGNALS 3
 #define GROUPS 1024 /* of classes that are told apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
+#define OF_ONE 0.05f /* what a contradiction counts that only one modality bears out */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
 #define BLOCK 512
@@ -61,7 +62,7 @@ typedef struct {
 typedef struct {
     float deviation[ROWS], consistency[ROWS], surprise[ROWS];
     float doubt[ROWS];                   /* of the target, by the head that doubts it least */
-    int32_t finite[ROWS], agree[ROWS];   /* statistics are; modalities, two at least, do */
+    int32_t finite[ROWS], agree[ROWS];   /* statistics are; heads, two at least, do */
 } Signals;
 
 /* One set of row kernels; which, depends on the processor. */
@@ -810,9 +811,10 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
 /* Skills, and votes times calibrations, of what a state has learnt. */
 static void take_up(float *const *learnt, int64_t modalities, float *skill, float *logit_factor) {
     memcpy(skill, learnt[2] + 1, (size_t)modalities * sizeof *skill);
-    double best = best_of(skill, modalities);
+    double best = best_of(skill, modalities), fused = learnt[2][0];
+    double alone = best < fused ? best / fused : 1.0;
     for (int64_t m = 0; m < modalities; m++) {
-        double share = best > 0.0 ? clamp(2.0 * skill[m] / best, 0.0, 1.0) : 1.0;
+        double share = best > 0.0 ? alone * clamp(2.0 * skill[m] / best, 0.0, 1.0) : fused <= 0.0;
         logit_factor[m] = (float)(trust_of(share * share) * learnt[5][1 + m]);
     }
 }

@@ -480,14 +480,14 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
         least[r] = -least[r];
         out->surprise[r] = excess[r] / mass[r];
         out->consistency[r] = apart[r] / others;
-        out->agree[r] = !differ[r] && witnesses[r] > 2; /* the fused head is one */
+        out->agree[r] = !differ[r] && witnesses[r] > 1;
         out->finite[r] = finite[r];
     }
     FOR_TARGET(exp_row)(surprisal, ROWS);
     FOR_TARGET(exp_row)(least, ROWS);
     for (int r = 0; r < ROWS; r++) {
         out->deviation[r] = 1.0f - surprisal[r];
-        out->doubt[r] = 1.0f - least[r];
+        out->doubt[r] = (1.0f - least[r]) * (witnesses[r] > 2 ? 1.0f : OF_ONE);
     }
 }
 

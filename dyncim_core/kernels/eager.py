@@ -309,8 +309,8 @@ def weigh(
         assert memory is not None  # noqa: S101
         samples = settings.held_out * len(memory.nll)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        said = right, chance, nll * believed, entropy * believed, doubted
-        listen(heard, said, samples, buffers, settings.decay)
+        said = right, chance, nll, entropy, doubted
+        listen(heard, said, believed, samples, buffers, settings.decay)
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
@@ -392,16 +392,23 @@ def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
 
 
 def listen(
-    heard: Tensor, said: Sequence[Tensor], samples: float, buffers: Buffers, decay: float
+    heard: Tensor,
+    said: Sequence[Tensor],
+    believed: Tensor,
+    samples: float,
+    buffers: Buffers,
+    decay: float,
 ) -> None:
     """Take in what heads say about samples that they were never trained on.
 
     ``heard``, ``[M + 1, B]``, tells which of them a head sees; ``said``, each ``[M + 1, B]`` or
-    ``[B]``, whether it is right and how often it would be by chance, its NLL and entropy, and how
-    far the label is contradicted; ``samples``, how many there are in all.
+    ``[B]``, whether it is right and how often it would be by chance, its NLL and entropy, which
+    count as far as the label is ``believed``, ``[B]``, and how far the label is contradicted;
+    ``samples``, how many there are in all.
     """
     kind = buffers.skill.dtype
     rows = torch.stack([heard, *(x.expand_as(heard) for x in said)])
+    rows[3:5].mul_(believed)
     shares = torch.where(heard, rows, 0.0).sum(dim=2, dtype=kind) / max(heard.shape[1], 1)
     some = shares[0].sign()  # 0 where nothing is heard, of a modality or at all
     averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
@@ -509,7 +516,7 @@ def take_up(learnt: Learnt | None, kept: Kept) -> None:
     if learnt is None:
         return
     kept.skill.copy_(learnt.skill[1:])
-    kept.logit_factor.copy_(votes(kept.skill) * learnt.calibration[1:])
+    kept.logit_factor.copy_(votes(learnt.skill) * learnt.calibration[1:])
     if kept.log_prior is not None:
         kept.log_prior.copy_(log_prior(_class_mass(learnt)))
 

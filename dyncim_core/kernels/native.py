@@ -184,7 +184,7 @@ def gate(
     if chance is not None and settings.swap:
         source = _empty(*shape, dtype=torch.int64)
     prior = kept.log_prior
-    _check_kept("fusion", *kept[: 2 if prior is None else 3])
+    _check_kept("fusion", kept.skill, kept.logit_factor, *(() if prior is None else (prior,)))
     if learnt is not None:
         _check_kept("state", *learnt)
         if prior is not None and len(prior) != len(learnt.class_seen):

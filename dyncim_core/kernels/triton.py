@@ -249,6 +249,7 @@ _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and sam
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust
+_OF_ONE = tl.constexpr(0.05)  # what a contradiction counts that only one modality bears out
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
@@ -559,7 +560,8 @@ def _curriculum(
         prediction = tl.load(found.prediction + at, mask=here, other=0)
         fused = tl.load(found.prediction + i, mask=i < batch, other=0)
         differ = others & (prediction != fused[None, :])
-        agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 1)
+        doubt = tl.where(tl.sum(others.to(tl.int32), 0) > 1, doubt, _OF_ONE * doubt)
+        agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
         asked = valid
         if below is not None:
             asked = heard
