@@ -245,10 +245,9 @@ class DynCIMLoss(nn.Module):
         plain = self._is_neutral() and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
-        settings = self._settings(state)
         indices = not target.is_floating_point()
-        if memory is not None and unimodal is not None and indices:
-            settings = settings._replace(held_out=self.held_out)
+        remembers = memory is not None and unimodal is not None and indices
+        settings = self._settings(state, self.held_out if remembers else 0.0)
         value = self._plain(logits, target) if plain else None  # first, since it may be rejected
         joint = kernels.curriculum(heads, present, read, averages, memory, settings)
         if value is not None:
@@ -310,7 +309,7 @@ class DynCIMLoss(nn.Module):
             list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         )
 
-    def _settings(self, state: CurriculumState) -> Settings:
+    def _settings(self, state: CurriculumState, held_out: float = 0.0) -> Settings:
         return Settings(
             self.surprise_strength,
             self.label_noise,
@@ -320,6 +319,7 @@ class DynCIMLoss(nn.Module):
             state.decay,
             state.memory_decay,
             self.reduction,
+            held_out,
         )
 
     def _is_neutral(self) -> bool:

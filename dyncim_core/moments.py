@@ -58,7 +58,7 @@ class FeatureMoments(KeepsDtype):
             available: Bool ``[M, B]``; all when ``None``.
             backend: See ``backends``.
         """
-        if len(features[0]):
+        if len(features[0]) > 0:
             streams, steps = self._pooled(features)
             moments = self._moments()
             kernels = select(backend, streams, others=(available, *moments))

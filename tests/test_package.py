@@ -97,7 +97,7 @@ def test_docstring_examples_run(module: str) -> None:
     import math
 
     if module.endswith(".triton"):
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", minversion="3.3")
     names = {"torch": torch, "nn": nn, "math": math}
     result = doctest.testmod(importlib.import_module(module), extraglobs=names)
     assert result.failed == 0

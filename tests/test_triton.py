@@ -31,7 +31,7 @@ from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Setting
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 from dyncim_core.kernels import triton as kernel  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

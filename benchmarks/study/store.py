@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -91,6 +92,8 @@ def _environment() -> dict[str, str]:
 
 def _commit() -> str:
     """The checked-out commit, with a + where the package or the study differ from it."""
+    if shutil.which("git") is None:
+        return ""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -263,7 +263,7 @@ def weigh(
     if memory is not None:
         if torch.compiler.is_compiling():  # where a negative index counts from the end
             rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)
-            memory = memory._replace(rows=rows)
+            memory = Memory(rows, memory.nll, memory.visits, memory.weight)
         recalled, visits = recall(memory)
 
     signals = torch.stack(
@@ -842,7 +842,7 @@ def novelty(
 ) -> Tensor:
     """How far features lie from those seen in training, see ``gates.novelty``."""
     means, covariances = moments.mean(), moments.covariance()
-    watched = [x[:, ::step] for x, step in zip(features, steps, strict=True)]
+    watched = [x[..., ::step] for x, step in zip(features, steps, strict=True)]
     together = 1
     if len({x.shape[1] for x in watched}) == 1:  # as one, in a fraction of the operators
         together = len(watched)
