@@ -733,3 +733,40 @@ def test_a_function_transform_is_refused_in_training_alone(criterion: Any) -> No
     found = torch.func.grad(lambda x: loss.eval()(x, target))(logits[0].detach())
     (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], target), logits)
     assert_allclose(found, expected, rtol=1e-5)
+
+
+@each_backend
+def test_what_tells_nothing_by_itself_is_not_silenced(backend: str) -> None:
+    """A signal under noise, and the noise alone: neither silenced nor taken for wrong labels."""
+    torch.manual_seed(0)
+    size, classes = 600, 3
+    label, noise = torch.randint(classes, (2 * size,)), 3.0 * torch.randn(2 * size, 8)
+    inputs = {"signal": torch.randn(classes, 8)[label] + noise, "reference": noise}
+    heads = nn.ModuleDict({name: nn.Linear(16, classes) for name in inputs})
+    encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 16), nn.ReLU()) for name in inputs})
+    head = nn.Linear(32, classes)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=list(inputs), num_samples=size, backend=backend
+    )
+    fusion = GatedFusion(dict.fromkeys(inputs, 16), state=criterion.state, backend=backend)
+
+    def predict(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        features = {name: encoders[name](x[rows]) for name, x in inputs.items()}
+        unimodal = {name: heads[name](x) for name, x in features.items()}
+        fused, _, gated = fusion(features, unimodal=unimodal)
+        return head(fused) + gated, unimodal
+
+    learnt = nn.ModuleList([heads, encoders, head])
+    optimizer = torch.optim.Adam(learnt.parameters(), lr=3e-3)
+    for _ in range(40):
+        for index in torch.randperm(size).split(50):
+            logits, unimodal = predict(index)
+            optimizer.zero_grad()
+            criterion(logits, label[index], unimodal=unimodal, index=index).backward()
+            optimizer.step()
+    fusion.eval()
+    rows = torch.arange(size, 2 * size)
+    right = predict(rows)[0].argmax(dim=1) == label[rows]
+    assert right.float().mean() > 0.9
+    assert criterion.state.label_noise < 0.02
+    assert criterion.state.skill[2] < 0.5 * criterion.state.skill[0]
