@@ -216,10 +216,10 @@ def quality(log_quality: Tensor, num_classes: int) -> Tensor:
 def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None = None) -> Tensor:
     """Share of what fusion has learnt that its modalities know on their own.
 
-    ``quality_0 / (1 + HMIR)``: 0 before anything is learnt, small while fusion is far ahead
-    of all its modalities, towards 1 as it improves on some modality by nothing. Modalities that
-    know the training set by heart look as good as a fusion that understands it: where skills are
-    known, at most the same of them, ``trust_0 / (1 + HMIR(log trust))``. Definition chosen here.
+    ``quality_0 / (1 + HMIR)^2``: 0 before anything is learnt, small while fusion is ahead of all
+    its modalities, towards 1 as it improves on some modality by nothing. Modalities that know the
+    training set by heart look as good as a fusion that understands it: where skills are known, at
+    most the same of them, ``trust_0 / (1 + HMIR(log trust))^2``. Definition chosen here.
 
     Args:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
@@ -235,15 +235,16 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None 
     Example:
         >>> log_quality = torch.tensor([0.8, 0.4, 0.4]).log()
         >>> redundancy(log_quality, torch.tensor(0.9))
-        tensor(0.4500)
+        tensor(0.2250)
         >>> redundancy(log_quality, torch.tensor(0.9), torch.tensor([0.8, 0.2, 0.2]))
-        tensor(0.2000)
+        tensor(0.0500)
     """
-    share = fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    share = fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality)).square()
     if skill is None:
         return share
     shown = trust(skill)
-    return torch.minimum(share, shown[0] / (1.0 + harmonic_mean_improvement_rate(shown.log())))
+    of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(shown.log())).square()
+    return torch.minimum(share, of_shown)
 
 
 def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:

@@ -663,7 +663,7 @@ def quality(log_quality: ArrayLike, num_classes: int) -> Array:
 def redundancy(
     log_quality: ArrayLike, fused_quality: ArrayLike, skill: ArrayLike | None = None
 ) -> Array:
-    """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)``.
+    """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)^2``.
 
     With skills, no more than the same of ``trust``, whose HMIR is that of its logarithms.
     Definition chosen here.
@@ -678,14 +678,14 @@ def redundancy(
 
     Example:
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(4).tolist()
-        0.45
+        0.225
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9, [0.8, 0.2, 0.2]).round(4).tolist()
-        0.2
+        0.05
     """
-    share = np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality))
+    share = np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality)) ** 2
     if skill is not None:
         shown = trust(skill)
-        of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(np.log(shown)))
+        of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(np.log(shown))) ** 2
         share = np.minimum(share, of_shown)
     return np.asarray(share)
 

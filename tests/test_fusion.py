@@ -177,7 +177,7 @@ def test_the_better_modality_is_disturbed_less() -> None:
     fusion = GatedFusion([1, 1], state=state, swap=0.0, dropout=0.8)
     dropped = rows_of(fusion)[1] == 0
     # Of the skills, 0.9 / 0.85 - 1 and 0.9 / 0.4 - 1 have the harmonic mean 0.1124.
-    share = 0.9 / 1.1124
+    share = 0.9 / 1.1124**2
     assert_allclose(dropped.double().mean(dim=0), [0.4 * 0.25 * share, 0.4 * share], atol=0.02)
 
 
@@ -187,7 +187,7 @@ def test_what_only_fusion_knows_is_not_dropped(ahead: float, learnt: float) -> N
     state.quality.fill_(learnt)
     state.log_quality.copy_(torch.tensor([-0.2, -0.2 - ahead, -0.2 - ahead]))
     dropped = rows_of(GatedFusion([1, 1], state=state, dropout=0.8))[1] == 0
-    expected = 0.8 * learnt / math.exp(ahead)
+    expected = 0.8 * learnt / math.exp(ahead) ** 2
     assert_allclose(dropped.any(dim=1).double().mean(), expected, atol=0.02)
     assert_allclose(redundancy(state.log_quality, state.quality[0]), expected / 0.8, rtol=2e-3)
 

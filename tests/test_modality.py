@@ -383,7 +383,7 @@ def test_redundancy_is_the_share_of_what_is_learnt_that_needs_no_fusion(
     assert not redundancy(to_torch(values), to_torch(0.0 * learnt)).any()
     values[..., 1:] = values[..., :1]  # fusion adds nothing
     full = redundancy(to_torch(values), to_torch(learnt))
-    assert_allclose(full, learnt / (1.0 + EPS), rtol=1e-12, atol=1e-300)
+    assert_allclose(full, learnt / (1.0 + EPS) ** 2, rtol=1e-12, atol=1e-300)
 
 
 @given(log_quality(), st.data())
@@ -395,7 +395,7 @@ def test_what_is_known_by_heart_is_not_redundant(values: Array, data: st.DataObj
     assert_allclose(share, ref.redundancy(values, learnt, shown), rtol=1e-12, atol=1e-300)
     assert (share <= trained).all()
     unknown = redundancy(to_torch(values), to_torch(learnt), to_torch(0.0 * shown))
-    assert_allclose(unknown, trained.clamp_max(1.0 / (1.0 + EPS)), rtol=1e-12)
+    assert_allclose(unknown, trained.clamp_max((1.0 + EPS) ** -2), rtol=1e-12)
     # Whatever the training set says: fusion alone has skill, so that nothing is redundant.
     alone = torch.zeros(shown.shape, dtype=torch.float64)
     alone[0] = 1.0

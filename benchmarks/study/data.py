@@ -27,6 +27,7 @@ MARKS = {
     "rare": 1,
     "question": 1,
     "reference": 1,
+    "common": 1,
     "diabetes": 1,
 }
 EPOCHS = {
@@ -39,6 +40,7 @@ EPOCHS = {
     "rare": 40,
     "question": 40,
     "reference": 40,
+    "common": 40,
     "diabetes": 60,
 }
 
@@ -98,7 +100,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
 
     Args:
         name: ``uci:VIEW+VIEW...``, ``odd:VIEW+VIEW...``, ``digits``, ``starving``,
-            ``dominated``, ``together``, ``rare``, ``question``, ``reference`` or ``diabetes``.
+            ``dominated``, ``together``, ``rare``, ``question``, ``reference``, ``common`` or
+            ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -124,11 +127,13 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         return _question(rng)
     if name == "reference":
         return _reference(rng)
+    if name == "common":
+        return _common(rng)
     if name == "diabetes":
         return _diabetes(rng)
     raise ValueError(
         "data: expected uci:VIEWS, odd:VIEWS, digits, starving, dominated, together, rare, "
-        f"question, reference or diabetes, got {name!r}"
+        f"question, reference, common or diabetes, got {name!r}"
     )
 
 
@@ -299,6 +304,25 @@ def _reference(rng: np.random.Generator) -> Split:
         inputs[name] = torch.from_numpy(mixed.astype(np.float32))
     truth = torch.from_numpy(label)
     return _split(inputs, truth, truth, slice(0, 2000), slice(2000, None), classes)
+
+
+def _common(rng: np.random.Generator) -> Split:
+    """What varies within a class is the same in all modalities, which together can take it off.
+
+    Three modalities see the class of twenty in full, by half and not at all, and all see what the
+    sample has in common, each through a saturating mixture of its own.
+    """
+    size, classes, width = 3000, 20, 8
+    label = rng.integers(classes, size=size)
+    kind = 1.5 * rng.standard_normal((classes, width))[label]
+    shared = rng.standard_normal((size, width))
+    inputs = {}
+    for name, strength in (("strong", 1.0), ("weak", 0.5), ("none", 0.0)):
+        mixed = (strength * kind + shared) @ rng.standard_normal((width, 64)) / np.sqrt(width)
+        x = np.tanh(mixed) + 0.3 * rng.standard_normal(mixed.shape)
+        inputs[name] = torch.from_numpy(x.astype(np.float32))
+    truth = torch.from_numpy(label)
+    return _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), classes)
 
 
 def _diabetes(rng: np.random.Generator) -> Split:

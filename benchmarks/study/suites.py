@@ -73,7 +73,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block((OTHERS[1], ALL), ("clean",), (CEILING,), range(5)),
         Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(5)),
         Block(("rare",), ("clean",), PEERS, range(5)),
-        Block(("question", "reference"), ("clean", "symmetric-20"), PEERS, range(5)),
+        Block(("question", "reference", "common"), ("clean", "symmetric-20"), PEERS, range(5)),
         Block(("odd:fac+zer+mor",), ("clean", *NOISY), PEERS, range(5)),
     ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),

@@ -31,6 +31,7 @@ EPOCH = {
     "rare": 1000,
     "question": 1000,
     "reference": 1000,
+    "common": 1000,
     "together": 1000,
     "diabetes": 300,
 }

@@ -748,11 +748,11 @@ typedef struct {
 /* Share of what is learnt that modalities know on their own: of a state's log qualities, qualities
  * and skills of all heads, [M + 1]. */
 static double redundancy_of(float *const *learnt, int64_t modalities) {
-    double share = learnt[1][0] / (1.0 + exp(log_hmir_of(learnt[0], modalities)));
+    double share = learnt[1][0] / pow(1.0 + exp(log_hmir_of(learnt[0], modalities)), 2.0);
     float shown[1 + MAX_HEADS];
     find_trust(learnt[2], 1 + modalities, shown);
     for (int64_t h = 0; h <= modalities; h++) shown[h] = (float)log(shown[h]);
-    double of_shown = exp(shown[0]) / (1.0 + exp(log_hmir_of(shown, modalities)));
+    double of_shown = exp(shown[0]) / pow(1.0 + exp(log_hmir_of(shown, modalities)), 2.0);
     return share < of_shown ? share : of_shown;
 }
 
