@@ -237,7 +237,8 @@ class GatedFusion(KeepsDtype):
         if self.training:
             _checks.check_first_pass("GatedFusion")
             learnt = self._learnt()
-        kernels = select(self.backend, evidence, others=(self.skill, prior, there, *(learnt or ())))
+        kept = Kept(self.skill, self.logit_factor, prior)
+        kernels = select(self.backend, evidence, others=(*kept, there, *(learnt or ())))
         # What was asked for is for the logits; C takes the features that it can.
         by = "eager" if kernels is eager else None
         if self.training:
@@ -248,7 +249,7 @@ class GatedFusion(KeepsDtype):
 
         gating = kernels.gate(
             evidence,
-            Kept(self.skill, self.logit_factor, prior),
+            kept,
             learnt,
             there,
             chance,

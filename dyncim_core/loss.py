@@ -57,8 +57,9 @@ class DynCIMLoss(nn.Module):
         label_noise: Share of wrong labels in [0, 1], where it is known; the weighting acts in
             full from 0.04 on. When ``None``, the run shows it: ``state.label_noise`` averages
             how far all heads contradict a label together, once a sample was held out of such ones
-            alone. That takes at least one modality's logits; without, the surprise weighting stays
-            off unless the share is given.
+            alone. That takes two modalities with skill; what one alone contradicts counts a
+            twentieth, so that much noise acts in part, and without any the surprise weighting
+            stays off, unless the share is given.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
             fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample

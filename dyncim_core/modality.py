@@ -361,8 +361,8 @@ def votes(skill: Tensor) -> Tensor:
 
     ``max(0.02, (min(1, 2 s_m / max_k s_k) min(1, max_k s_k / s_0))^2)``, over modalities k. In
     full from half of the best one's skill on, so that what is reliable in training need not be so
-    elsewhere; all of them less where the fusion knows more than any tells on its own. Definition
-    chosen here.
+    elsewhere; all of them less where the fusion knows more than any tells on its own, and least
+    where none tells anything. Definition chosen here.
 
     Args:
         skill: Of all heads, ``[M + 1]`` in [0, 1].

@@ -236,15 +236,13 @@ def contradiction(
         >>> contradiction(prediction, nll, entropy, torch.tensor([0, 0, 0]))
         tensor([0.8647, 0.0000, 0.0000])
     """
-    dissent = prediction[1:] != prediction[0]
+    agree = torch.where(prediction[1:] == prediction[0], 1, -len(prediction))
     doubt = -torch.expm1((entropy - nll).clamp_max(0.0))
-    if present is None:
-        least = (0.0, _OF_ONE, 1.0)[min(len(dissent), 2)] * doubt.amin(dim=0)
-    else:
-        there, least = present[1:], torch.where(present, doubt, 1.0).amin(dim=0)
-        dissent, number = dissent & there, there.sum(dim=0)
-        least = torch.where(number > 1, least, _OF_ONE * (number * least))
-    least = torch.where(dissent.any(dim=0), 0.0, least)
+    if present is not None:
+        agree, doubt = agree * present[1:], torch.where(present, doubt, 1.0)
+    least, modalities = doubt.amin(dim=0), agree.sum(dim=0)  # below 0 where one dissents
+    of_one = torch.where(modalities == 1, _OF_ONE * least, 0.0)
+    least = torch.where(modalities > 1, least, of_one)
     if not target.is_floating_point():
         return torch.where(prediction[0] != target, least, 0.0)
     given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)

@@ -80,8 +80,9 @@ class CurriculumState(KeepsDtype):
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
         label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: once
-            there were any, of samples held out, by able heads alone (``witnesses``) and less while
-            the fusion has little skill (``credible_noise``); before, of those trained on.
+            there were any, of samples held out, by able heads alone (``witnesses``), a twentieth
+            where that is one modality, and less while the fusion has little skill
+            (``credible_noise``); before, of those trained on.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
         calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less if it is surer of

@@ -903,7 +903,7 @@ def test_a_compiled_backward_does_not_read_the_state_that_the_loss_moved_on(
     def gradient(call: Any) -> Tensor:
         state = criterion.state
         state.reset_parameters()
-        skills = torch.tensor([0.8, 0.8, 0.02, 0.6])  # the second has little of a vote
+        skills = torch.tensor([0.8, 0.8, 0.02, 0.6])  # the second knows next to nothing
         state.skill.copy_(skills[: 1 + len(widths)])
         state.class_seen[:3] = torch.tensor([9, 1, 1])
         state.class_weight.fill_(1.0)

@@ -620,10 +620,10 @@ def test_a_forward_mode_gradient_is_refused_before_the_state_moves(
 
 
 @each_backend
-def test_a_modality_that_knows_nothing_does_not_hide_label_noise(backend: str) -> None:
-    """It agrees with nobody, whatever the label; but where none knows more, all must agree.
+def test_label_noise_is_what_all_able_modalities_contradict(backend: str) -> None:
+    """One that knows nothing agrees with nobody, whatever the label: it is not asked.
 
-    Of one that knows more than all others, it takes more to tell: a twentieth counts.
+    One that is able alone shows a twentieth of it; where none is, all must agree.
     """
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(1000)
@@ -739,7 +739,7 @@ def test_a_function_transform_is_refused_in_training_alone(criterion: Any) -> No
 def test_what_tells_nothing_by_itself_is_not_silenced(backend: str) -> None:
     """A signal under noise, and the noise alone: neither silenced nor taken for wrong labels."""
     torch.manual_seed(0)
-    size, classes = 600, 3
+    size, classes = 2000, 3
     label, noise = torch.randint(classes, (2 * size,)), 3.0 * torch.randn(2 * size, 8)
     inputs = {"signal": torch.randn(classes, 8)[label] + noise, "reference": noise}
     heads = nn.ModuleDict({name: nn.Linear(16, classes) for name in inputs})
@@ -758,7 +758,7 @@ def test_what_tells_nothing_by_itself_is_not_silenced(backend: str) -> None:
 
     learnt = nn.ModuleList([heads, encoders, head])
     optimizer = torch.optim.Adam(learnt.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(15):
         for index in torch.randperm(size).split(50):
             logits, unimodal = predict(index)
             optimizer.zero_grad()
@@ -769,4 +769,4 @@ def test_what_tells_nothing_by_itself_is_not_silenced(backend: str) -> None:
     right = predict(rows)[0].argmax(dim=1) == label[rows]
     assert right.float().mean() > 0.9
     assert criterion.state.label_noise < 0.02
-    assert criterion.state.skill[2] < 0.5 * criterion.state.skill[0]
+    assert criterion.state.skill[2] < 0.25 * criterion.state.skill[1]  # by itself next to nothing

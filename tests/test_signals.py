@@ -552,6 +552,10 @@ def test_one_head_alone_contradicts_nothing_and_one_modality_next_to_nothing() -
         present[-1] = False
         expected = 0.05 if modalities == 2 else 0.0
         assert_allclose(contradiction(*found, present), [expected * (1 - math.exp(-1))], rtol=1e-6)
+    nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan), torch.zeros(2, 1)
+    alone = torch.tensor([[True], [False]])
+    assert contradiction(*nothing, torch.tensor([0]), alone).tolist() == [0]
+    assert contradiction(*(x[:1] for x in nothing), torch.tensor([0])).tolist() == [0]
 
 
 @given(arrays(3, reals(0, 1)), reals(0, 1), reals(2**-6, 1))

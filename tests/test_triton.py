@@ -504,7 +504,7 @@ def test_gates_are_those_of_eager(options: dict[str, Any], swap: float, dropout:
         seen = torch.randint(4, 9, (1024,), generator=generator).to(DEVICE)
         seen[7] = 0
         weight = seen.sqrt() + 0.1
-        learnt = Learnt(0.1 * known.log(), quality, known, seen, weight, quality)
+        learnt = Learnt(0.1 * known.log(), quality, known, seen, weight, quality.flip(0))
     if not swap:
         penalty = 9.0 * torch.rand(21, modalities, generator=generator).t().to(DEVICE)
     settings = Gate(3.0, 0.2, swap, dropout)

@@ -515,8 +515,9 @@ def take_up(learnt: Learnt | None, kept: Kept) -> None:
     """Keep what the state knows now, if there is one."""
     if learnt is None:
         return
+    logit_factor = votes(learnt.skill) * learnt.calibration[1:]
     kept.skill.copy_(learnt.skill[1:])
-    kept.logit_factor.copy_(votes(learnt.skill) * learnt.calibration[1:])
+    kept.logit_factor.copy_(logit_factor)
     if kept.log_prior is not None:
         kept.log_prior.copy_(log_prior(_class_mass(learnt)))
 

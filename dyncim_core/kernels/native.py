@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 4  # raised, as in _native.c, when what a call passes changes
+_INTERFACE = 5  # raised, as in _native.c, when what a call passes, or a formula, changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 
@@ -185,6 +185,9 @@ def gate(
         source = _empty(*shape, dtype=torch.int64)
     prior = kept.log_prior
     _check_kept("fusion", kept.skill, kept.logit_factor, *(() if prior is None else (prior,)))
+    if not len(kept.skill) == len(kept.logit_factor) == len(logits):
+        got = len(kept.skill), len(kept.logit_factor)
+        raise ValueError(f"fusion: expected buffers of length {len(logits)}, got {got}")
     if learnt is not None:
         _check_kept("state", *learnt)
         if prior is not None and len(prior) != len(learnt.class_seen):
