@@ -30,6 +30,9 @@ SECONDS = {
     "starving": 2.0,
     "dominated": 2.0,
     "rare": 1.5,
+    "question": 2.0,
+    "reference": 1.5,
+    "common": 1.5,
     "together": 2.0,
     "diabetes": 1.0,
 }
