@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 import dyncim_core
 from benchmarks.study import bars, methods, report, statistics, suites
-from benchmarks.study.__main__ import main
+from benchmarks.study.__main__ import SECONDS, main
 from benchmarks.study.conditions import CONDITIONS, TEST_CONDITIONS, corrupt_test, prepare
 from benchmarks.study.config import Config
-from benchmarks.study.data import SPOKEN, family, load
+from benchmarks.study.data import EPOCHS, MARKS, SPOKEN, family, load
 from benchmarks.study.measures import (
     auroc,
     calibration_error,
@@ -40,7 +40,7 @@ from benchmarks.study.models import (
 )
 from benchmarks.study.results import Cell
 from benchmarks.study.store import Store
-from benchmarks.study.train import run
+from benchmarks.study.train import EPOCH, run
 
 DATA = "uci:fou+zer+mor"
 FAST = "uci:fou+mor"
@@ -646,6 +646,16 @@ class TestData:
         assert float(alone["score"]) < 50  # of the two bits, no modality shows the second
         assert float(joint["score"]) > float(alone["score"]) + 20
 
+    @pytest.mark.parametrize(("data", "silent"), [("question", 1), ("reference", 1), ("common", 2)])
+    def test_what_tells_nothing_by_itself_is_heard(self, data: str, silent: int) -> None:
+        config = Config(data, "clean", "dyncim", 0.001, seed=300, epochs=20)
+        found, alone = run(config), run(replace(config, method="late"))
+        split = load(data, seed=300)
+        guess = 100 * float(split.test_truth.bincount().max()) / len(split.test_truth)
+        probes = [float(x.partition("=")[2]) for x in str(alone["probes"]).split()]
+        assert probes[silent] < guess + 3
+        assert float(found["score"]) > float(alone["score"]) + 8
+
 
 class TestMeasures:
     def test_calibration_error_by_hand(self) -> None:
@@ -920,3 +930,11 @@ def test_tables_are_markdown() -> None:
     assert report.table(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"
     assert report.table(("a",), []) == ""
     assert report.number(statistics.Estimate(1.25, 0.5, 3), sign=True) == "+1.2 ± 0.5"
+
+
+def test_every_task_of_a_suite_is_known_throughout() -> None:
+    tasks = {
+        family(data) for blocks in suites.SUITES.values() for block in blocks for data in block.data
+    }
+    for known in (EPOCH, EPOCHS, MARKS, SECONDS):
+        assert tasks <= set(known)
