@@ -115,26 +115,21 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         return _odd(name.removeprefix("odd:").split("+"), rng)
     if name == "digits":
         return _digits(rng, spoken)
-    if name == "starving":
-        return _starving(rng)
-    if name == "dominated":
-        return _dominated(rng)
-    if name == "together":
-        return _together(rng)
-    if name == "rare":
-        return _rare(rng)
-    if name == "question":
-        return _question(rng)
-    if name == "reference":
-        return _reference(rng)
-    if name == "common":
-        return _common(rng)
-    if name == "diabetes":
-        return _diabetes(rng)
-    raise ValueError(
-        "data: expected uci:VIEWS, odd:VIEWS, digits, starving, dominated, together, rare, "
-        f"question, reference, common or diabetes, got {name!r}"
-    )
+    tasks = {
+        "starving": _starving,
+        "dominated": _dominated,
+        "together": _together,
+        "rare": _rare,
+        "question": _question,
+        "reference": _reference,
+        "common": _common,
+        "diabetes": _diabetes,
+    }
+    if name not in tasks:
+        raise ValueError(
+            f"data: expected uci:VIEWS, odd:VIEWS, digits or one of {list(tasks)}, got {name!r}"
+        )
+    return tasks[name](rng)
 
 
 def standardise(split: Split) -> Split:
