@@ -429,3 +429,12 @@ def test_nobody_is_better_than_always_right(native: ModuleType) -> None:
         held_out_averages=heard,
     )
     assert (state.skill == 1.0).all()
+
+
+def test_kept_buffers_of_another_length_are_refused(native: ModuleType) -> None:
+    """C would write past their end."""
+    logits, gate = [randn(4, 3, seed=s) for s in range(3)], Gate(2.0, 0.05, 0.0, 0.0)
+    whole = kept_of(3, skill=0.5)
+    for short in (whole._replace(skill=torch.ones(2)), whole._replace(logit_factor=torch.ones(2))):
+        with pytest.raises(ValueError, match="fusion: expected buffers of length 3, got"):
+            native.gate(logits, short, learnt(3), None, None, None, gate)

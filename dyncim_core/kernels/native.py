@@ -186,8 +186,8 @@ def gate(
     prior = kept.log_prior
     _check_kept("fusion", kept.skill, kept.logit_factor, *(() if prior is None else (prior,)))
     if not len(kept.skill) == len(kept.logit_factor) == len(logits):
-        got = len(kept.skill), len(kept.logit_factor)
-        raise ValueError(f"fusion: expected buffers of length {len(logits)}, got {got}")
+        lengths = len(kept.skill), len(kept.logit_factor)
+        raise ValueError(f"fusion: expected buffers of length {len(logits)}, got {lengths}")
     if learnt is not None:
         _check_kept("state", *learnt)
         if prior is not None and len(prior) != len(learnt.class_seen):
