@@ -112,7 +112,7 @@ class GatedFusion(KeepsDtype):
 
     skill: Tensor
     logit_factor: Tensor
-    log_prior: Tensor | None
+    log_prior: Tensor
 
     _at_first_1 = ("logit_factor",)
 
@@ -158,9 +158,7 @@ class GatedFusion(KeepsDtype):
             self.follow(state)
         self.register_buffer("skill", torch.zeros(len(widths), dtype=torch.float32))
         self.register_buffer("logit_factor", torch.ones(len(widths), dtype=torch.float32))
-        self.register_buffer(
-            "log_prior", torch.zeros(GROUPS, dtype=torch.float32) if len(widths) > 2 else None
-        )
+        self.register_buffer("log_prior", torch.zeros(GROUPS, dtype=torch.float32))
         self.moments = FeatureMoments(widths) if novelty_slope else None
 
     def follow(self, state: CurriculumState) -> None:
@@ -224,12 +222,10 @@ class GatedFusion(KeepsDtype):
         _checks.check_present(present, (batch, len(streams)), device)
         _checks.check_device("fusion", self.skill, device)
         self.keep_dtype()
-        evidence, prior = logits, self.log_prior
+        evidence = logits
+        prior = self.log_prior if logits and logits[0].shape[1] <= GROUPS else None
         if evidence is None:  # all agree
-            prior = None
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
-        if prior is not None and evidence[0].shape[1] > len(prior):
-            prior = None
         there = present
         if present is not None:
             there = present.t().clone(memory_format=_IN_ORDER)
@@ -262,9 +258,14 @@ class GatedFusion(KeepsDtype):
         if rows is not None:
             streams = [x[row] for x, row in zip(streams, rows, strict=True)]
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
-        fused, total = _mixed(
-            select(by, streams), streams, logits or (), gating.scale, self.logit_factor
-        )
+        factor = self.logit_factor
+        if learnt is not None:  # less and less, so that the head learns to do without
+            factor = torch.addcmul(factor, factor, learnt.quality[0], value=-1.0)
+        fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale, factor)
+        if not (self.training or total is None or prior is None):
+            with torch.no_grad():  # the head has what is merely frequent in it already
+                share = factor @ gating.scale
+                total = torch.addr(total, share, prior[: total.shape[1]], alpha=-1.0)
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:

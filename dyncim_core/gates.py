@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyncim_core.modality import trust
+from dyncim_core.modality import standing, trust
 
 __all__ = [
     "disagreement",
@@ -37,7 +37,9 @@ def disagreement(
     each other nothing tells which is wrong. Half the squared Euclidean distance from it, so
     that the small differences between reliable modalities count for little, times the
     probability of its likeliest class and the weighted mean of the trust behind it: a
-    consensus that is unsure, or of modalities that are often wrong, contradicts nobody.
+    consensus that is unsure, or of modalities that are often wrong, contradicts nobody. Times the
+    square of the modality's own ``standing``: one that tells little by itself is contradicted
+    whatever its input, which is no sign that something is wrong with it.
     Definition chosen here.
 
     Args:
@@ -66,7 +68,8 @@ def disagreement(
     believed = _sum_of_others(weight.square()) / weight_of_others
     squared = (probs - consensus).square().sum(dim=-1) / 2.0
     apart = (squared * consensus.amax(dim=-1)).nan_to_num(1.0).clamp_max(1.0)
-    return torch.where(comparable, apart * believed, 0.0)
+    able = standing(skill.to(probs.dtype)).square().unsqueeze(1)
+    return torch.where(comparable, apart * believed * able, 0.0)
 
 
 def log_prior(class_mass: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "augmentation_rates",
     "balance_factor",
     "calibration",
+    "generalisation",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
@@ -32,12 +33,14 @@ __all__ = [
     "quality",
     "redundancy",
     "skill",
+    "standing",
     "trust",
     "votes",
     "witnesses",
 ]
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
+_LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
 _LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
 _SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
 _SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
@@ -163,7 +166,7 @@ def modality_weights(log_quality: Tensor, temperature: float = 1.0, cap: float =
 
 
 def modality_coefficients(log_quality: Tensor) -> Tensor:
-    """Factor of each modality's loss in the joint objective, before ``loss_shares``.
+    """Factor of each modality's loss, before ``loss_shares`` and ``generalisation``.
 
     ``(1 - lambda) + lambda * M * alpha_m`` with the balance factor and the modality
     weights: all 1 when the modalities are balanced. Definition chosen here.
@@ -216,10 +219,10 @@ def quality(log_quality: Tensor, num_classes: int) -> Tensor:
 def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None = None) -> Tensor:
     """Share of what fusion has learnt that its modalities know on their own.
 
-    ``quality_0 / (1 + HMIR)^2``: 0 before anything is learnt, small while fusion is ahead of all
+    ``quality_0 / (1 + HMIR)^4``: 0 before anything is learnt, small while fusion is ahead of all
     its modalities, towards 1 as it improves on some modality by nothing. Modalities that know the
     training set by heart look as good as a fusion that understands it: where skills are known, at
-    most the same of them, ``trust_0 / (1 + HMIR(log trust))^2``. Definition chosen here.
+    most the same of them, ``trust_0 / (1 + HMIR(log trust))^4``. Definition chosen here.
 
     Args:
         log_quality: ``[..., M + 1]``, fused head first; any real values.
@@ -235,16 +238,16 @@ def redundancy(log_quality: Tensor, fused_quality: Tensor, skill: Tensor | None 
     Example:
         >>> log_quality = torch.tensor([0.8, 0.4, 0.4]).log()
         >>> redundancy(log_quality, torch.tensor(0.9))
-        tensor(0.2250)
+        tensor(0.0562)
         >>> redundancy(log_quality, torch.tensor(0.9), torch.tensor([0.8, 0.2, 0.2]))
-        tensor(0.0500)
+        tensor(0.0031)
     """
-    share = fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality)).square()
+    share = fused_quality / (1.0 + harmonic_mean_improvement_rate(log_quality)).square().square()
     if skill is None:
         return share
     shown = trust(skill)
-    of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(shown.log())).square()
-    return torch.minimum(share, of_shown)
+    ahead = (1.0 + harmonic_mean_improvement_rate(shown.log())).square().square()
+    return torch.minimum(share, shown[0] / ahead)
 
 
 def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
@@ -356,13 +359,36 @@ def trust(skill: Tensor) -> Tensor:
     return torch.where(known, skill.clamp_min(_LEAST), 1.0)
 
 
+def standing(skill: Tensor) -> Tensor:
+    """How a modality compares with the best one, in full from half of its skill on.
+
+    ``min(1, 2 s_m / max_k s_k)``: what is reliable in training need not be so elsewhere.
+    Definition chosen here.
+
+    Args:
+        skill: Of the modalities (not the fused head), ``[M]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0, 1]; all 1 when no skill is above 0.
+
+    Raises:
+        ValueError: There is no modality (M = 0).
+
+    Example:
+        >>> standing(torch.tensor([0.9, 0.45, 0.225, 0.0]))
+        tensor([1.0000, 1.0000, 0.5000, 0.0000])
+    """
+    _check_modalities(skill.shape[-1])
+    best = skill.amax(dim=-1, keepdim=True)
+    return (2.0 * skill / best).nan_to_num(nan=1.0).clamp_max(1.0)  # of best 0
+
+
 def votes(skill: Tensor) -> Tensor:
     """What each modality's logits count in a fusion: less with less skill.
 
-    ``max(0.02, (min(1, 2 s_m / max_k s_k) min(1, max_k s_k / s_0))^2)``, over modalities k. In
-    full from half of the best one's skill on, so that what is reliable in training need not be so
-    elsewhere; all of them less where the fusion knows more than any tells on its own, and least
-    where none tells anything. Definition chosen here.
+    ``max(0.02, (standing_m min(1, max_k s_k / s_0))^2)``, over modalities k: all of them less where
+    the fusion knows more than any tells on its own, and least where none tells anything.
+    Definition chosen here.
 
     Args:
         skill: Of all heads, ``[M + 1]`` in [0, 1].
@@ -382,10 +408,10 @@ def votes(skill: Tensor) -> Tensor:
     _check_modalities(skill.shape[-1] - 1)
     fused, own = skill[..., :1], skill[..., 1:]
     best = own.amax(dim=-1, keepdim=True)
-    alone = (best / fused).clamp_max(1.0)
-    counts = (alone * (2.0 * own / best).clamp_max(1.0)).nan_to_num(0.0)  # of best 0
+    alone = (best / fused).nan_to_num(nan=1.0).clamp_max(1.0)
+    counts = (standing(own) * alone).square()
     known = torch.maximum(best, fused) > 0.0
-    return torch.where(known, counts.square().clamp_min(_LEAST), 1.0)
+    return torch.where(known, counts.clamp_min(_LEAST), 1.0)
 
 
 def loss_shares(skill: Tensor) -> Tensor:
@@ -416,6 +442,29 @@ def loss_shares(skill: Tensor) -> Tensor:
     learnt = torch.where(best > 0.0, (3.0 * best).clamp_max(1.0), 1.0)
     share = (skill[..., 1:] / skill[..., :1]).nan_to_num(nan=1.0)  # of no skill, all
     return (learnt * share.clamp_max(1.0)).square().clamp_min(_LEAST_LOSS)
+
+
+def generalisation(held_out_quality: Tensor, quality: Tensor) -> Tensor:
+    """How far what a head learns in training holds for samples that are held out.
+
+    ``min(1, (q' + 0.1) / (q + 0.1))^4``. The loss of a modality that learns its training set by
+    heart would go on to bend its encoder long after fusion has learnt what there is, the more so
+    the less it tells. Wang, Tran and Feiszli (CVPR 2020) weigh losses by generalisation over
+    overfitting; this definition is chosen here.
+
+    Args:
+        held_out_quality: ``quality`` of the average NLL of held-out samples, any shape in [0, 1].
+        quality: That of training samples, same shape.
+
+    Returns:
+        Same shape, in [0, 1].
+
+    Example:
+        >>> generalisation(torch.tensor([0.9, 0.4, 0.0]), torch.tensor([0.9, 0.9, 0.0]))
+        tensor([1.0000, 0.0625, 1.0000])
+    """
+    kept = (held_out_quality + _LEAST_QUALITY) / (quality + _LEAST_QUALITY)
+    return kept.clamp_max(1.0).square().square()
 
 
 def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:

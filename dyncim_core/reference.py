@@ -31,6 +31,7 @@ __all__ = [
     "difficulty",
     "disagreement",
     "evenness",
+    "generalisation",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "head_statistics",
@@ -55,6 +56,7 @@ __all__ = [
     "reliability_gates",
     "sample_weights",
     "skill",
+    "standing",
     "surprise",
     "trust",
     "volatility_weights",
@@ -663,7 +665,7 @@ def quality(log_quality: ArrayLike, num_classes: int) -> Array:
 def redundancy(
     log_quality: ArrayLike, fused_quality: ArrayLike, skill: ArrayLike | None = None
 ) -> Array:
-    """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)^2``.
+    """What fusion has learnt that its modalities know on their own, ``quality_0 / (1 + HMIR)^4``.
 
     With skills, no more than the same of ``trust``, whose HMIR is that of its logarithms.
     Definition chosen here.
@@ -678,14 +680,14 @@ def redundancy(
 
     Example:
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(4).tolist()
-        0.225
+        0.0563
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9, [0.8, 0.2, 0.2]).round(4).tolist()
-        0.05
+        0.0031
     """
-    share = np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality)) ** 2
+    share = np.asarray(fused_quality) / (1.0 + harmonic_mean_improvement_rate(log_quality)) ** 4
     if skill is not None:
         shown = trust(skill)
-        of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(np.log(shown))) ** 2
+        of_shown = shown[0] / (1.0 + harmonic_mean_improvement_rate(np.log(shown))) ** 4
         share = np.minimum(share, of_shown)
     return np.asarray(share)
 
@@ -789,10 +791,33 @@ def trust(skill: ArrayLike) -> Array:
     return np.maximum(0.02, s) if s.max() > 0 else np.ones_like(s)
 
 
+def standing(skill: ArrayLike) -> Array:
+    """How a modality compares with the best one, ``min(1, 2 s_m / max_k s_k)``.
+
+    Definition chosen here.
+
+    Args:
+        skill: Of the modalities, ``[M]`` in [0, 1].
+
+    Returns:
+        ``[M]`` in [0, 1]; all 1 when no skill is above 0.
+
+    Raises:
+        ValueError: There is no modality.
+
+    Example:
+        >>> standing([0.9, 0.45, 0.225, 0.0]).round(4).tolist()
+        [1.0, 1.0, 0.5, 0.0]
+    """
+    s = np.asarray(skill, dtype=np.float64)
+    _require_modalities(s.size)
+    return np.minimum(1.0, 2.0 * s / s.max()) if s.max() > 0 else np.ones_like(s)
+
+
 def votes(skill: ArrayLike) -> Array:
     """What each modality's logits count.
 
-    ``max(0.02, (min(1, 2 s_m / max_k s_k) min(1, max_k s_k / s_0))^2)``. Definition chosen here.
+    ``max(0.02, (standing_m min(1, max_k s_k / s_0))^2)``. Definition chosen here.
 
     Args:
         skill: Of all heads, ``[M + 1]`` in [0, 1].
@@ -811,7 +836,7 @@ def votes(skill: ArrayLike) -> Array:
     if best == 0:
         return np.full_like(own, 0.02)
     alone = best / max(fused, best)
-    return np.asarray(np.maximum(0.02, (alone * np.minimum(1.0, 2.0 * own / best)) ** 2))
+    return np.asarray(np.maximum(0.02, (alone * standing(own)) ** 2))
 
 
 def loss_shares(skill: ArrayLike) -> Array:
@@ -837,6 +862,26 @@ def loss_shares(skill: ArrayLike) -> Array:
         return np.ones(len(s) - 1)
     part = np.minimum(1.0, s[1:] / s[0]) if s[0] > 0 else np.ones(len(s) - 1)
     return np.asarray(np.maximum(0.1, (min(1.0, 3.0 * s.max()) * part) ** 2))
+
+
+def generalisation(held_out_quality: ArrayLike, quality: ArrayLike) -> Array:
+    """How far what is learnt holds for samples held out, ``min(1, (q' + 0.1) / (q + 0.1))^4``.
+
+    Definition chosen here.
+
+    Args:
+        held_out_quality: Quality of a head on samples held out, in [0, 1].
+        quality: On those trained on, same shape.
+
+    Returns:
+        In [0, 1].
+
+    Example:
+        >>> generalisation([0.9, 0.4, 0.0], [0.9, 0.9, 0.0]).round(4).tolist()
+        [1.0, 0.0625, 1.0]
+    """
+    held, trained = (np.asarray(x, dtype=np.float64) for x in (held_out_quality, quality))
+    return np.asarray(np.minimum(1.0, (held + 0.1) / (trained + 0.1)) ** 4)
 
 
 def augmentation_rates(skill: ArrayLike, eps: float = 1e-3) -> Array:
@@ -871,7 +916,7 @@ def disagreement(
 ) -> Array:
     """How much the others, as far as they are sure and to be believed, contradict each modality.
 
-    ``max_c c_m[c] * ||p_m - c_m||_2^2 / 2 * sum_k t_k^2 / sum_k t_k`` with
+    ``standing_m^2 * max_c c_m[c] * ||p_m - c_m||_2^2 / 2 * sum_k t_k^2 / sum_k t_k`` with
     ``c_m = sum_k t_k p_k / sum_k t_k`` over the present ``k != m``, of which it takes two, and
     their trust t. Definition chosen here.
 
@@ -891,7 +936,8 @@ def disagreement(
     modalities, batch, _ = p.shape
     mask = _mask(present, (modalities, batch))
     p = np.where(mask[..., None], p, 0.0)
-    weight = np.where(mask, trust(np.zeros(modalities) if skill is None else skill)[:, None], 0.0)
+    skill = np.zeros(modalities) if skill is None else skill
+    weight, able = np.where(mask, trust(skill)[:, None], 0.0), standing(skill) ** 2
 
     result = np.zeros((modalities, batch))
     for m in range(modalities):
@@ -902,7 +948,7 @@ def disagreement(
         believed = (weight[others] ** 2).sum(axis=0) / total
         squared = ((p[m] - consensus) ** 2).sum(axis=1) / 2.0
         apart = np.nan_to_num(squared * consensus.max(axis=1), nan=1.0)
-        result[m] = np.where(comparable, apart * believed, 0.0)
+        result[m] = np.where(comparable, apart * believed * able[m], 0.0)
     return result
 
 

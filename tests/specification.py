@@ -92,9 +92,12 @@ class Specification(SimpleNamespace):
             self._remember(index, found.nll, mask & (valid | heard), weights)
 
         kept = counts & ~held & (valid | (not settings.skip_nonfinite))
-        factor = np.append(
-            1.0, ref.modality_coefficients(self.log_quality) * ref.loss_shares(self.skill)
-        )
+        ahead = ref.modality_coefficients(self.log_quality) * ref.loss_shares(self.skill)
+        mass, nll = self.held_out_averages[[0, 3]]
+        for m in np.flatnonzero(mass[1:]):
+            shown = ref.quality(-nll[1 + m] / mass[1 + m], self._classes)
+            ahead[m] *= ref.generalisation(shown, self.quality[1 + m])
+        factor = np.append(1.0, ahead)
         factor[1:] *= settings.unimodal_strength
         trained = ~held & (valid | (not settings.skip_nonfinite))
         coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask

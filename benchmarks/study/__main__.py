@@ -33,6 +33,7 @@ SECONDS = {
     "question": 2.0,
     "reference": 1.5,
     "common": 1.5,
+    "drawn": 2.0,
     "together": 2.0,
     "diabetes": 1.0,
 }

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .drawn import TEST, draw
+
 REPOSITORY = Path(__file__).parents[2]
 UCI = REPOSITORY / "examples" / "data" / "uci_multiple_features.npz"
 SPOKEN = REPOSITORY.parent / "shared" / "data" / "free_spoken_digits.npz"
@@ -28,6 +30,7 @@ MARKS = {
     "question": 1,
     "reference": 1,
     "common": 1,
+    "drawn": 1,
     "diabetes": 1,
 }
 EPOCHS = {
@@ -41,6 +44,7 @@ EPOCHS = {
     "question": 40,
     "reference": 40,
     "common": 40,
+    "drawn": 40,
     "diabetes": 60,
 }
 
@@ -100,8 +104,8 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
 
     Args:
         name: ``uci:VIEW+VIEW...``, ``odd:VIEW+VIEW...``, ``digits``, ``starving``,
-            ``dominated``, ``together``, ``rare``, ``question``, ``reference``, ``common`` or
-            ``diabetes``.
+            ``dominated``, ``together``, ``rare``, ``question``, ``reference``, ``common``,
+            ``drawn`` or ``diabetes``.
         seed: Of the split, and of what is drawn.
         spoken: The spoken digits, for ``digits``.
 
@@ -123,6 +127,7 @@ def load(name: str, seed: int, spoken: Path = SPOKEN) -> Split:
         "question": _question,
         "reference": _reference,
         "common": _common,
+        "drawn": _drawn,
         "diabetes": _diabetes,
     }
     if name not in tasks:
@@ -318,6 +323,15 @@ def _common(rng: np.random.Generator) -> Split:
         inputs[name] = torch.from_numpy(x.astype(np.float32))
     truth = torch.from_numpy(label)
     return _split(inputs, truth, truth, slice(0, 1000), slice(1000, None), classes)
+
+
+def _drawn(rng: np.random.Generator) -> Split:
+    """A task of its own for each seed; see ``drawn.draw``."""
+    inputs, label, classes, hidden = draw(rng)
+    arrays = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    truth, border = torch.from_numpy(label), len(label) - TEST
+    split = _split(arrays, truth, truth, slice(0, border), slice(border, None), classes)
+    return replace(split, hidden=hidden)
 
 
 def _diabetes(rng: np.random.Generator) -> Split:

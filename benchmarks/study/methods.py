@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, loss_shares, trust
+from dyncim_core import (
+    CurriculumState,
+    DynCIMLoss,
+    generalisation,
+    improvement_ratios,
+    loss_shares,
+    quality,
+    trust,
+)
 
 from .models import (
     AttachedLogits,
@@ -27,6 +35,7 @@ from .models import (
     Gated,
     GatedUnderShare,
     Heads,
+    LogitsThroughout,
     MeanOfLogits,
     Network,
     OneModality,
@@ -463,6 +472,25 @@ class WholeLosses(EqualModalities):
         return weights / loss_shares(self.objective.state.skill).unsqueeze(1)
 
 
+class NoGeneralisation(EqualModalities):
+    """Ablation: the losses of a modality count whether what it learns holds elsewhere or not."""
+
+    @override
+    def change(self, weights: Tensor) -> Tensor:
+        """Of each modality and sample, ``[M, B]``: without the share that generalisation leaves."""
+        state = self.objective.state
+        mass, _, _, nll, _, _ = state.held_out_averages
+        shown = quality(-nll / mass, self.num_classes)
+        holds = torch.where(mass > 0.0, generalisation(shown, state.quality), 1.0)
+        return weights / holds[1:].unsqueeze(1)
+
+    @override
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """The joint objective, by other factors."""
+        self.num_classes = heads.fused.shape[1]
+        return super().loss(heads, target, index)
+
+
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
 
 
@@ -496,6 +524,11 @@ def attached_logits(state: CurriculumState) -> Fusion:
     return partial(AttachedLogits, state=state)
 
 
+def throughout(state: CurriculumState) -> Fusion:
+    """Ablation: the head always learns with the gated logits in full."""
+    return partial(LogitsThroughout, state=state)
+
+
 def no_logits(state: CurriculumState) -> Fusion:
     """Ablation: the fused head alone, without gated logits."""
     return partial(FeaturesAlone, state=state)
@@ -520,10 +553,10 @@ def shifted_hmir(state: CurriculumState) -> Fusion:
 
 def shifted_redundancy(state: CurriculumState) -> Tensor:
     """``redundancy`` with the harmonic mean of the ratios for ``1 + HMIR``: without a floor."""
-    ratios = improvement_ratios(state.log_quality)
-    return torch.minimum(
-        state.quality[0] * ratios.reciprocal().mean(), trust(state.skill)[1:].mean()
-    )
+    shown = trust(state.skill)
+    behind = improvement_ratios(state.log_quality).reciprocal().mean()
+    shown_behind = (shown[1:] / shown[0]).mean()
+    return torch.minimum(state.quality[0] * behind.pow(4), shown[0] * shown_behind.pow(4))
 
 
 class OneSignal(DynCIM):
@@ -603,12 +636,14 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-modality-level": Entry(partial(EqualModalities, gate=constant_gate)),
     "dyncim/equal-losses": Entry(EqualModalities),
     "dyncim/whole-losses": Entry(WholeLosses),
+    "dyncim/no-generalisation": Entry(NoGeneralisation),
     "dyncim/constant-dropout": Entry(partial(DynCIM, gate=constant_dropout)),
     "dyncim/shifted-hmir": Entry(partial(DynCIM, gate=shifted_hmir)),
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/no-prior": Entry(partial(DynCIM, gate=no_prior)),
     "dyncim/no-calibration": Entry(partial(DynCIM, gate=no_calibration)),
+    "dyncim/logits-throughout": Entry(partial(DynCIM, gate=throughout)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),
     "dyncim/gate-alone": Entry(partial(EqualModalities, **NO_SAMPLE_LEVEL)),

@@ -167,18 +167,42 @@ class Gated(nn.Module):
         return logits
 
 
-class AttachedLogits(Gated):
-    """``Gated`` whose gated logits let the fused loss through."""
+class LogitsThroughout(Gated):
+    """``Gated`` whose head always learns with the gated logits, in full."""
 
     @override
     def forward(
         self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
     ) -> Tensor:
         """Fused logits."""
-        fused, gates, _ = self.gates(features, unimodal=unimodal, present=present)
+        fused, gates, gated = self.gates(features, unimodal=unimodal, present=present)
+        if self.training:
+            gated = self.in_full(gates, unimodal).detach()
+        logits: Tensor = self.head(fused) + gated
+        return logits
+
+    def in_full(self, gates: Tensor, unimodal: dict[str, Tensor]) -> Tensor:
+        """Gated logits as they are in inference, but for what is frequent; attached."""
         scale = (relative_gates(gates.t()) * self.gates.logit_factor.unsqueeze(1)).unsqueeze(2)
-        own = torch.stack(list(unimodal.values()))
-        logits: Tensor = self.head(fused) + (scale * own).sum(dim=0)
+        return (scale * torch.stack(list(unimodal.values()))).sum(dim=0)
+
+
+class AttachedLogits(LogitsThroughout):
+    """``Gated`` whose gated logits let the fused loss through."""
+
+    def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
+        super().__init__(modalities, head, state=state)
+        self._state = (state,)  # in a tuple: the network's parameters and buffers are its own
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        fused, gates, gated = self.gates(features, unimodal=unimodal, present=present)
+        (state,) = self._state
+        own = (1.0 - state.quality[0]) * self.in_full(gates, unimodal)
+        logits: Tensor = self.head(fused) + gated + own - own.detach()
         return logits
 
 
@@ -226,7 +250,7 @@ class Uncounted(Gated):
 
     def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
         super().__init__(modalities, head, state=state)
-        self.gates.log_prior = None
+        self.gates.register_buffer("log_prior", None)
 
 
 class GatedUnderShare(Gated):

@@ -76,6 +76,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("question", "reference", "common"), ("clean", "symmetric-20"), PEERS, range(5)),
         Block(("odd:fac+zer+mor",), ("clean", *NOISY), PEERS, range(5)),
     ),
+    "drawn": (Block(("drawn",), ("clean",), PEERS, range(30)),),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),

@@ -32,6 +32,7 @@ EPOCH = {
     "question": 1000,
     "reference": 1000,
     "common": 1000,
+    "drawn": 1000,
     "together": 1000,
     "diabetes": 300,
 }

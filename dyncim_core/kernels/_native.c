@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 5 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 6 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -415,6 +415,13 @@ static double loss_share(double skill, double fused, double best) {
     return part * part > 0.1 ? part * part : 0.1;
 }
 
+/* How far what a head learns holds for samples held out, by its quality on those and in training. */
+static double generalisation(double held_out, double trained) {
+    const double least = 0.1;
+    double kept = clamp((held_out + least) / (trained + least), 0.0, 1.0);
+    return kept * kept * kept * kept;
+}
+
 /* Whether a sample is to be kept out of training: lowbias32 of its index is below that. */
 static int is_held_out(int64_t index, uint64_t below) {
     uint32_t bits = (uint32_t)((uint64_t)index + 0x9E3779B9u);
@@ -711,8 +718,12 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     int may_skip = holds_out || o->skip_nonfinite;
     if (H > 1) modality_coefficients(s->log_quality, H - 1, factor + 1);
     double best = best_of(s->skill, H);
-    for (int64_t h = 1; h < H; h++)
+    for (int64_t h = 1; h < H; h++) {
         factor[h] *= o->unimodal_strength * loss_share(s->skill[h], s->skill[0], best);
+        double lost = (double)s->held_out[NLL][h] / s->held_out[SEEN][h];
+        double held_out = per_log > 0.0 ? clamp(1.0 - lost * per_log, 0.0, 1.0) : 0.0;
+        if (s->held_out[SEEN][h] > 0.0f) factor[h] *= generalisation(held_out, s->quality[h]);
+    }
     if (o->reduction == REDUCE_MEAN) {
         double counted = 0.0;
         for (int64_t i = 0; i < B; i++)
@@ -742,17 +753,18 @@ typedef struct {
 /* Of each modality, [M]. */
 typedef struct {
     double believed[MAX_HEADS];
+    double able[MAX_HEADS];  /* to be contradicted */
     double rates[MAX_HEADS]; /* how often it is disturbed */
 } Trust;
 
 /* Share of what is learnt that modalities know on their own: of a state's log qualities, qualities
  * and skills of all heads, [M + 1]. */
 static double redundancy_of(float *const *learnt, int64_t modalities) {
-    double share = learnt[1][0] / pow(1.0 + exp(log_hmir_of(learnt[0], modalities)), 2.0);
+    double share = learnt[1][0] / pow(1.0 + exp(log_hmir_of(learnt[0], modalities)), 4.0);
     float shown[1 + MAX_HEADS];
     find_trust(learnt[2], 1 + modalities, shown);
     for (int64_t h = 0; h <= modalities; h++) shown[h] = (float)log(shown[h]);
-    double of_shown = exp(shown[0]) / pow(1.0 + exp(log_hmir_of(shown, modalities)), 2.0);
+    double of_shown = exp(shown[0]) / pow(1.0 + exp(log_hmir_of(shown, modalities)), 4.0);
     return share < of_shown ? share : of_shown;
 }
 
@@ -776,6 +788,11 @@ static double evenness_of(float *const *learnt) {
     return share * share * share * share;
 }
 
+/* How a modality compares with the best one. */
+static double standing_of(double skill, double best) {
+    return best > 0.0 ? clamp(2.0 * skill / best, 0.0, 1.0) : 1.0;
+}
+
 /* From the skill that a fusion has kept, and, if not NULL, what its state has learnt. */
 static void trust_in(int64_t modalities, const float *skill, float *const *learnt, Trust *t) {
     const double eps = 1e-3;
@@ -784,6 +801,7 @@ static void trust_in(int64_t modalities, const float *skill, float *const *learn
     for (int64_t m = 0; m < modalities; m++) worst = skill[m] < worst ? skill[m] : worst;
     for (int64_t m = 0; m < modalities; m++) {
         t->believed[m] = best > 0.0 ? trust_of(skill[m]) : 1.0;
+        t->able[m] = pow(standing_of(skill[m], best), 2.0);
         t->rates[m] = share * (1.0 - skill[m] + eps) / (1.0 - worst + eps);
     }
 }
@@ -814,7 +832,7 @@ static void take_up(float *const *learnt, int64_t modalities, float *skill, floa
     double best = best_of(skill, modalities), fused = learnt[2][0];
     double alone = best < fused ? best / fused : 1.0;
     for (int64_t m = 0; m < modalities; m++) {
-        double share = best > 0.0 ? alone * clamp(2.0 * skill[m] / best, 0.0, 1.0) : fused <= 0.0;
+        double share = alone * standing_of(skill[m], best);
         logit_factor[m] = (float)(trust_of(share * share) * learnt[5][1 + m]);
     }
 }
@@ -876,7 +894,7 @@ static int gate(const Problem *p, const Gate *o, const Disturbance *d, const Tru
             for (int64_t k = 0; k < M; k++) others[k] = (float)(weight[k] / sum);
             if (count > 2)
                 found = rows_of.contradiction(probs, padded, M, m, others, p->classes) *
-                        (squares / sum);
+                        (squares / sum) * t->able[m];
             evidence[m] = -o->slope * found;
             top = evidence[m] > top ? evidence[m] : top;
         }
@@ -1271,8 +1289,8 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     float log_prior[GROUPS], odds[GROUPS];
     Py_BEGIN_ALLOW_THREADS
     if (prior && takes_up) take_up_prior(learnt, log_prior);
-    if (prior) odds_of(takes_up ? log_prior : prior, p.classes, odds);
-    failed = gate(&p, &o, &d, &t, prior ? odds : NULL, penalty, gates, scale);
+    if (prior && p.heads > 2) odds_of(takes_up ? log_prior : prior, p.classes, odds);
+    failed = gate(&p, &o, &d, &t, prior && p.heads > 2 ? odds : NULL, penalty, gates, scale);
     if (takes_up && p.start == 0) { /* once, of several parts */
         take_up(learnt, p.heads, skill, logit_factor);
         if (prior) memcpy(prior, log_prior, sizeof log_prior);

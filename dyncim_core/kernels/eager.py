@@ -36,6 +36,7 @@ from dyncim_core.kernels.interface import (
 from dyncim_core.modality import (
     augmentation_rates,
     calibration,
+    generalisation,
     loss_shares,
     modality_coefficients,
     pooled_skill,
@@ -348,12 +349,20 @@ def weigh(
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
+        ahead = ahead * _generalised(buffers, num_classes)[1:]
         if settings.unimodal_strength != 1.0:
             ahead = ahead * settings.unimodal_strength
         coefficient = torch.outer(F.pad(ahead, (1, 0), value=1.0), weights)
     else:
         coefficient = weights.unsqueeze(0)
     return coefficient if present is None else torch.where(present, coefficient, 0.0)
+
+
+def _generalised(buffers: Buffers, num_classes: int) -> Tensor:
+    """How far what each head learns holds for samples held out, ``[M + 1]``; 1 without any."""
+    mass, nll = buffers.held_out_averages[0], buffers.held_out_averages[3]
+    held_out_quality = quality(-nll / mass, num_classes)
+    return torch.where(mass > 0.0, generalisation(held_out_quality, buffers.quality), 1.0)
 
 
 def recall(memory: Memory) -> tuple[Tensor, Tensor]:

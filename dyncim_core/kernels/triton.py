@@ -252,6 +252,7 @@ _LEAST = tl.constexpr(0.02)  # trust
 _OF_ONE = tl.constexpr(0.05)  # what a contradiction counts that only one modality bears out
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
+_LEAST_QUALITY = tl.constexpr(0.1)
 _LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
@@ -668,12 +669,13 @@ def _curriculum(
         change = tl.where(steps == 0, 0.0, change)
         _average(buffers.volatility + k, change, tl.where(steps == 1, moves, rate))
         _average(buffers.signal_mean + k, now, first_rate)
+    heard_mass, heard_nll = averages[0], averages[3]
     if below is None:
         # Once any was held out, those trained on, known by heart, are not asked for it.
         doubt_rate = tl.where(tl.sum(tl.where(head == 0, averages[0], 0.0), 0) > 0, 0.0, rate)
         _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
     else:
-        skill = _listen(
+        skill, heard_mass, heard_nll = _listen(
             buffers,
             averages,
             said,
@@ -718,6 +720,12 @@ def _curriculum(
         part = tl.where(of_fused > 0, part, 1.0)
         part *= tl.where(best > 0, tl.minimum(3.0 * best, 1.0), 1.0)
         ahead *= tl.maximum(part * part, _LEAST_LOSS)
+        lost = heard_nll / tl.where(heard_mass > 0, heard_mass, 1.0)
+        held_out = tl.minimum(tl.maximum(1.0 - lost * per_log, 0.0), 1.0)
+        held_out = tl.where(per_log > 0, held_out, 0.0)
+        trained = tl.where(per_log > 0, quality, 0.0)
+        holds = tl.minimum((held_out + _LEAST_QUALITY) / (trained + _LEAST_QUALITY), 1.0)
+        ahead *= tl.where(heard_mass > 0, holds * holds * holds * holds, 1.0)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
         mass = tl.sum(mass, 0)
@@ -825,8 +833,11 @@ def _listen(
     own: tl.tensor,
     head: tl.tensor,
     known: tl.constexpr,
-) -> tl.tensor:
-    """Take in what heads say about samples that they were never trained on; their skills."""
+) -> tl.tuple:
+    """Take in what heads say about samples that they were never trained on.
+
+    Their skills, and the first average and that of their NLL.
+    """
     seen = tl.sum(said[0], 1)
     some = tl.sum(tl.where(head == 0, seen, 0.0), 0) > 0
     # Of a modality that was not heard they stay, or they would fade to nothing.
@@ -853,7 +864,7 @@ def _listen(
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.calibration + head, calibration, mask=head < known)
     tl.store(buffers.skill + head, skill, mask=head < known)
-    return skill
+    return skill, mass, nll
 
 
 @_jit
@@ -1058,6 +1069,8 @@ def _gate(
         conflict = tl.sum(apart, 1) / 2 * tl.max(surest, 1)
         conflict = tl.where(conflict <= 1, conflict, 1.0) * behind[m]  # 1 where it is NaN
         conflict = tl.where(present[m] & (number_left > 2), conflict, 0.0)
+        able = tl.minimum(2.0 * tl.load(skill + m) / tl.where(best > 0, best, 1.0), 1.0)
+        conflict *= tl.where(best > 0, able * able, 1.0)
         evidence += (-settings.disagreement_slope * conflict,)
         top = tl.where(present[m], tl.maximum(top, evidence[m]), top)
     total = tl.zeros([group], tl.float32)
