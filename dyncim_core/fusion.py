@@ -34,7 +34,9 @@ class FusionOutput(NamedTuple):
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
             features, by its vote (``votes``) and by its ``calibration``, to add to the logits of a
             head over ``fused``; ``None`` without unimodal logits. It is detached: unimodal heads
-            learn from their own losses.
+            learn from their own losses. In training times ``1 - quality`` of the fused head, so
+            that the head learns to do without them; in inference without what is merely
+            frequent (``log_prior``), which the head has by then.
     """
 
     fused: Tensor
@@ -49,9 +51,9 @@ class GatedFusion(KeepsDtype):
     are sure and to be believed, contradict its own prediction, and in inference as soon as its
     features lie far from those seen in training: it works without labels. Features are scaled
     by their gate over the largest gate of the sample, so that equal gates give plain
-    concatenation. Logits of modalities count less with less skill; features do not, since what
-    tells nothing by itself may tell what another one means. In training, some
-    modalities of some samples are dropped or swapped with another sample's: at most one
+    concatenation. Logits of modalities count less with less skill; features do not, and what tells
+    little by itself is not contradicted, since it may tell what another one means. In training,
+    some modalities of some samples are dropped or swapped with another sample's: at most one
     modality of a sample, the less often the less it errs, the further fusion is ahead of its
     modalities, and the more some classes outnumber others. The paper (arXiv 2503.06456) names a
     gating-based dynamic fusion; this one is a definition chosen here.
@@ -91,7 +93,8 @@ class GatedFusion(KeepsDtype):
         logit_factor: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by, votes times
             calibrations; 1 as long as nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
-            before they are compared; ``None`` with less than three modalities, which never are.
+            before they are compared and, in inference, before they are added up; of more classes,
+            nothing is.
 
     Raises:
         TypeError: An argument has the wrong type.

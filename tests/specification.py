@@ -246,10 +246,25 @@ SKILLS = [
 ]
 
 
-def run_at_skills(backend: Any, device: torch.device, skills: list[float]) -> tuple[Tensor, Array]:
-    """What the losses of modalities that are alike in all but skill count: got and expected."""
+def run_at_skills(
+    backend: Any, device: torch.device, skills: list[float], lost: list[float] | None = None
+) -> tuple[Tensor, Array]:
+    """What the losses of modalities that are alike in all but skill count: got and expected.
+
+    With ``lost``, they differ in the NLL of samples held out as well; of a NaN none were.
+    """
     state = CurriculumState(len(skills) - 1)
     state.skill.copy_(torch.tensor(skills))
+    expected = ref.loss_shares(skills)
+    if lost is not None:
+        heard = torch.tensor(lost)
+        state.held_out_averages[0] = 0.5 * heard.isfinite()
+        state.held_out_averages[3] = 0.5 * heard.nan_to_num()
+        state.log_quality.fill_(-0.3)
+        state.seen.fill_(1)
+        usual = -0.95 * 0.3 - 0.05 * math.log(3)
+        held_out = np.where(np.isnan(lost), 1.0, ref.quality(-np.nan_to_num(lost), 3))
+        expected = expected * ref.generalisation(held_out, ref.quality(usual, 3))[1:]
     joint = backend.curriculum(
         [torch.zeros(4, 3, device=device)] * len(skills),
         None,
@@ -258,7 +273,7 @@ def run_at_skills(backend: Any, device: torch.device, skills: list[float]) -> tu
         None,
         Settings(0.0, None, 0.0, 1.0, False, state.decay, state.memory_decay, "sum"),
     )
-    return joint.coefficient[1:, 0], ref.loss_shares(skills)
+    return joint.coefficient[1:, 0], expected
 
 
 def run(

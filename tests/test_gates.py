@@ -147,8 +147,10 @@ def test_disagreement_ignores_absent_entries(case: Panel, filler: float) -> None
         skill = None
         if case.skill is not None and case.skill.any():  # who is there may have none
             skill = np.maximum(case.skill, 0.02)[kept]
-        alone = measured(Panel(case.probs[kept][:, [i]], skill, None))
-        assert_allclose(alone[:, 0], measured(case)[kept, i], rtol=1e-9, atol=1e-12)
+        alone = measured(Panel(case.probs[kept][:, [i]], skill, None))[:, 0]
+        if skill is not None:  # they are still compared with those that are not there
+            alone = np.asarray(alone) * (ref.standing(case.skill)[kept] / ref.standing(skill)) ** 2
+        assert_allclose(alone, measured(case)[kept, i], rtol=1e-9, atol=1e-12)
 
 
 @given(panels(), st.randoms(use_true_random=False))
@@ -199,6 +201,7 @@ def test_two_that_agree_are_a_consensus_as_far_as_they_have_skill(
     squared = np.square(both - odd).sum(axis=-1) / 2
     trust = ref.trust(skill)[:2]
     behind = (trust**2).sum() / trust.sum()
+    behind *= ref.standing(skill)[2] ** 2
     assert_allclose(apart[2], squared * both.max(axis=-1) * behind, rtol=1e-9, atol=1e-12)
 
 
@@ -206,9 +209,20 @@ def test_the_better_modality_carries_the_consensus() -> None:
     """What the first and third hear from the others changes with skill, alone it would not."""
     probs = np.array([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
     apart = measured(Panel(probs, np.array([0.3, 0.9, 0.3]), None))
-    assert_allclose(apart[:, 0], [0.0625 * 0.75 * 0.75, 0.25 * 0.5 * 0.3, 0.75], rtol=1e-12)
+    able = (2 / 3) ** 2  # of the first and third
+    expected = [0.0625 * 0.75 * 0.75 * able, 0.25 * 0.5 * 0.3, 0.75 * able]
+    assert_allclose(apart[:, 0], expected, rtol=1e-12)
     alike = measured(Panel(probs, None, None))
     assert_allclose(alike[:, 0], [0.25 * 0.5, 0.25 * 0.5, 1.0], rtol=1e-12)
+
+
+def test_what_tells_nothing_by_itself_is_not_contradicted() -> None:
+    probs = np.array([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
+    apart = measured(Panel(probs, np.array([0.8, 0.4, 0.0]), None))[:, 0]
+    assert apart[2] == 0
+    assert apart[0] > 0  # by one that has no say in it, and by one of no skill, a little
+    weak = measured(Panel(probs, np.array([0.8, 0.4, 0.2]), None))[2, 0]
+    assert_allclose(weak, 0.25 * measured(Panel(probs, np.array([0.8, 0.4, 0.4]), None))[2, 0])
 
 
 def test_others_that_are_unsure_contradict_nobody_much() -> None:

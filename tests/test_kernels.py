@@ -763,6 +763,18 @@ def test_losses_count_by_skill(
     assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_losses_count_as_far_as_what_is_learnt_holds(
+    backend: str, request: pytest.FixtureRequest
+) -> None:
+    module = eager if backend == "eager" else request.getfixturevalue("native")
+    lost = [0.5, 0.3, 0.6, 0.9, 5.0, math.nan]
+    found, expected = run_at_skills(module, torch.device("cpu"), [0.9] * 6, lost)
+    assert expected[0] == expected[4] == 1
+    assert (np.diff(expected[:4]) < 0).all()
+    assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_an_empty_variable_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNCIM_BACKEND", "")
     assert DynCIMLoss(nn.CrossEntropyLoss()).backend is None

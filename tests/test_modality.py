@@ -20,6 +20,7 @@ from dyncim_core.modality import (
     augmentation_rates,
     balance_factor,
     calibration,
+    generalisation,
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
@@ -30,6 +31,7 @@ from dyncim_core.modality import (
     quality,
     redundancy,
     skill,
+    standing,
     trust,
     votes,
     witnesses,
@@ -383,7 +385,7 @@ def test_redundancy_is_the_share_of_what_is_learnt_that_needs_no_fusion(
     assert not redundancy(to_torch(values), to_torch(0.0 * learnt)).any()
     values[..., 1:] = values[..., :1]  # fusion adds nothing
     full = redundancy(to_torch(values), to_torch(learnt))
-    assert_allclose(full, learnt / (1.0 + EPS) ** 2, rtol=1e-12, atol=1e-300)
+    assert_allclose(full, learnt / (1.0 + EPS) ** 4, rtol=1e-12, atol=1e-300)
 
 
 @given(log_quality(), st.data())
@@ -395,7 +397,7 @@ def test_what_is_known_by_heart_is_not_redundant(values: Array, data: st.DataObj
     assert_allclose(share, ref.redundancy(values, learnt, shown), rtol=1e-12, atol=1e-300)
     assert (share <= trained).all()
     unknown = redundancy(to_torch(values), to_torch(learnt), to_torch(0.0 * shown))
-    assert_allclose(unknown, trained.clamp_max((1.0 + EPS) ** -2), rtol=1e-12)
+    assert_allclose(unknown, trained.clamp_max((1.0 + EPS) ** -4), rtol=1e-12)
     # Whatever the training set says: fusion alone has skill, so that nothing is redundant.
     alone = torch.zeros(shown.shape, dtype=torch.float64)
     alone[0] = 1.0
@@ -586,3 +588,34 @@ def test_loss_shares_need_a_modality() -> None:
 def test_votes_need_a_modality() -> None:
     with pytest.raises(ValueError, match="at least 1 modality"):
         votes(torch.ones(1))
+
+
+@given(arrays((4,), reals(0, 1)), reals(0.125, 1))
+def test_modalities_compare_with_the_best_one(skills: Array, scale: float) -> None:
+    found = standing(to_torch(skills)).numpy()
+    assert_allclose(found, ref.standing(skills), rtol=1e-12)
+    assert (found[2 * skills >= skills.max()] == 1).all()
+    assert ((found >= 0) & (found <= 1)).all()
+    assert (np.diff(found[np.argsort(skills)]) >= 0).all()
+    if skills.max() > 1e-3:
+        assert (found[skills == 0] == 0).all()
+        assert_allclose(standing(to_torch(scale * skills)), found, rtol=1e-9)
+
+
+def test_standing_needs_a_modality() -> None:
+    for found in (ref.standing, standing):
+        with pytest.raises(ValueError, match="at least 1 modality"):
+            found(torch.ones(0))
+
+
+@given(arrays((2, 5), reals(0, 1)))
+def test_what_is_learnt_counts_as_far_as_it_holds(qualities: Array) -> None:
+    held_out, trained = qualities
+    found = generalisation(to_torch(held_out), to_torch(trained)).numpy()
+    assert_allclose(found, ref.generalisation(held_out, trained), rtol=1e-12)
+    assert (found[held_out >= trained] == 1).all()
+    assert (found[held_out < trained - 1e-9] < 1).all()
+    better = generalisation(to_torch(np.minimum(1, held_out + 0.1)), to_torch(trained)).numpy()
+    assert (better >= found).all()
+    by_heart = generalisation(torch.zeros(1), torch.ones(1))
+    assert_allclose(by_heart, (0.1 / 1.1) ** 4, rtol=1e-6)

@@ -323,6 +323,13 @@ def test_losses_count_by_skill(skills: list[float]) -> None:
     assert_allclose(found.cpu(), expected, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("passes")
+def test_losses_count_as_far_as_what_is_learnt_holds() -> None:
+    lost = [0.5, 0.3, 0.6, 0.9, 5.0, math.nan]
+    found, expected = run_at_skills(kernel, DEVICE, [0.9] * 6, lost)
+    assert_allclose(found.cpu(), expected, rtol=1e-5)
+
+
 def test_the_hash_tells_what_is_held_out() -> None:
     """Indices out of range are passed over, so that any will do."""
     generator = torch.Generator().manual_seed(0)
