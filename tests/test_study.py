@@ -316,6 +316,22 @@ class TestDynCIM:
         torch.testing.assert_close(without[0], whole[0])
         torch.testing.assert_close(without[1:] * shares.unsqueeze(1), whole[1:])
 
+    def test_no_generalisation_leaves_out_what_does_not_hold(self) -> None:
+        found = []
+        for make in (methods.DynCIM, methods.NoGeneralisation):
+            method = self.ungated(make)
+            mass, nll = method.state.held_out_averages[0], method.state.held_out_averages[3]
+            mass[:3] = 1.0
+            nll[:3] = 9.0  # far worse than chance
+            method.state.log_quality.fill_(-0.7)
+            method.state.seen.fill_(1)
+            found.append(self.factors(method, steps=0))
+        whole, without = found
+        torch.testing.assert_close(without[0], whole[0])
+        ratio = whole[1:3, whole[0] > 0] / without[1:3, whole[0] > 0]
+        assert (ratio < 0.2).all()
+        assert (ratio > 0).all()
+
     def test_no_sample_level_weighs_all_samples_alike(self) -> None:
         whole = self.factors(methods.DynCIM(problem(3), 0.0))
         assert whole[0].max() > 1.05 * whole[0].min()
@@ -470,6 +486,26 @@ class TestDynCIM:
         torch.testing.assert_close(attached(features, unimodal, None), fused)
         attached(features, unimodal, None).sum().backward()
         assert all(x.grad is not None for x in unimodal.values())
+
+    def test_logits_in_training_are_withdrawn_but_for_an_ablation(self) -> None:
+        features = {f"m{k}": torch.randn(5, 64) for k in range(3)}
+        unimodal = {f"m{k}": torch.randn(5, 4, requires_grad=True) for k in range(3)}
+        found = {}
+        for name in ("", "/attached-logits", "/logits-throughout", "/no-logits"):
+            method = self.learnt(f"dyncim{name}")
+            assert 0 < method.state.quality[0] < 1
+            fusion = method.network.train().fusion
+            fusion.load_state_dict(self.learnt("dyncim").network.fusion.state_dict())
+            fusion.gates.dropout = 0.0
+            found[name] = fusion(features, unimodal, None)
+        whole, attached, throughout = (found[x] - found["/no-logits"] for x in list(found)[:3])
+        assert whole.abs().max() > 0.01
+        torch.testing.assert_close(attached, whole)
+        torch.testing.assert_close(throughout * (1.0 - method.state.quality[0]), whole)
+        grads = torch.autograd.grad(
+            found["/logits-throughout"].sum(), unimodal["m0"], allow_unused=True
+        )
+        assert grads == (None,)
 
     def test_full_dropout_is_the_toolkits(self) -> None:
         assert dyncim_core.GatedFusion([1, 1]).dropout == methods.DROPOUT
@@ -656,6 +692,39 @@ class TestData:
         probes = [float(x.partition("=")[2]) for x in str(alone["probes"]).split()]
         assert probes[silent] < guess + 3
         assert float(found["score"]) > float(alone["score"]) + 8
+
+
+class TestDrawn:
+    def test_each_seed_is_a_task_of_its_own(self) -> None:
+        tasks = [load("drawn", seed) for seed in range(40)]
+        assert {len(split.modalities) for split in tasks} == {2, 3, 4, 5}
+        assert {split.num_classes for split in tasks} >= {2, 3, 4, 5, 10, 20, 50}
+        assert {len(split.truth) for split in tasks} == {300, 1000, 2000}
+        assert {split.hidden for split in tasks} == {0, 128}
+        for split in tasks:
+            assert len(split.test_truth) == 2000
+            assert int(split.test_truth.max()) < split.num_classes
+        again = load("drawn", 7)
+        assert torch.equal(again.truth, tasks[7].truth)
+        for name, x in again.train.items():
+            assert torch.equal(x, tasks[7].train[name])
+
+    def test_some_tell_a_class_only_together(self) -> None:
+        """Of the first two modalities, the nearest centre then tells no more than guessing."""
+        rates = []
+        for seed in range(40):
+            split = load("drawn", seed)
+            if split.num_classes > 4:
+                continue
+            best = 0.0
+            for name in split.modalities:
+                classes = range(split.num_classes)
+                means = [split.train[name][split.truth == c].mean(dim=0) for c in classes]
+                near = torch.cdist(split.test[name], torch.stack(means)).argmin(dim=1)
+                best = max(best, float((near == split.test_truth).double().mean()))
+            rates.append(best * split.num_classes)
+        assert min(rates) < 1.2
+        assert max(rates) > 1.5
 
 
 class TestMeasures:
