@@ -32,11 +32,11 @@ class FusionOutput(NamedTuple):
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
             without any.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features, by its vote (``votes``) and by its ``calibration``, to add to the logits of a
-            head over ``fused``; ``None`` without unimodal logits. It is detached: unimodal heads
-            learn from their own losses. In training times ``1 - quality`` of the fused head, so
-            that the head learns to do without them; in inference without what is merely
-            frequent (``log_prior``), which the head has by then.
+            features, by its vote (``votes``) and by its ``calibration``, and less what is merely
+            frequent (``log_prior``), to add to the logits of a head over ``fused``, which has
+            that once; ``None`` without unimodal logits. It is detached: unimodal heads
+            learn from their own losses. In training, with a state, times ``1 - quality`` of the
+            fused head, so that the head learns to do without them.
     """
 
     fused: Tensor
@@ -65,9 +65,10 @@ class GatedFusion(KeepsDtype):
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` of the criterion. Its skills tell how far modalities are
             believed when they contradict each other, what the ``votes`` of their logits are and
-            which are dropped more; its calibrations how sure those logits may be; its
+            which are dropped more; its calibrations how sure those logits may be; its fused
+            quality how far they are withdrawn; its
             ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024, are
-            what predictions are compared beyond (``log_prior``), and uneven ones spare dropout
+            what predictions say beyond (``log_prior``), and uneven ones spare dropout
             (``evenness``). What was last seen in training is kept for inference, which needs no
             state. When ``None``, all modalities count alike, and dropout acts in full.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
@@ -90,11 +91,10 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
-        logit_factor: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by, votes times
-            calibrations; 1 as long as nothing is known.
+        logit_factor: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by in inference,
+            votes times calibrations; 1 as long as nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
-            before they are compared and, in inference, before they are added up; of more classes,
-            nothing is.
+            before they are compared and added up; of more classes, nothing is.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -115,7 +115,7 @@ class GatedFusion(KeepsDtype):
 
     skill: Tensor
     logit_factor: Tensor
-    log_prior: Tensor
+    log_prior: Tensor | None
 
     _at_first_1 = ("logit_factor",)
 
@@ -226,7 +226,9 @@ class GatedFusion(KeepsDtype):
         _checks.check_device("fusion", self.skill, device)
         self.keep_dtype()
         evidence = logits
-        prior = self.log_prior if logits and logits[0].shape[1] <= GROUPS else None
+        prior = self.log_prior
+        if prior is not None and not (logits and logits[0].shape[1] <= len(prior)):
+            prior = None
         if evidence is None:  # all agree
             evidence = [x.new_zeros((batch, 1), dtype=torch.float32) for x in streams]
         there = present
@@ -265,10 +267,9 @@ class GatedFusion(KeepsDtype):
         if learnt is not None:  # less and less, so that the head learns to do without
             factor = torch.addcmul(factor, factor, learnt.quality[0], value=-1.0)
         fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale, factor)
-        if not (self.training or total is None or prior is None):
-            with torch.no_grad():  # the head has what is merely frequent in it already
-                share = factor @ gating.scale
-                total = torch.addr(total, share, prior[: total.shape[1]], alpha=-1.0)
+        if total is not None and prior is not None:  # the head has what is merely frequent
+            share = (factor.unsqueeze(1) * gating.scale).sum(dim=0).unsqueeze(1)
+            total = torch.addcmul(total, share, prior[: total.shape[1]], value=-1.0)
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:

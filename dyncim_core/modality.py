@@ -453,7 +453,8 @@ def generalisation(held_out_quality: Tensor, quality: Tensor) -> Tensor:
     overfitting; this definition is chosen here.
 
     Args:
-        held_out_quality: ``quality`` of the average NLL of held-out samples, any shape in [0, 1].
+        held_out_quality: ``quality`` of the average NLL of held-out samples, any shape in [0, 1];
+            in a curriculum, each NLL counts as far as the label is believed.
         quality: That of training samples, same shape.
 
     Returns:

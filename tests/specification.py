@@ -176,7 +176,7 @@ class Specification(SimpleNamespace):
                 self.log_quality[h] += rate * (mean - self.log_quality[h])
                 self.seen[h] += 1
         self.log_quality[self.seen == 0] = self.log_quality[0]
-        self.quality = ref.quality(self.log_quality, self._classes)
+        self.quality = ref.quality(self.log_quality, self._classes) * (self.seen[0] > 0)
 
     def _listen(
         self,

@@ -56,6 +56,6 @@ def draw(rng: np.random.Generator) -> Drawn:
         x = (strength * centres[shown] + common + own) @ mixture
         x = np.tanh(x) if rng.random() < 0.5 else x
         noise = rng.uniform(0.1, 1.0) * rng.standard_normal(x.shape)
-        inputs[f"modality {m}"] = (x + noise).astype(np.float32)
+        inputs[f"m{m}"] = (x + noise).astype(np.float32)
     hidden = 128 if together or rng.random() < 0.5 else 0
     return Drawn(inputs, label, classes, hidden)

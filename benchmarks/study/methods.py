@@ -16,15 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from dyncim_core import (
-    CurriculumState,
-    DynCIMLoss,
-    generalisation,
-    improvement_ratios,
-    loss_shares,
-    quality,
-    trust,
-)
+from dyncim_core import CurriculumState, DynCIMLoss, improvement_ratios, loss_shares, trust
+from dyncim_core.kernels.eager import generalised
 
 from .models import (
     AttachedLogits,
@@ -478,10 +471,7 @@ class NoGeneralisation(EqualModalities):
     @override
     def change(self, weights: Tensor) -> Tensor:
         """Of each modality and sample, ``[M, B]``: without the share that generalisation leaves."""
-        state = self.objective.state
-        mass, _, _, nll, _, _ = state.held_out_averages
-        shown = quality(-nll / mass, self.num_classes)
-        holds = torch.where(mass > 0.0, generalisation(shown, state.quality), 1.0)
+        holds = generalised(self.objective.state.averages(), self.num_classes)
         return weights / holds[1:].unsqueeze(1)
 
     @override
@@ -505,7 +495,7 @@ def no_skill(state: CurriculumState) -> Fusion:
 
 
 def no_prior(state: CurriculumState) -> Fusion:
-    """Ablation: modalities contradict each other in what is frequent as well."""
+    """Ablation: the gates and the gated logits take what is frequent for something told."""
     return partial(Uncounted, state=state)
 
 

@@ -182,9 +182,11 @@ class LogitsThroughout(Gated):
         return logits
 
     def in_full(self, gates: Tensor, unimodal: dict[str, Tensor]) -> Tensor:
-        """Gated logits as they are in inference, but for what is frequent; attached."""
+        """Gated logits as they are in inference, attached."""
         scale = (relative_gates(gates.t()) * self.gates.logit_factor.unsqueeze(1)).unsqueeze(2)
-        return (scale * torch.stack(list(unimodal.values()))).sum(dim=0)
+        own = torch.stack(list(unimodal.values()))
+        assert self.gates.log_prior is not None
+        return (scale * (own - self.gates.log_prior[: own.shape[2]])).sum(dim=0)
 
 
 class AttachedLogits(LogitsThroughout):
@@ -246,11 +248,11 @@ class Overruled(Gated):
 
 
 class Uncounted(Gated):
-    """``Gated`` whose modalities contradict each other in what is frequent as well."""
+    """``Gated`` whose gates and gated logits take what is frequent for something told."""
 
     def __init__(self, modalities: tuple[str, ...], head: Head, *, state: CurriculumState) -> None:
         super().__init__(modalities, head, state=state)
-        self.gates.register_buffer("log_prior", None)
+        self.gates.log_prior = None
 
 
 class GatedUnderShare(Gated):

@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 6 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 7 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -692,8 +692,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         } else if (s->seen[h] == 0) {
             s->log_quality[h] = s->log_quality[0];
         }
-        s->quality[h] =
-            per_log > 0.0 ? (float)clamp(1.0 + s->log_quality[h] * per_log, 0.0, 1.0) : 0.0f;
+        float learnt = (float)clamp(1.0 + s->log_quality[h] * per_log, 0.0, 1.0);
+        s->quality[h] = per_log > 0.0 && s->seen[0] ? learnt : 0.0f;
     }
     *s->step += 1;
     *s->nonfinite += nonfinite;

@@ -69,6 +69,7 @@ __all__ = [
     "curriculum",
     "disturbance_rates",
     "gate",
+    "generalised",
     "gradients",
     "mix",
     "novelty",
@@ -349,7 +350,7 @@ def weigh(
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
-        ahead = ahead * _generalised(buffers, num_classes)[1:]
+        ahead = ahead * generalised(buffers, num_classes)[1:]
         if settings.unimodal_strength != 1.0:
             ahead = ahead * settings.unimodal_strength
         coefficient = torch.outer(F.pad(ahead, (1, 0), value=1.0), weights)
@@ -358,8 +359,12 @@ def weigh(
     return coefficient if present is None else torch.where(present, coefficient, 0.0)
 
 
-def _generalised(buffers: Buffers, num_classes: int) -> Tensor:
-    """How far what each head learns holds for samples held out, ``[M + 1]``; 1 without any."""
+def generalised(buffers: Buffers, num_classes: int) -> Tensor:
+    """How far what each head learns holds for samples held out, ``[M + 1]``; 1 without any.
+
+    Whose NLL counts as far as their label is believed, so that wrong ones do not look like samples
+    that heads have learnt by heart.
+    """
     mass, nll = buffers.held_out_averages[0], buffers.held_out_averages[3]
     held_out_quality = quality(-nll / mass, num_classes)
     return torch.where(mass > 0.0, generalisation(held_out_quality, buffers.quality), 1.0)
@@ -479,7 +484,8 @@ def take_in(
     seen.add_(has_mass)
     # A modality never seen counts as equal to the fusion, which favours neither side.
     buffers.log_quality.copy_(torch.where(seen > 0, log_quality, log_quality[0]))
-    buffers.quality.copy_(quality(buffers.log_quality, num_classes))
+    known = quality(buffers.log_quality, num_classes)
+    buffers.quality.copy_(torch.where(seen[0] > 0, known, 0.0))
     buffers.step.add_(1)
 
 

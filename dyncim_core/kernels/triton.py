@@ -707,9 +707,11 @@ def _curriculum(
     fused = tl.sum(tl.where(head == 0, log_quality, 0.0), 0)
     log_quality = tl.where(seen > 0, log_quality, fused)
     quality = tl.minimum(tl.maximum(1.0 + log_quality * per_log, 0.0), 1.0)
+    learnt = (per_log > 0) & (tl.sum(tl.where(head == 0, seen, 0), 0) > 0)
+    quality = tl.where(learnt, quality, 0.0)
     tl.store(buffers.seen + head, seen, mask=head < known)
     tl.store(buffers.log_quality + head, log_quality, mask=head < known)
-    tl.store(buffers.quality + head, tl.where(per_log > 0, quality, 0.0), mask=head < known)
+    tl.store(buffers.quality + head, quality, mask=head < known)
 
     factor = tl.full([heads], 1.0, tl.float32)
     if count > 1:
@@ -723,8 +725,7 @@ def _curriculum(
         lost = heard_nll / tl.where(heard_mass > 0, heard_mass, 1.0)
         held_out = tl.minimum(tl.maximum(1.0 - lost * per_log, 0.0), 1.0)
         held_out = tl.where(per_log > 0, held_out, 0.0)
-        trained = tl.where(per_log > 0, quality, 0.0)
-        holds = tl.minimum((held_out + _LEAST_QUALITY) / (trained + _LEAST_QUALITY), 1.0)
+        holds = tl.minimum((held_out + _LEAST_QUALITY) / (quality + _LEAST_QUALITY), 1.0)
         ahead *= tl.where(heard_mass > 0, holds * holds * holds * holds, 1.0)
         factor = tl.where(head == 0, 1.0, strengths[2] * ahead)
     if reduction == "mean":
