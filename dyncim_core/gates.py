@@ -49,7 +49,8 @@ def disagreement(
 
     Returns:
         ``[M, B]`` in [0, 1]; 0 where the modality is absent, or all others but one. A
-        prediction that is NaN contradicts, and is contradicted, as far as can be.
+        prediction that is NaN contradicts as far as can be, and is contradicted as far as its
+        modality's standing lets it.
 
     Example:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])

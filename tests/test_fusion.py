@@ -43,7 +43,7 @@ def test_without_logits_it_is_plain_concatenation() -> None:
 
 def test_gates_are_those_of_the_reference() -> None:
     fusion = still(threshold=0.1)
-    fusion.skill.copy_(torch.tensor([0.5, 0.9, 0.45]))
+    fusion.skill.copy_(torch.tensor([0.5, 0.9, 0.3]))
     features, unimodal = inputs()
     present = torch.ones(9, 3, dtype=torch.bool)
     present[2, 0] = present[5, 1:] = present[7] = False
@@ -51,7 +51,7 @@ def test_gates_are_those_of_the_reference() -> None:
     rows = [unimodal[name].double() for name in NAMES]
     probs = torch.stack(rows).softmax(dim=-1).numpy()
     mask = present.t().numpy()
-    apart = ref.disagreement(probs, [0.5, 0.9, 0.45], mask)
+    apart = ref.disagreement(probs, [0.5, 0.9, 0.3], mask)
     expected = ref.reliability_gates(-2.0 * apart, mask, 0.1)
     assert_allclose(gates.detach(), expected.T, rtol=1e-4, atol=1e-6)
     largest = gates.amax(dim=1, keepdim=True).clamp_min(1e-30)
@@ -316,6 +316,8 @@ def test_autocast_computes_the_gates_in_float32() -> None:
 def test_compiles_without_a_break(training: bool) -> None:
     state = CurriculumState(NAMES)
     state.quality.fill_(0.5)
+    state.class_seen[:CLASSES] = torch.tensor([9, 3, 2, 1])
+    state.class_weight.fill_(1.0)
     fusion = GatedFusion(WIDTHS, state=state).train(training)
     features, unimodal = inputs()
     compiled = torch.compile(copy.deepcopy(fusion), fullgraph=True, backend="aot_eager")
@@ -323,6 +325,12 @@ def test_compiles_without_a_break(training: bool) -> None:
     if not training:
         expected = fusion(features, unimodal=unimodal)
         assert_allclose(actual.fused.detach(), expected.fused.detach(), rtol=1e-5)
+        assert_allclose(actual.logits, expected.logits, rtol=1e-5)
+    still = copy.deepcopy(fusion)
+    still.dropout = 0.0
+    compiled = torch.compile(copy.deepcopy(still), fullgraph=True, backend="aot_eager")
+    found, expected = (f(features, unimodal=unimodal).logits for f in (compiled, still))
+    assert_allclose(found, expected, rtol=1e-5)
     assert_allclose(actual.gates.sum(dim=1).detach(), 1.0, rtol=1e-5)
 
 

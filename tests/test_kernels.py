@@ -775,6 +775,20 @@ def test_losses_count_as_far_as_what_is_learnt_holds(
     assert_allclose(found, expected, rtol=1e-5)
 
 
+@each_backend
+def test_nothing_trained_is_nothing_learnt(backend: str) -> None:
+    """As after a first call whose samples are all held out."""
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=2, num_samples=4, held_out=0.5, backend=backend
+    )
+    index = torch.arange(4)[held_out(torch.arange(4), 0.5)][:1]
+    assert len(index) == 1
+    heads = [randn(1, 3, seed=s).requires_grad_() for s in range(3)]
+    criterion(heads[0], torch.zeros(1, dtype=torch.long), unimodal=heads[1:], index=index)
+    assert not criterion.state.seen.any()
+    assert not criterion.state.quality.any()
+
+
 def test_an_empty_variable_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNCIM_BACKEND", "")
     assert DynCIMLoss(nn.CrossEntropyLoss()).backend is None

@@ -250,9 +250,9 @@ class Kernels(Protocol):
         """Gates of the modalities from their logits.
 
         What is ``kept`` takes up what is ``learnt`` first; the prior comes off the logits of the
-        first K classes before they are compared. ``chance``, uniform in [0, 1), ``[3, B]``, swaps
-        or drops one modality of some samples; ``penalty``, ``[M, B]``, comes off the gates'
-        logits.
+        first K classes before they are compared, which takes three modalities. ``chance``, uniform
+        in [0, 1), ``[3, B]``, swaps or drops one modality of some samples; ``penalty``, ``[M, B]``,
+        comes off the gates' logits.
         """
 
     def mix(
