@@ -266,10 +266,9 @@ class GatedFusion(KeepsDtype):
         factor = self.logit_factor
         if learnt is not None:  # less and less, so that the head learns to do without
             factor = torch.addcmul(factor, factor, learnt.quality[0], value=-1.0)
-        fused, total = _mixed(select(by, streams), streams, logits or (), gating.scale, factor)
-        if total is not None and prior is not None:  # the head has what is merely frequent
-            share = (factor.unsqueeze(1) * gating.scale).sum(dim=0).unsqueeze(1)
-            total = torch.addcmul(total, share, prior[: total.shape[1]], value=-1.0)
+        fused, total = _mixed(
+            select(by, streams), streams, logits or (), gating.scale, factor, prior
+        )
         return FusionOutput(fused, gating.gates.t().clone(memory_format=_IN_ORDER), total)
 
     def _learnt(self) -> Learnt | None:
@@ -314,12 +313,13 @@ def _mixed(
     logits: Sequence[Tensor],
     scale: Tensor,
     logit_factor: Tensor,
+    log_prior: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``Kernels.mix``, differentiable for streams."""
     if kernels is eager:
-        return eager.mix(streams, logits, scale, logit_factor)
+        return eager.mix(streams, logits, scale, logit_factor, log_prior)
     found: tuple[Tensor, Tensor | None] = _apply_plainly(  # type: ignore[no-untyped-call]
-        (kernels, logits, scale, logit_factor), *streams
+        (kernels, logits, scale, logit_factor, log_prior), *streams
     )
     return found
 
@@ -329,10 +329,10 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: tuple[Any, ...], *streams: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernels, logits, scale, logit_factor = known
+        kernels, logits, scale, logit_factor, log_prior = known
         ctx.known = kernels, [x.shape[-1] for x in streams], scale
         ctx.set_materialize_grads(False)
-        fused, total = kernels.mix(streams, logits, scale, logit_factor)
+        fused, total = kernels.mix(streams, logits, scale, logit_factor, log_prior)
         if total is not None:
             ctx.mark_non_differentiable(total)
         return fused, total

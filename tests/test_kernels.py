@@ -281,8 +281,9 @@ def test_native_mixes_as_eager_does(
             logits[0][0] = -math.inf
     grad = randn(*shape, 2 * sum(widths))[..., ::2]
     logit_factor = torch.linspace(0.0, 1.0, modalities)
+    prior = -randn(9).abs() if masked else None
     actual, expected = (
-        (*b.mix(streams, logits, scale, logit_factor), *b.unmix(grad, widths, scale))
+        (*b.mix(streams, logits, scale, logit_factor, prior), *b.unmix(grad, widths, scale))
         for b in (native, eager)
     )
     assert len(actual) == len(expected) == 2 + modalities
@@ -301,7 +302,7 @@ def test_what_torch_spreads_over_threads_is_left_to_it(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(native, "_mix", None)
     streams = [randn(3, 4), randn(3, 5)]
-    fused, _ = native.mix(streams, [], scale, torch.ones(2))
+    fused, _ = native.mix(streams, [], scale, torch.ones(2), None)
     assert torch.equal(fused, torch.cat(streams, dim=1))
     found = native.unmix(fused, (4, 5), scale)
     assert all(torch.equal(x, y) for x, y in zip(found, streams, strict=True))

@@ -323,7 +323,8 @@ def test_logits_without_a_say_may_be_infinite(native: ModuleType) -> None:
     scale = torch.ones(3, 3)
     scale[2, 1] = 0.0
     ours, theirs = (
-        b.mix([x.clone() for x in logits], logits, scale, torch.ones(3)) for b in (native, eager)
+        b.mix([x.clone() for x in logits], logits, scale, torch.ones(3), None)
+        for b in (native, eager)
     )
     assert_allclose(ours[1], theirs[1], rtol=1e-5)
 
@@ -348,7 +349,9 @@ def test_what_is_too_much_is_refused(native: ModuleType) -> None:
     with pytest.raises(ValueError, match="too many heads"):
         native.statistics(many, None, Criterion(target))
     with pytest.raises(ValueError, match="too many modalities"):
-        native.mix(many, [], torch.ones(10, 2), torch.ones(10))
+        native.mix(many, [], torch.ones(10, 2), torch.ones(10), None)
+    with pytest.raises(ValueError, match=r"log_prior: expected 3 classes or more, got \[2\]"):
+        native.mix(many[:2], many[:2], torch.ones(2, 2), torch.ones(2), torch.zeros(2))
     for features, width in ((many, 3), ([torch.zeros(2, 33)], 33), ([torch.zeros(2, 3)], 2)):
         shape = len(features), width
         moments = Moments(torch.zeros(shape[0]), torch.zeros(shape), torch.zeros(*shape, width))

@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 7 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 8 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -936,16 +936,21 @@ static void mix_streams(float *const *streams, const int64_t *width, float *whol
         }
 }
 
-/* Logits, [B, C], times their factors, [M, B], and those of their modalities, [M], added up. */
+/* Logits, [B, C], less the prior, [C], if it is not NULL, times their factors, [M, B], and those of
+ * their modalities, [M], added up. */
 static void mix_logits(float *const *logits, float *sum, int64_t M, int64_t B, int64_t classes,
-                       const float *factor, const float *logit_factor) {
-    for (int64_t i = 0; i < B; i++, sum += classes)
+                       const float *factor, const float *logit_factor, const float *prior) {
+    for (int64_t i = 0; i < B; i++, sum += classes) {
+        float whole = 0.0f;
         for (int64_t m = 0; m < M; m++) {
             float *part = logits[m] + i * classes, f = factor[m * B + i] * logit_factor[m];
+            whole += f;
             if (m == 0) scale_into(sum, part, classes, f);
             else if (f != 0.0f)
                 for (int64_t c = 0; c < classes; c++) sum[c] += f * part[c];
         }
+        for (int64_t c = 0; prior && c < classes; c++) sum[c] -= whole * prior[c];
+    }
 }
 
 /* Features of one modality, [B, width] with any strides. */
@@ -1302,7 +1307,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
 /* With `backward`, streams are what is written. */
 static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!arguments_are(count, 11)) return NULL;
+    if (!arguments_are(count, 12)) return NULL;
     float *streams[MAX_HEADS], *logits[MAX_HEADS];
     int64_t modalities = PyList_Size(args[2]), width[MAX_HEADS];
     if (modalities > MAX_HEADS) PyErr_SetString(PyExc_ValueError, "too many modalities");
@@ -1313,11 +1318,12 @@ static PyObject *py_mix(PyObject *self, PyObject *const *args, Py_ssize_t count)
     int64_t batch = integer(args[3]), steps = integer(args[4]), classes = integer(args[5]);
     float *fused = address(args[6]), *sum = address(args[7]);
     const float *scale = address(args[8]), *logit_factor = address(args[9]);
-    int backward = PyObject_IsTrue(args[10]);
+    const float *prior = address(args[10]);
+    int backward = PyObject_IsTrue(args[11]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS
     mix_streams(streams, width, fused, modalities, batch, steps, scale, backward);
-    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, logit_factor);
+    if (sum) mix_logits(logits, sum, modalities, batch, classes, scale, logit_factor, prior);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

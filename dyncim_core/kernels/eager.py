@@ -797,14 +797,22 @@ def _expected_nll(truth: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, logit_factor: Tensor
+    streams: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    scale: Tensor,
+    logit_factor: Tensor,
+    log_prior: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Streams, scaled and next to each other; logits, scaled and added up, if any."""
+    """Streams, scaled and next to each other; logits less the prior, scaled and added up."""
     fused = torch.cat(_scaled(streams, scale), dim=-1)
     if not logits:
         return fused, None
     scale = scale * logit_factor.unsqueeze(1)
-    return fused, reduce(torch.add, _scaled([x.float() for x in logits], scale))
+    total = reduce(torch.add, _scaled([x.float() for x in logits], scale))
+    if log_prior is None:
+        return fused, total
+    whole = scale.sum(dim=0).unsqueeze(1)
+    return fused, torch.addcmul(total, whole, log_prior[: total.shape[1]], value=-1.0)
 
 
 def unmix(grad: Tensor, widths: Sequence[int], scale: Tensor) -> list[Tensor]:

@@ -261,8 +261,9 @@ class Kernels(Protocol):
         logits: Sequence[Tensor],
         scale: Tensor,
         logit_factor: Tensor,
+        log_prior: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Streams, scaled and next to each other; logits, scaled and added up, if any.
+        """Streams, scaled and next to each other; logits less the prior, scaled and added up.
 
         Streams are ``[B, D]`` or ``[B, T, D]``, logits ``[B, C]``, factors ``[M, B]``, those of
         logits times ``logit_factor``, ``[M]``. Where one is 0, so is what it scales, whatever that

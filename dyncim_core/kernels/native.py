@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 7  # raised, as in _native.c, when what a call passes, or a formula, changes
+_INTERFACE = 8  # raised, as in _native.c, when what a call passes, or a formula, changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 
@@ -212,17 +212,26 @@ def gate(
 
 
 def mix(
-    streams: Sequence[Tensor], logits: Sequence[Tensor], scale: Tensor, logit_factor: Tensor
+    streams: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    scale: Tensor,
+    logit_factor: Tensor,
+    log_prior: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Streams, scaled and next to each other; logits, scaled and added up, if any."""
+    """Streams, scaled and next to each other; logits less the prior, scaled and added up."""
     widths = [x.shape[-1] for x in streams]
     if _torch_spreads(sum(map(Tensor.numel, streams))):
-        return eager.mix(streams, logits, scale, logit_factor)
+        return eager.mix(streams, logits, scale, logit_factor, log_prior)
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
     _check_kept("logit_factor", logit_factor)
-    _mix(streams, widths, fused, scale, logits, total, logit_factor)
+    if log_prior is not None:
+        _check_kept("log_prior", log_prior)
+        if total is not None and len(log_prior) < total.shape[1]:
+            got = list(log_prior.shape)
+            raise ValueError(f"log_prior: expected {total.shape[1]} classes or more, got {got}")
+    _mix(streams, widths, fused, scale, logits, total, logit_factor, log_prior)
     return fused, total
 
 
@@ -253,6 +262,7 @@ def _mix(
     logits: Sequence[Tensor] = (),
     total: Tensor | None = None,
     logit_factor: Tensor | None = None,
+    log_prior: Tensor | None = None,
     backward: bool = False,
 ) -> None:
     _native.mix(
@@ -266,6 +276,7 @@ def _mix(
         0 if total is None else total.data_ptr(),
         scale.data_ptr(),
         0 if logit_factor is None else logit_factor.data_ptr(),
+        0 if log_prior is None else log_prior.data_ptr(),
         backward,
     )
 
