@@ -21,6 +21,8 @@ OTHERS = ("uci:pix+zer", "uci:fac+fou+zer")
 
 PEERS = tuple(peers())
 ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
+# What is for tasks where heads learn by heart what little modalities tell.
+BY_HEART = ("dyncim/no-generalisation", "dyncim/logits-throughout")
 NOISY = ("symmetric-40", "asymmetric-30")
 RARER = tuple(name for name in CONDITIONS if name not in ("clean", *NOISY))
 SETTINGS = "settings.csv"
@@ -74,9 +76,13 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(5)),
         Block(("rare",), ("clean",), PEERS, range(5)),
         Block(("question", "reference", "common"), ("clean", "symmetric-20"), PEERS, range(5)),
+        Block(("common",), ("clean",), BY_HEART, range(5)),
         Block(("odd:fac+zer+mor",), ("clean", *NOISY), PEERS, range(5)),
     ),
-    "drawn": (Block(("drawn",), ("clean",), PEERS, range(30)),),
+    "drawn": (
+        Block(("drawn",), ("clean",), PEERS, range(30)),
+        Block(("drawn",), ("clean",), BY_HEART, range(30)),
+    ),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
