@@ -679,8 +679,8 @@ def redundancy(
         ``[...]`` in [0, 1].
 
     Example:
-        >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(4).tolist()
-        0.0563
+        >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9).round(3).tolist()
+        0.056
         >>> redundancy(np.log([0.8, 0.4, 0.4]), 0.9, [0.8, 0.2, 0.2]).round(4).tolist()
         0.0031
     """

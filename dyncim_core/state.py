@@ -88,7 +88,8 @@ class CurriculumState(KeepsDtype):
         calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less if it is surer of
             samples held out, each by how far its label is believed, than it is right; 1 as long as
             there were none.
-        held_out_averages: ``[6, M + 1]``, what they and ``label_noise`` come from.
+        held_out_averages: ``[6, M + 1]``, what they, ``label_noise`` and the ``generalisation``
+            that losses count by come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.

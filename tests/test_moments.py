@@ -203,7 +203,7 @@ def test_inference_watches_but_does_not_learn() -> None:
 def test_it_can_be_left_off() -> None:
     fusion = GatedFusion(WIDTHS, novelty_slope=0.0)
     assert fusion.moments is None
-    assert list(fusion.state_dict()) == ["skill", "logit_factor"]
+    assert list(fusion.state_dict()) == ["skill", "logit_factor", "log_prior"]
     fusion(batch(8, 0))
     assert_allclose(fusion.eval()([1e6 * x for x in batch(8, 0)]).gates, 0.5)
 

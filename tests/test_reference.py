@@ -331,6 +331,13 @@ def test_trust() -> None:
     assert ref.trust([0.0, 0.0]).tolist() == [1.0, 1.0]
 
 
+def test_standing_and_generalisation() -> None:
+    assert ref.standing([0.5, 0.25, 0.125, 0.0]).tolist() == [1.0, 1.0, 0.5, 0.0]
+    assert ref.standing([0.0, 0.0]).tolist() == [1.0, 1.0]
+    found = ref.generalisation([0.4, 0.9, 0.0, 0.2], [0.9, 0.4, 0.0, 0.5])
+    assert_allclose(found, [1 / 16, 1.0, 1.0, 1 / 16], rtol=1e-14)
+
+
 def test_disagreement() -> None:
     a, b, c = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
     # Against the consensus of the others, at skills 0.25, 0.75 and 0.25:
@@ -340,7 +347,8 @@ def test_disagreement() -> None:
     sure = [7 / 8, 3 / 4, 3 / 4]
     behind = [0.625, 0.25, 0.625]
     apart = [0.765625, 0.5625, 0.0625]
-    expected = [[x * y * z] for x, y, z in zip(apart, sure, behind, strict=True)]
+    able = [4 / 9, 1.0, 4 / 9]  # of twice the skill over the best, squared
+    expected = [[w * x * y * z] for w, x, y, z in zip(able, apart, sure, behind, strict=True)]
     assert_allclose(out, expected, rtol=1e-14)
     # A second sample without the last modality, a third with the first alone: no consensus.
     probs = [[a, a, a], [b, b, b], [c, [NAN, NAN], [NAN, NAN]]]
