@@ -176,12 +176,12 @@ def test_native_curriculum_is_that_of_eager(
     truths, true = run(eager, torch.float64)
     # Standardising amplifies rounding: nobody has to be nearer to the truth than eager is.
     for actual, plain, truth in zip(ours, theirs, truths, strict=True):
-        no_further(actual, plain, truth)
+        assert_no_further(actual, plain, truth)
     for name in true:
-        no_further(mine[name], others[name], true[name])
+        assert_no_further(mine[name], others[name], true[name])
 
 
-def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+def assert_no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert torch.equal(actual.isnan(), truth.isnan())
     if not truth.numel():
         return
@@ -467,7 +467,7 @@ def test_gradients_made_ahead_are_those_of_a_second_backward_and_of_kept_logits(
     loss, logits = objective(problem, states[0], [True] * (1 + modalities), **options)
     # Made from the logits when the gradient is known, since one head needs none.
     later, others = objective(problem, states[1], [True] + [False] * modalities, **options)
-    no_further(loss.detach(), later.detach(), later.detach())
+    assert_no_further(loss.detach(), later.detach(), later.detach())
     grad = torch.linspace(1.0, 2.0, loss.numel()).view_as(loss) * incoming
     first = torch.autograd.grad(loss, logits, grad, retain_graph=True)
     kept = [x.clone() for x in first]

@@ -30,7 +30,7 @@ def native() -> ModuleType:
 PLAIN = Settings(4.0, None, 0.2, 0.5, False, 0.9, 0.8, "mean")
 
 
-def both(
+def assert_alike(
     native: ModuleType,
     logits: list[Tensor],
     criterion: Criterion,
@@ -78,7 +78,7 @@ def test_an_incoming_gradient_of_0_meets_logits_of_nan(native: ModuleType, maske
     criterion, settings = Criterion(torch.tensor([0, 1, -100, 3])), PLAIN._replace(reduction="none")
     present = torch.ones(2, 4, dtype=torch.bool) if masked else None
     grad = torch.tensor([1.0, 0.0, 1.0, 2.0])
-    both(native, logits, criterion, settings, present, grad=grad)
+    assert_alike(native, logits, criterion, settings, present, grad=grad)
 
 
 def test_the_share_held_out_ends_where_it_says(native: ModuleType) -> None:
@@ -108,7 +108,7 @@ def test_who_is_asked_depends_on_skill(
     logits = [2.0 * randn(60, 2, seed=s) for s in range(4)]
     criterion, index = Criterion(torch.arange(60) % 2), torch.arange(60)
     settings = PLAIN._replace(label_noise=noise, held_out=0.5)
-    state = both(native, logits, criterion, settings, index=index, skill=skill)
+    state = assert_alike(native, logits, criterion, settings, index=index, skill=skill)
     assert state.held_out_averages[5, 0] > 0.0
 
 
@@ -122,7 +122,7 @@ def test_next_to_no_skill_is_none(native: ModuleType, seen: tuple[int, int]) -> 
     known = torch.zeros(1024, dtype=torch.int64)
     known[:2] = torch.tensor(seen)
     settings = PLAIN._replace(held_out=0.5)
-    state = both(
+    state = assert_alike(
         native, logits, Criterion(target), settings, index=index, atol=1e-4, class_seen=known
     )
     assert (state.skill == 0.0).all() if seen[1] else (state.skill < 0.01).all()
@@ -144,7 +144,7 @@ def test_a_mean_over_nothing(native: ModuleType, kind: str, skip: bool) -> None:
         index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:6]
         settings = settings._replace(held_out=0.5)
     criterion = Criterion(target, weight, -1)
-    both(native, logits, criterion, settings, present, index, torch.tensor(1.0))
+    assert_alike(native, logits, criterion, settings, present, index, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -161,14 +161,16 @@ def test_the_largest_loss_is_bounded(
         PLAIN._replace(held_out=share),
     )
     index = torch.arange(batch)
-    both(native, logits, criterion, settings, index=index, label_noise=noise, skill=[0.9] * 3)
+    assert_alike(
+        native, logits, criterion, settings, index=index, label_noise=noise, skill=[0.9] * 3
+    )
 
 
 @pytest.mark.parametrize(("scale", "strength"), [(5e-4, 0.5), (1.0, 100.0)])
 def test_pacing_is_bounded(native: ModuleType, scale: float, strength: float) -> None:
     logits = [scale * randn(64, 4, seed=s) for s in range(2)]
     settings = PLAIN._replace(surprise_strength=0.0, pacing_strength=strength)
-    both(
+    assert_alike(
         native,
         logits,
         Criterion(torch.zeros(64, dtype=torch.int64)),
@@ -180,7 +182,7 @@ def test_pacing_is_bounded(native: ModuleType, scale: float, strength: float) ->
 
 def test_the_weights_of_all_classes_that_are_told_apart_are_known(native: ModuleType) -> None:
     logits, weight = [randn(4, 1024, seed=s) for s in range(2)], randn(1024).abs()
-    state = both(native, logits, Criterion(torch.tensor([0, 5, 1022, 1023]), weight))
+    state = assert_alike(native, logits, Criterion(torch.tensor([0, 5, 1022, 1023]), weight))
     assert torch.equal(state.class_weight, weight)
 
 
@@ -341,7 +343,7 @@ def test_a_loss_that_counts_nothing_is_not_skipped(native: ModuleType) -> None:
     logits = [randn(8, 3, seed=s) for s in range(2)]
     logits[1][2] = math.nan
     settings = PLAIN._replace(unimodal_strength=0.0)
-    both(native, logits, Criterion(torch.arange(8) % 3), settings)
+    assert_alike(native, logits, Criterion(torch.arange(8) % 3), settings)
 
 
 def test_what_is_too_much_is_refused(native: ModuleType) -> None:
@@ -375,7 +377,9 @@ def test_classes_of_another_task_are_no_chance(native: ModuleType) -> None:
     seen = torch.zeros(1024, dtype=torch.int64)
     seen[0], seen[7] = 100, 1000
     settings = PLAIN._replace(held_out=0.5)
-    both(native, logits, Criterion(torch.arange(20) % 3), settings, index=index, class_seen=seen)
+    assert_alike(
+        native, logits, Criterion(torch.arange(20) % 3), settings, index=index, class_seen=seen
+    )
 
 
 def test_class_weights_may_be_a_negated_view(native: ModuleType) -> None:
@@ -414,7 +418,7 @@ def test_an_incoming_gradient_may_tell_heads_apart(native: ModuleType, expanded:
     # The first entry alone would say that there is nothing to scale.
     grad = torch.tensor([[1.0], [2.0], [-3.0]])
     grad = grad.expand(3, 6) if expanded else grad * torch.linspace(1.0, 2.0, 6)
-    both(native, logits, criterion, grad=grad)
+    assert_alike(native, logits, criterion, grad=grad)
 
 
 def test_nobody_is_better_than_always_right(native: ModuleType) -> None:
@@ -423,7 +427,7 @@ def test_nobody_is_better_than_always_right(native: ModuleType) -> None:
     logits = [torch.eye(3)[torch.arange(20) % 3]] * 2
     heard = torch.tensor([0.5, 0.6, 0.2, 0.0, 0.0, 0.0]).unsqueeze(1).expand(6, 2)
     settings = PLAIN._replace(held_out=0.5)
-    state = both(
+    state = assert_alike(
         native,
         logits,
         Criterion(torch.arange(20) % 3),

@@ -295,12 +295,12 @@ def test_curriculum_is_that_of_eager(
     truths, true = run(eager, torch.float64, c, settings)
     # Standardising amplifies rounding: nobody has to be nearer to the truth than eager is.
     for actual, plain, truth in zip(ours, theirs, truths, strict=True):
-        no_further(actual, plain, truth)
+        assert_no_further(actual, plain, truth)
     for name in true:
-        no_further(mine[name], others[name], true[name])
+        assert_no_further(mine[name], others[name], true[name])
 
 
-def no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+def assert_no_further(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert actual.shape == truth.shape
     assert torch.equal(actual.isnan(), truth.isnan())
     actual, plain, truth = (x.double().nan_to_num() for x in (actual, plain, truth))

@@ -471,14 +471,10 @@ class NoGeneralisation(EqualModalities):
     @override
     def change(self, weights: Tensor) -> Tensor:
         """Of each modality and sample, ``[M, B]``: without the share that generalisation leaves."""
-        holds = generalised(self.objective.state.averages(), self.num_classes)
+        head = next(self.network.heads.children())
+        assert isinstance(head, nn.Linear)
+        holds = generalised(self.objective.state.averages(), head.out_features)
         return weights / holds[1:].unsqueeze(1)
-
-    @override
-    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
-        """The joint objective, by other factors."""
-        self.num_classes = heads.fused.shape[1]
-        return super().loss(heads, target, index)
 
 
 DROPOUT = 0.5  # GatedFusion's, at full redundancy

@@ -79,10 +79,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block(("common",), ("clean",), BY_HEART, range(5)),
         Block(("odd:fac+zer+mor",), ("clean", *NOISY), PEERS, range(5)),
     ),
-    "drawn": (
-        Block(("drawn",), ("clean",), PEERS, range(30)),
-        Block(("drawn",), ("clean",), BY_HEART, range(30)),
-    ),
+    "drawn": (Block(("drawn",), ("clean",), (*PEERS, *BY_HEART), range(30)),),
     "digits": (Block(("digits",), ("clean", "symmetric-40"), PEERS, range(5)),),
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),

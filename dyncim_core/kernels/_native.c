@@ -1279,7 +1279,7 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     args += PROBLEM_ARGUMENTS;
     float *skill = address(args[0]), *logit_factor = address(args[1]), *prior = address(args[2]);
     float *learnt[MAX_HEADS];
-    int takes_up = args[3] != Py_None;
+    int takes_up = args[3] != Py_None, compares = prior && p.heads > 2; /* two outvote nobody */
     if (takes_up) addresses(args[3], learnt);
     const float *penalty = address(args[5]);
     Disturbance d = {address(args[4]), address(args[6])};
@@ -1294,8 +1294,8 @@ static PyObject *py_gate(PyObject *self, PyObject *const *args, Py_ssize_t count
     float log_prior[GROUPS], odds[GROUPS];
     Py_BEGIN_ALLOW_THREADS
     if (prior && takes_up) take_up_prior(learnt, log_prior);
-    if (prior && p.heads > 2) odds_of(takes_up ? log_prior : prior, p.classes, odds);
-    failed = gate(&p, &o, &d, &t, prior && p.heads > 2 ? odds : NULL, penalty, gates, scale);
+    if (compares) odds_of(takes_up ? log_prior : prior, p.classes, odds);
+    failed = gate(&p, &o, &d, &t, compares ? odds : NULL, penalty, gates, scale);
     if (takes_up && p.start == 0) { /* once, of several parts */
         take_up(learnt, p.heads, skill, logit_factor);
         if (prior) memcpy(prior, log_prior, sizeof log_prior);
