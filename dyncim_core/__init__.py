@@ -40,8 +40,8 @@ from dyncim_core.modality import (
 )
 from dyncim_core.signals import (
     contradiction,
-    credible_noise,
     difficulty,
+    doubt,
     held_out,
     log_weights,
     noise_pressure,
@@ -50,6 +50,7 @@ from dyncim_core.signals import (
     prediction_stability,
     relative_change,
     sample_weights,
+    seen_noise,
     surprise,
     volatility_weights,
 )
@@ -69,9 +70,9 @@ __all__ = [
     "balance_factor",
     "calibration",
     "contradiction",
-    "credible_noise",
     "difficulty",
     "disagreement",
+    "doubt",
     "evenness",
     "generalisation",
     "geometric_mean_ratio",
@@ -97,6 +98,7 @@ __all__ = [
     "relative_gates",
     "reliability_gates",
     "sample_weights",
+    "seen_noise",
     "skill",
     "standing",
     "surprise",

@@ -271,7 +271,7 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
     """
     left = torch.as_tensor(1.0 - chance, dtype=hit_rate.dtype, device=hit_rate.device)
     found = (hit_rate - chance) / left.clamp_min(_SMALLEST_ERROR)
-    return torch.where(found > _SMALLEST_SKILL, found, 0.0).clamp_max(1.0)
+    return F.threshold(found, _SMALLEST_SKILL, 0.0).clamp_max(1.0)
 
 
 def pooled_skill(skill: Tensor, samples: float) -> Tensor:

@@ -27,9 +27,9 @@ __all__ = [
     "balance_factor",
     "calibration",
     "contradiction",
-    "credible_noise",
     "difficulty",
     "disagreement",
+    "doubt",
     "evenness",
     "generalisation",
     "geometric_mean_ratio",
@@ -55,6 +55,7 @@ __all__ = [
     "relative_gates",
     "reliability_gates",
     "sample_weights",
+    "seen_noise",
     "skill",
     "standing",
     "surprise",
@@ -317,20 +318,18 @@ def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
 
 def contradiction(
     prediction: ArrayLike,
-    nll: ArrayLike,
-    entropy: ArrayLike,
+    doubt: ArrayLike,
     target: ArrayLike,
     present: ArrayLike | None = None,
 ) -> Array:
     """How far all heads of a sample, two at least, contradict its target together.
 
-    ``(max_c t_c - t_k) min_h 1 - exp(-max(0, nll_h - entropy_h))`` where all predict class k,
-    else 0; a twentieth of that of two heads; t is one-hot for a class. Definition chosen here.
+    ``(max_c t_c - t_k) min_h doubt_h`` where all predict class k, else 0; a twentieth of that
+    of two heads; t is one-hot for a class. Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
-        nll: Of the target, in nats, ``[H, B]``.
-        entropy: Of the prediction, in nats, ``[H, B]``.
+        doubt: ``[H, B]`` in [0, 1].
         target: Int ``[B]``, or class probabilities, ``[B, C]``.
         present: Bool ``[H, B]``.
 
@@ -338,20 +337,40 @@ def contradiction(
         ``[B]`` in [0, 1].
 
     Example:
-        >>> prediction, nll = [[1, 1, 0], [1, 1, 0], [1, 2, 0]], np.log([[4.0, 4.0, 1.0]] * 3)
-        >>> contradiction(prediction, nll, 0 * nll, [0, 0, 0]).round(4).tolist()
+        >>> prediction = [[1, 1, 0], [1, 1, 0], [1, 2, 0]]
+        >>> contradiction(prediction, [[0.75] * 3] * 3, [0, 0, 0]).tolist()
         [0.75, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
-    doubt = 1.0 - np.exp(-np.maximum(np.asarray(nll) - np.asarray(entropy), 0.0))
+    found = np.asarray(doubt, dtype=np.float64)
     result = np.zeros(classes.shape[1])
     for i, t in enumerate(np.asarray(target)):
         votes = classes[mask[:, i], i]
         if len(votes) > 1 and len(set(votes)) == 1:
             wrong = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
-            result[i] = wrong * doubt[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
+            result[i] = wrong * found[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
     return result
+
+
+def doubt(nll: ArrayLike, entropy: ArrayLike) -> Array:
+    """How far each head is surprised by a target, ``1 - exp(-max(0, nll - entropy))``.
+
+    Definition chosen here.
+
+    Args:
+        nll: Of the target, in nats, ``[H, B]``.
+        entropy: Of the prediction, in nats, ``[H, B]``.
+
+    Returns:
+        ``[H, B]`` in [0, 1].
+
+    Example:
+        >>> doubt(np.log([[4.0, 1.0]]), [[0.0, 0.1]]).tolist()
+        [[0.75, 0.0]]
+    """
+    excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
+    return np.asarray(1.0 - np.exp(-np.maximum(excess, 0.0)))
 
 
 def held_out(index: ArrayLike, share: float) -> Mask:
@@ -376,24 +395,30 @@ def held_out(index: ArrayLike, share: float) -> Mask:
     return np.asarray((bits ^ (bits >> np.uint32(16))) < round(share * 2**32))
 
 
-def credible_noise(contradicted: ArrayLike, competence: ArrayLike) -> Array:
-    """Label noise by heads that were not trained on it, ``contradicted * min(1, 4 competence)``.
+def seen_noise(
+    contradicted: ArrayLike, trained: ArrayLike, held_out: ArrayLike, skill: ArrayLike
+) -> Array:
+    """Label noise, ``max(contradicted, 4 c (c' - c) / c')``, the latter if ``2 max s_k < s_0``.
 
     Definition chosen here.
 
     Args:
-        contradicted: In [0, 1].
-        competence: Skill of the fused head, in [0, 1].
+        contradicted: By all heads, of samples held out, in [0, 1].
+        trained: What the fused head doubts of those trained on, ``c`` in [0, 1].
+        held_out: The same of those held out, ``c'``.
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
         In [0, 1].
 
     Example:
-        >>> credible_noise(0.2, [0.0, 0.125, 0.9]).round(4).tolist()
-        [0.0, 0.1, 0.2]
+        >>> seen_noise([0.0, 0.3], 0.1, 0.2, [0.5, 0.2]).round(4).tolist()
+        [0.2, 0.3]
     """
-    trust = np.minimum(1.0, 4.0 * np.asarray(competence, dtype=np.float64))
-    return np.asarray(np.asarray(contradicted, dtype=np.float64) * trust)
+    s, c = np.asarray(skill, dtype=np.float64), np.asarray(trained, dtype=np.float64)
+    held = np.asarray(held_out, dtype=np.float64)
+    alone = 4.0 * c * (held - c) / held if held > c and 2.0 * s[1:].max() < s[0] else 0.0
+    return np.maximum(np.asarray(contradicted, dtype=np.float64), alone)
 
 
 def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.04) -> Array:

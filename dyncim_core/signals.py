@@ -18,8 +18,8 @@ from dyncim_core._units import per_log_classes
 __all__ = [
     "SIGNALS",
     "contradiction",
-    "credible_noise",
     "difficulty",
+    "doubt",
     "held_out",
     "log_weights",
     "noise_pressure",
@@ -28,6 +28,7 @@ __all__ = [
     "prediction_stability",
     "relative_change",
     "sample_weights",
+    "seen_noise",
     "surprise",
     "volatility_weights",
 ]
@@ -200,15 +201,14 @@ def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
 
 def contradiction(
     prediction: Tensor,
-    nll: Tensor,
-    entropy: Tensor,
+    doubt: Tensor,
     target: Tensor,
     present: Tensor | None = None,
 ) -> Tensor:
     """How far all heads of a sample together contradict its target.
 
-    Where every head predicts the same class, and not the target's, as far as the least sure of
-    them is surprised: ``min_h 1 - exp(-max(0, nll_h - entropy_h))``, else 0; a twentieth of that
+    Where every head predicts the same class, and not the target's, as far as the least surprised
+    of them is, the smallest ``doubt`` of any, else 0; a twentieth of that
     where the fused head and one modality are all. A target of class probabilities, which may be
     unsure itself, is contradicted by as much of that as it prefers its likeliest class to the
     predicted one.
@@ -222,8 +222,7 @@ def contradiction(
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
-        nll: Of the target under every head, in nats, ``[M + 1, B]``.
-        entropy: Of every head's prediction, in nats, ``[M + 1, B]``.
+        doubt: As the function of that name gives it, ``[M + 1, B]`` in [0, 1].
         target: Class of each sample, int64 ``[B]``, or class probabilities, ``[B, C]``.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
@@ -232,12 +231,10 @@ def contradiction(
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 2, 0]])
-        >>> nll, entropy = torch.tensor([[2.3, 2.3, 0.1]] * 3), torch.full((3, 3), 0.3)
-        >>> contradiction(prediction, nll, entropy, torch.tensor([0, 0, 0]))
-        tensor([0.8647, 0.0000, 0.0000])
+        >>> contradiction(prediction, torch.full((3, 3), 0.9), torch.tensor([0, 0, 0]))
+        tensor([0.9000, 0.0000, 0.0000])
     """
     agree = torch.where(prediction[1:] == prediction[0], 1, -len(prediction))
-    doubt = -torch.expm1((entropy - nll).clamp_max(0.0))
     if present is not None:
         agree, doubt = agree * present[1:], torch.where(present, doubt, 1.0)
     least, modalities = doubt.amin(dim=0), agree.sum(dim=0)  # below 0 where one dissents
@@ -247,6 +244,26 @@ def contradiction(
         return torch.where(prediction[0] != target, least, 0.0)
     given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
     return least * (target.amax(dim=1) - given)
+
+
+def doubt(nll: Tensor, entropy: Tensor) -> Tensor:
+    """How far each head is surprised by a sample's target, ``1 - exp(-max(0, nll - entropy))``.
+
+    Where it predicts another class, that is how far it contradicts the target. Definition chosen
+    here.
+
+    Args:
+        nll: Of the target under every head, in nats, ``[M + 1, B]``.
+        entropy: Of every head's prediction, in nats, ``[M + 1, B]``.
+
+    Returns:
+        ``[M + 1, B]`` in [0, 1].
+
+    Example:
+        >>> doubt(torch.tensor([[2.3, 0.1]]), torch.tensor([[0.3, 0.3]]))
+        tensor([[0.8647, 0.0000]])
+    """
+    return torch.expm1((entropy - nll).clamp_max(0.0)).abs()
 
 
 def held_out(index: Tensor, share: float) -> Tensor:
@@ -273,23 +290,36 @@ def held_out(index: Tensor, share: float) -> Tensor:
     return (bits ^ (bits >> 16)) < round(share * 2**32)
 
 
-def credible_noise(contradicted: Tensor, competence: Tensor) -> Tensor:
-    """Label noise as samples held out show it, less while the fusion predicts little of them.
+def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: Tensor) -> Tensor:
+    """Label noise that samples held out show: to all able heads, or to the fused one alone.
 
-    Definition chosen here.
+    ``max(contradicted, 4 c (c' - c) / c')``, the latter where ``2 max_k s_k < s_0``, over
+    modalities k. What a fusion doubts of samples held out, and no less of those that it is trained
+    on, it may just not have learnt yet. What it doubts less and less of the latter alone, it learns
+    by heart; once nothing of that is left there is nothing to see, as on clean data, which is
+    hardly doubted while it is learnt. And a fusion is a witness of its own only if no modality has
+    half its skill, or it may repeat one that does not know better. Definition chosen here.
 
     Args:
-        contradicted: Share of those samples whose target all heads contradict, in [0, 1].
-        competence: Skill of the fused head, in [0, 1].
+        contradicted: ``contradiction``, averaged over samples held out, a scalar in [0, 1].
+        trained: ``doubt`` of the fused head where it predicts another class than the label's, 0
+            elsewhere, averaged over samples trained on, ``c``, a scalar in [0, 1].
+        held_out: The same over samples held out, ``c'``.
+        skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        Same shape, in [0, 1]: ``contradicted * min(1, 4 * competence)``.
+        A scalar in [0, 1].
 
     Example:
-        >>> credible_noise(torch.tensor(0.2), torch.tensor([0.0, 0.125, 0.9]))
-        tensor([0.0000, 0.1000, 0.2000])
+        >>> trained, held_out = torch.tensor(0.1), torch.tensor(0.2)
+        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.2]))
+        tensor(0.2000)
+        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.3]))
+        tensor(0.0100)
     """
-    return contradicted * _credibility(competence)
+    by_heart = (held_out - trained) / held_out
+    of_fused = 4.0 * trained * by_heart * (2.0 * skill[1:].amax() < skill[0])
+    return torch.fmax(contradicted, of_fused)  # which ignores the NaN of 0 / 0
 
 
 def noise_pressure(
@@ -312,7 +342,8 @@ def noise_pressure(
         >>> noise_pressure(torch.tensor([0.0, 0.02, 0.3]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    return (label_noise / full_at).clamp(0.0, 1.0) * _credibility(trust)
+    credible = 4.0 * torch.as_tensor(trust)
+    return (label_noise / full_at).clamp(0.0, 1.0) * credible.clamp_max(1.0)
 
 
 def log_weights(
@@ -398,12 +429,6 @@ def sample_weights(
     average = log_average + moves.log()
     weights = (log_weights - average.index_select(0, group)).exp()
     return weights if valid is None else torch.where(valid, weights, 1.0), average
-
-
-def _credibility(competence: Tensor | float) -> Tensor | float:
-    if isinstance(competence, Tensor):
-        return (4.0 * competence).clamp_max(1.0)
-    return min(4.0 * competence, 1.0)
 
 
 def _mean_over_heads(

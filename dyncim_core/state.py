@@ -81,14 +81,16 @@ class CurriculumState(KeepsDtype):
         volatility: ``[3]``, average relative change of each signal.
         label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: once
             there were any, of samples held out, by able heads alone (``witnesses``), a twentieth
-            where that is one modality, and less while the fusion has little skill
-            (``credible_noise``); before, of those trained on.
+            where that is one modality, or what the fusion alone sees (``seen_noise``); before, of
+            those trained on.
+        doubted: Scalar in [0, 1], how far the fused head by itself contradicts the labels of
+            samples trained on (``doubt``), on average, in calls that may hold samples out.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
         calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less if it is surer of
             samples held out, each by how far its label is believed, than it is right; 1 as long as
             there were none.
-        held_out_averages: ``[6, M + 1]``, what they, ``label_noise`` and the ``generalisation``
+        held_out_averages: ``[7, M + 1]``, what they, ``label_noise`` and the ``generalisation``
             that losses count by come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
@@ -122,6 +124,7 @@ class CurriculumState(KeepsDtype):
     signal_mean: Tensor
     volatility: Tensor
     label_noise: Tensor
+    doubted: Tensor
     skill: Tensor
     calibration: Tensor
     log_class_average: Tensor
@@ -164,6 +167,7 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("signal_mean", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("volatility", torch.zeros(len(SIGNALS), dtype=torch.float32))
         self.register_buffer("label_noise", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("doubted", torch.zeros((), dtype=torch.float32))
         self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_averages", torch.zeros(HEARD, heads, dtype=torch.float32))
         self.register_buffer("calibration", torch.zeros(heads, dtype=torch.float32))

@@ -34,8 +34,9 @@ class Specification(SimpleNamespace):
             signal_mean=np.zeros(3),
             volatility=np.zeros(3),
             label_noise=0.0,
+            doubted=0.0,
             skill=np.zeros(heads),
-            held_out_averages=np.zeros((6, heads)),
+            held_out_averages=np.zeros((7, heads)),
             calibration=np.ones(heads),
             log_class_average=np.zeros(1024),
             class_seen=np.zeros(1024),
@@ -72,13 +73,20 @@ class Specification(SimpleNamespace):
         valid, heard = counts & finite & ~held, finite & held
         lost = self._lost(found, mask, heard, settings)
         weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
-        said = (np.where(finite, x, 0.0) for x in (found.nll, found.entropy))
+        said = [np.where(finite, x, 0.0) for x in (found.nll, found.entropy)]
         asked = mask & ref.witnesses(self.skill)[:, None]
-        doubted = ref.contradiction(found.prediction, *said, np.where(counts, target, 0), asked)
+        doubt = ref.doubt(*said)
+        label = np.where(counts, target, 0)
+        doubted = ref.contradiction(found.prediction, doubt, label, asked)
+        alone = np.where(found.prediction == target, 0.0, doubt)
+        if valid.any() and index is not None and settings.held_out > 0.0:
+            rate = self._rate if self.seen[0] else 1.0
+            self.doubted += rate * (alone[0, valid].mean() - self.doubted)
         self._take_in(found.nll, mask & valid, weights, signals)
         if heard.any():
             samples = settings.held_out * SAMPLES
-            self._listen(mask & heard, found.prediction, target, doubted, lost, samples)
+            said = [found.prediction == target, *lost, np.broadcast_to(doubted, mask.shape), alone]
+            self._listen(mask & heard, found.prediction, said, samples)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_averages[0, 0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
         np.add.at(self.class_seen, target[valid] % 1024, 1)
@@ -182,24 +190,22 @@ class Specification(SimpleNamespace):
         self,
         heard: Array,
         prediction: Array,
-        target: Array,
-        doubted: Array,
-        lost: list[Array],
+        said: list[Array],
         samples: float,
     ) -> None:
         rate = self._rate * heard.any(axis=1)  # of a modality that was not heard they stay
         seen = self.class_seen[: min(self._classes, 1024)] + 1
         by_chance = (seen / seen.sum())[prediction % len(seen)]
-        said = [np.ones(heard.shape), prediction == target, by_chance, *lost]
-        said.append(np.broadcast_to(doubted, heard.shape))
+        said = [np.ones(heard.shape), said[0], by_chance, *said[1:]]
         for average, x in zip(self.held_out_averages, said, strict=True):
             average += rate * (np.where(heard, x, 0.0).mean(axis=1) - average)
-        mass, hits, chance, nll, entropy, doubt = self.held_out_averages
+        mass, hits, chance, nll, entropy, doubt, alone = self.held_out_averages
         self.calibration = ref.calibration(nll, entropy)
         some = np.where(mass > 0, mass, 1.0)
         skill = ref.skill(hits / some, chance / some)
         self.skill = ref.pooled_skill(np.where(mass > 0, skill, skill[0]), samples)
-        self.label_noise = float(ref.credible_noise(doubt[0] / mass[0], self.skill[0]))
+        shown = doubt[0] / mass[0], self.doubted, alone[0] / mass[0]
+        self.label_noise = float(ref.seen_noise(*shown, self.skill))
 
     def _remember(self, index: Array, nll: Array, counted: Array, weights: Array) -> None:
         for i, row in enumerate(index):

@@ -656,10 +656,18 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
     assert whole.state.held_out_averages[0, 0] > 0.0
     assert whole.state.nonfinite > 0
     after = dict(part.state.named_buffers())
+    of_held_out = (
+        "held_out_averages",
+        "doubted",
+        "skill",
+        "calibration",
+        "label_noise",
+        "nonfinite",
+    )
     for name, value in whole.state.named_buffers():
         if name.startswith("memory"):
             assert_allclose(value[~held], after[name][~held], rtol=1e-5, atol=1e-6)
-        elif not name.startswith(("held_out", "skill", "calibration", "label_noise", "nonfinite")):
+        elif name not in of_held_out:
             assert_allclose(value, after[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -696,7 +704,7 @@ def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None
     assert state.held_out_averages[0, 0] > 0.0
     assert_allclose(
         state.label_noise,
-        wrong[held].float().mean() * min(1.0, 4.0 * float(state.skill[0])),
+        wrong[held].float().mean(),
         rtol=1e-3,  # the heads are next to certain
     )
     before = state.label_noise.clone()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dyncim_core import CurriculumState, held_out
 from dyncim_core.kernels import eager
-from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Moments, Settings
+from dyncim_core.kernels.interface import HEARD, Criterion, Gate, Kept, Learnt, Moments, Settings
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_nobody_is_better_than_always_right(native: ModuleType) -> None:
     """Whatever a saved state claims to have heard: more hits here than samples."""
     index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:20]
     logits = [torch.eye(3)[torch.arange(20) % 3]] * 2
-    heard = torch.tensor([0.5, 0.6, 0.2, 0.0, 0.0, 0.0]).unsqueeze(1).expand(6, 2)
+    heard = torch.tensor([0.5, 0.6, 0.2, *[0.0] * (HEARD - 3)]).unsqueeze(1).expand(HEARD, 2)
     settings = PLAIN._replace(held_out=0.5)
     state = assert_alike(
         native,

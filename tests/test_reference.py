@@ -178,19 +178,31 @@ def test_contradiction() -> None:
     # nobody but the fused head is present.
     prediction = [[1, 0, 1, 1, 1], [1, 0, 1, 1, 2], [1, 0, 2, 2, 2]]
     present = [[True] * 5, [True, True, True, True, False], [True, True, True, False, False]]
-    # The least surprised is so by log 2 nats, the others by more, and the absent by nothing.
-    nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
-    calm = np.zeros((3, 5))
-    found = ref.contradiction(prediction, nll, calm, [0, 0, 0, 0, 0], present)
+    # The least surprised is so by half, the others by more, and the absent by nothing.
+    each = np.array([[0.75] * 5, [0.5] * 5, [0.875, 0.875, 0.875, 0.0, 0.0]])
+    found = ref.contradiction(prediction, each, [0, 0, 0, 0, 0], present)
     assert_allclose(found, [0.5, 0.0, 0.0, 0.5 / 20, 0.0], rtol=1e-14)
-    assert ref.contradiction([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]).tolist() == [0]
-    assert ref.contradiction([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
-    # As unsure as they are surprised.
-    assert ref.contradiction([[1], [1]], [[1.0], [2.0]], [[1.5], [2.0]], [0]).tolist() == [0]
+    assert ref.contradiction([[1], [1]], [[0.5], [0.75]], [1]).tolist() == [0]
+    assert ref.contradiction([[1]], [[0.5]], [0]).tolist() == [0]
     # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
-    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
+    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], each[:2, :3], unsure)
     assert_allclose(found, [0.15 / 20, 0.0, 0.0], rtol=1e-14)
+
+
+def test_doubt() -> None:
+    # Surprised by log 4 and log 2 nats beyond what it expects; as unsure as it is, or more.
+    nll, entropy = [[4.0, 4.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 2.0]]
+    assert_allclose(ref.doubt(np.log(nll), np.log(entropy)), [[0.75, 0.5], [0, 0]], rtol=1e-14)
+
+
+def test_seen_noise() -> None:
+    # Of 0.4 held out: nothing left, a quarter, half, all, more; modalities have a quarter.
+    found = [ref.seen_noise(0.05, c, 0.4, [0.8, 0.2, 0.1]) for c in (0.0, 0.1, 0.2, 0.4, 0.5)]
+    assert_allclose(found, [0.05, 0.3, 0.4, 0.05, 0.05], rtol=1e-14)
+    assert ref.seen_noise(0.05, 0.2, 0.4, [0.8, 0.4, 0.1]) == 0.05  # half its skill
+    assert ref.seen_noise(0.5, 0.2, 0.4, [0.8, 0.2, 0.1]) == 0.5
+    assert ref.seen_noise(0.0, 0.0, 0.0, [0.8, 0.2]) == 0
 
 
 def test_noise_pressure() -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 from dyncim_core import reference as ref
 from dyncim_core.signals import (
     contradiction,
-    credible_noise,
     difficulty,
+    doubt,
     held_out,
     log_weights,
     noise_pressure,
@@ -37,6 +37,7 @@ from dyncim_core.signals import (
     prediction_stability,
     relative_change,
     sample_weights,
+    seen_noise,
     surprise,
     volatility_weights,
 )
@@ -477,82 +478,89 @@ def test_contradiction_agrees_with_the_reference(
     case: tuple[Array, Array, Array | None], likely: Array, data: st.DataObject
 ) -> None:
     prediction, label, present = case
-    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, 8))) for _ in range(2))
+    surprised = data.draw(arrays(prediction.shape, reals(0, 1)))
     certain, unsure = np.eye(3)[label], likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
     for target in (label, certain, unsure):
         actual = contradiction(
             torch.from_numpy(prediction),
-            to_torch(nll),
-            to_torch(entropy),
+            to_torch(surprised),
             torch.from_numpy(target),
             None if present is None else torch.from_numpy(present),
         )
-        expected = ref.contradiction(prediction, nll, entropy, target, present)
+        expected = ref.contradiction(prediction, surprised, target, present)
         assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
         assert ((actual >= 0) & (actual <= 1)).all()
         if target is not unsure:  # a class is one-hot
-            alike = ref.contradiction(prediction, nll, entropy, label, present)
+            alike = ref.contradiction(prediction, surprised, label, present)
             assert_allclose(actual, alike, rtol=1e-12, atol=1e-15)
 
 
 @given(
     arrays((4, 3), st.integers(0, 2)),
-    arrays((4, 3), reals(0, 8)),
+    arrays((4, 3), reals(0, 1)),
     arrays((3, 3), st.booleans()),
     st.randoms(),
 )
 def test_absent_votes_and_the_order_of_the_modalities_do_not_matter(
-    votes: Array, excess: Array, mask: Array, random: Any
+    votes: Array, surprised: Array, mask: Array, random: Any
 ) -> None:
     prediction, label = torch.from_numpy(votes).long(), torch.tensor([0, 1, 2])
-    nll, calm = to_torch(excess), torch.zeros(4, 3, dtype=torch.float64)
+    each = to_torch(surprised)
     present = torch.cat([torch.ones(1, 3, dtype=torch.bool), torch.from_numpy(mask).bool()])
-    doubted = contradiction(prediction, nll, calm, label, present)
+    doubted = contradiction(prediction, each, label, present)
     garbage = torch.where(present, prediction, -1)
-    spoilt = torch.where(present, nll, math.nan)
-    assert torch.equal(contradiction(garbage, spoilt, calm, label, present), doubted)
+    spoilt = torch.where(present, each, math.nan)
+    assert torch.equal(contradiction(garbage, spoilt, label, present), doubted)
     order = [0, *random.sample([1, 2, 3], 3)]
-    again = contradiction(prediction[order], nll[order], calm, label, present[order])
+    again = contradiction(prediction[order], each[order], label, present[order])
     assert torch.equal(again, doubted)
 
 
-@given(arrays((3, 4), reals(0, 8)), st.integers(0, 2), reals(0.125, 2))
+@given(arrays((3, 4), reals(0, 1)), st.integers(0, 2), reals(0.125, 2))
 def test_the_least_surprised_head_limits_the_contradiction(
-    excess: Array, head: int, more: float
+    each: Array, head: int, more: float
 ) -> None:
     prediction, label = torch.ones(3, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-    calm = torch.zeros(3, 4, dtype=torch.float64)
-    doubted = contradiction(prediction, to_torch(excess), calm, label)
-    assert_allclose(doubted, 1 - np.exp(-excess.min(axis=0)), rtol=1e-12, atol=1e-15)
-    excess[head] = np.maximum(excess[head], excess.min(axis=0) + more)
-    others = np.delete(excess, head, axis=0).min(axis=0)
-    raised = contradiction(prediction, to_torch(excess), calm, label)
-    assert_allclose(raised, 1 - np.exp(-np.minimum(others, excess[head])), rtol=1e-12, atol=1e-15)
-    excess[head] = 0.0  # as unsure as it is surprised
-    assert not contradiction(prediction, to_torch(excess), calm, label).any()
+    doubted = contradiction(prediction, to_torch(each), label)
+    assert_allclose(doubted, each.min(axis=0), rtol=1e-12, atol=1e-15)
+    each[head] = np.maximum(each[head], np.minimum(1.0, each.min(axis=0) + more))
+    others = np.delete(each, head, axis=0).min(axis=0)
+    raised = contradiction(prediction, to_torch(each), label)
+    assert_allclose(raised, np.minimum(others, each[head]), rtol=1e-12, atol=1e-15)
+    each[head] = 0.0
+    assert not contradiction(prediction, to_torch(each), label).any()
+
+
+@given(arrays((3, 4), reals(0, 8)), arrays((3, 4), reals(0, 8)), reals(0, 8))
+def test_doubt_is_what_goes_beyond_the_head_s_own_uncertainty(
+    nll: Array, entropy: Array, more: float
+) -> None:
+    found = doubt(to_torch(nll), to_torch(entropy))
+    assert_allclose(found, ref.doubt(nll, entropy), rtol=1e-12, atol=1e-15)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert not found[to_torch(nll <= entropy).bool()].any()
+    assert (doubt(to_torch(nll + more), to_torch(entropy)) >= found).all()
 
 
 def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> None:
     # All wrong alike; all right; one dissents; the label is right only for the fused head.
     prediction = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 2, 1]])
-    sure = torch.full((3, 4), 2.0).log(), torch.zeros(3, 4)
-    doubted = contradiction(prediction, *sure, torch.tensor([0, 0, 0, 0]))
+    doubted = contradiction(prediction, torch.full((3, 4), 0.5), torch.tensor([0, 0, 0, 0]))
     assert_allclose(doubted, [0.5, 0.0, 0.0, 0.0], rtol=1e-6)
 
 
 def test_one_head_alone_contradicts_nothing_and_one_modality_next_to_nothing() -> None:
-    one, calm = torch.ones(1, 1), torch.zeros(1, 1)
-    assert contradiction(torch.tensor([[1]]), one, calm, torch.tensor([0])).tolist() == [0]
+    assert contradiction(torch.tensor([[1]]), torch.ones(1, 1), torch.tensor([0])).tolist() == [0]
     for modalities, expected in ((1, 0.05), (2, 1.0)):
         shape = 1 + modalities, 1
-        found = torch.ones(shape).long(), torch.ones(shape), torch.zeros(shape), torch.tensor([0])
-        assert_allclose(contradiction(*found), [expected * (1 - math.exp(-1))], rtol=1e-6)
+        found = torch.ones(shape).long(), torch.full(shape, 0.6), torch.tensor([0])
+        assert_allclose(contradiction(*found), [expected * 0.6], rtol=1e-6)
         present = torch.ones(shape, dtype=torch.bool)
         assert_allclose(contradiction(*found, present), contradiction(*found))
         present[-1] = False
         expected = 0.05 if modalities == 2 else 0.0
-        assert_allclose(contradiction(*found, present), [expected * (1 - math.exp(-1))], rtol=1e-6)
-    nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan), torch.zeros(2, 1)
+        assert_allclose(contradiction(*found, present), [expected * 0.6], rtol=1e-6)
+    nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan)
     alone = torch.tensor([[True], [False]])
     assert contradiction(*nothing, torch.tensor([0]), alone).tolist() == [0]
     assert contradiction(*(x[:1] for x in nothing), torch.tensor([0])).tolist() == [0]
@@ -586,13 +594,19 @@ def test_held_out_none_and_all() -> None:
     assert held_out(index, 1.0).all()
 
 
-@given(reals(0, 1), st.lists(reals(0, 1), min_size=1, max_size=5))
-def test_noise_is_believed_as_far_as_the_model_is_competent(
-    share: float, levels: list[float]
+@given(arrays(3, reals(0, 1)), arrays(3, reals(0, 1)))
+def test_noise_is_what_all_heads_contradict_or_the_fusion_learns_by_heart(
+    shares: Array, skills: Array
 ) -> None:
-    competence = np.sort(np.array(levels))
-    noise = credible_noise(torch.tensor(share).double(), torch.from_numpy(competence)).numpy()
-    assert_allclose(noise, ref.credible_noise(share, competence), rtol=1e-12, atol=1e-15)
-    assert (np.diff(noise) >= 0).all()
-    assert (noise <= share).all()
-    assert_allclose(noise[competence >= 0.25], share)
+    contradicted, trained, held = to_torch(shares)
+    skill = to_torch(skills)
+    noise = seen_noise(contradicted, trained, held, skill)
+    assert_allclose(noise, ref.seen_noise(*shares, skills), rtol=1e-12, atol=1e-15)
+    assert contradicted <= noise <= max(contradicted, held) + 1e-12
+    repeated = torch.cat([skill, skill[:1]])  # a modality that knows as much
+    assert seen_noise(contradicted, trained, held, repeated) == contradicted
+    alone = torch.tensor([1.0, 0.0]).double()
+    half_left = seen_noise(contradicted, held / 2, held, alone)
+    assert_allclose(half_left, max(contradicted, held), rtol=1e-12)
+    for learnt in (held, 0.0 * held):  # nothing by heart, or all
+        assert seen_noise(contradicted, learnt, held, alone) == contradicted

@@ -114,13 +114,14 @@ def test_averages_follow_their_definition() -> None:
     def update(nll: float, signal: float, doubt: bool) -> None:
         eager.take_in(
             torch.full((2, 1), nll),
-            torch.full((3, 1), signal),
-            torch.tensor([doubt]),
+            torch.full((3,), signal),
+            torch.tensor(doubt),
             torch.ones(2, 1),
             torch.tensor(1),
             4,
             state.averages(),
             state.decay,
+            holds_out=False,
         )
 
     update(1.0, 0.4, True)
@@ -143,13 +144,14 @@ def test_qualities_are_those_of_the_weighted_samples() -> None:
     state = CurriculumState(1)
     eager.take_in(
         torch.tensor([[1.0, 5.0], [2.0, 9.0]]),
-        torch.zeros(3, 2),
-        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(3),
+        torch.tensor(0.0),
         torch.tensor([[2.0, 0.0], [2.0, 0.0]]),
         torch.tensor(2),
         10,
         state.averages(),
         state.decay,
+        holds_out=False,
     )
     assert state.log_quality.tolist() == [-1.0, -2.0]
     assert state.effective_share == 0.5

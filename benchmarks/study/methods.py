@@ -477,6 +477,18 @@ class NoGeneralisation(EqualModalities):
         return weights / holds[1:].unsqueeze(1)
 
 
+class NoFusedWitness(DynCIM):
+    """Ablation: the fusion alone sees no label noise; only what all able heads contradict counts."""
+
+    @override
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """The joint objective."""
+        assert self.state is not None
+        # Less than in training, as where nothing is learnt by heart.
+        self.state.held_out_averages[6].zero_()
+        return super().loss(heads, target, index)
+
+
 DROPOUT = 0.5  # GatedFusion's, at full redundancy
 
 
@@ -637,6 +649,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-surprise": Entry(partial(DynCIM, surprise_strength=0.0)),
     "dyncim/no-skill": Entry(partial(DynCIM, gate=no_skill)),
     "dyncim/no-held-out": Entry(partial(DynCIM, held_out=0.0)),
+    "dyncim/no-fused-witness": Entry(NoFusedWitness),
     "dyncim/constant-strength": Entry(partial(DynCIM, label_noise=1.0)),
     "dyncim/deviation-alone": Entry(partial(OneSignal, signal=0)),
     "dyncim/consistency-alone": Entry(partial(OneSignal, signal=1)),

@@ -22,7 +22,8 @@ OTHERS = ("uci:pix+zer", "uci:fac+fou+zer")
 PEERS = tuple(peers())
 ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
 # What is for tasks where heads learn by heart what little modalities tell.
-BY_HEART = ("dyncim/no-generalisation", "dyncim/logits-throughout")
+FUSED_WITNESS = "dyncim/no-fused-witness"
+BY_HEART = ("dyncim/no-generalisation", "dyncim/logits-throughout", FUSED_WITNESS)
 NOISY = ("symmetric-40", "asymmetric-30")
 RARER = tuple(name for name in CONDITIONS if name not in ("clean", *NOISY))
 SETTINGS = "settings.csv"
@@ -84,6 +85,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
     "ablation": (
         Block((PAIR, TRIPLE, "starving"), ("clean", "symmetric-40"), ABLATIONS, range(5)),
         Block((TRIPLE,), ("asymmetric-30",), ABLATIONS, range(5)),
+        Block(("together",), ("symmetric-40",), (FUSED_WITNESS,), range(10)),
         Block(("together", "diabetes", "dominated"), ("clean",), ABLATIONS, range(5)),
     ),
 }

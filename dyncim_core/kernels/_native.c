@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 8 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 9 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -339,14 +339,14 @@ static void scale(int64_t heads, int64_t batch, int64_t classes, const float *gr
 }
 
 /* Averages of samples held out, of each head: the rows of held_out_averages. */
-enum { SEEN, HITS, CHANCE, NLL, ENTROPY, DOUBT, SAID };
+enum { SEEN, HITS, CHANCE, NLL, ENTROPY, DOUBT, OWN_DOUBT, SAID };
 
 /* The running averages of a CurriculumState and its per-sample memory, updated in place. */
 typedef struct {
     int64_t heads; /* of the state: at least those of the batch */
     float *log_quality, *quality;
     int64_t *seen;
-    float *signal_mean, *volatility, *label_noise, *effective_share;
+    float *signal_mean, *volatility, *label_noise, *doubted, *effective_share;
     int64_t *step, *nonfinite;
     float *held_out[SAID], *skill, *calibration;
     float *log_class_average;
@@ -434,7 +434,9 @@ static int is_held_out(int64_t index, uint64_t below) {
 typedef struct {
     int64_t count;
     double said[SAID][MAX_HEADS]; /* of those held out */
-    double contradicted, signal[SIGNALS], difficulty;
+    double contradicted; /* by all heads */
+    double doubted;      /* by the fused head */
+    double signal[SIGNALS], difficulty;
 } Tally;
 
 static int64_t group_of(int64_t class) { return class & (GROUPS - 1); }
@@ -458,6 +460,15 @@ static float best_of(const float *skill, int64_t heads) {
 static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
     float best = best_of(skill + 1, heads - 1);
     for (int64_t h = 0; h < heads; h++) asked[h] = h == 0 || 2.0f * skill[h] >= best;
+}
+
+/* Label noise that samples held out show: contradicted by all heads, or by what the fused head
+ * doubts of samples trained on and held out, if no modality has half its skill. */
+static double seen_noise(double contradicted, double trained, double held_out, const float *skill,
+                         int64_t heads) {
+    int alone = held_out > trained && 2.0f * best_of(skill + 1, heads - 1) < skill[0];
+    double of_fused = alone ? 4.0 * trained * (held_out - trained) / held_out : 0.0;
+    return of_fused > contradicted ? of_fused : contradicted;
 }
 
 static double trust_of(double skill) { return skill > 0.02 ? skill : 0.02; }
@@ -492,7 +503,8 @@ static void listen(const Problem *p, const Tally *heard, double samples, State *
     for (int64_t h = 0; h < p->heads; h++)
         s->skill[h] = (float)(own * s->skill[h] + (1.0 - own) * mean);
     double contradicted = s->held_out[DOUBT][0] / (double)s->held_out[SEEN][0];
-    *s->label_noise = (float)(contradicted * clamp(4.0 * s->skill[0], 0.0, 1.0));
+    double doubted = s->held_out[OWN_DOUBT][0] / (double)s->held_out[SEEN][0];
+    *s->label_noise = (float)seen_noise(contradicted, *s->doubted, doubted, s->skill, p->heads);
 }
 
 /* Weights of the weighed samples, over the average of their class, this batch included: from
@@ -546,6 +558,13 @@ static double without_mass(const Problem *p, const float *w, const double *facto
             coefficient[at] = found;
         }
     return sum;
+}
+
+/* How far a head by itself contradicts the target of a sample whose NLL it has. */
+static double doubt_of(const Statistics *found, float nll, int64_t h, int64_t here, int64_t target) {
+    int64_t at = h * found->near + here;
+    float excess = nll - found->entropy[at];
+    return found->prediction[at] != target && excess > 0.0f ? 1.0 - (double)expf(-excess) : 0.0;
 }
 
 /* Weigh the samples by what the state knows, then take the batch into it. Statistics are given,
@@ -637,7 +656,9 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 t->said[NLL][h] += believed * lost;
                 t->said[ENTROPY][h] += believed * found->entropy[h * found->near + here];
                 t->said[DOUBT][h] += doubt;
+                t->said[OWN_DOUBT][h] += doubt_of(found, lost, h, here, y);
             }
+        if (holds_out && !held[i]) t->doubted += doubt_of(found, nll[i], 0, here, y);
     }
     const Tally *rest = tally, *heard_of = tally + 1;
 
@@ -677,6 +698,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             average(s->volatility + k, change, second, o->decay);
             average(s->signal_mean + k, now, first, o->decay);
         }
+        if (holds_out) average(s->doubted, rest->doubted / some, first, o->decay);
         /* Once any was held out, those trained on, known by heart, are not asked for it. */
         if (!holds_out && s->held_out[SEEN][0] == 0.0f)
             average(s->label_noise, rest->contradicted / some, 0, o->decay);
@@ -1179,8 +1201,8 @@ static PyObject *py_scale(PyObject *self, PyObject *const *args, Py_ssize_t coun
 
 static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     State s = {0};
-    PyObject *of[15];
-    for (int k = 0; k < 15; k++) of[k] = PyList_GetItem(buffers, k);
+    PyObject *of[16];
+    for (int k = 0; k < 16; k++) of[k] = PyList_GetItem(buffers, k);
     s.heads = heads;
     s.log_quality = address(of[0]);
     s.quality = address(of[1]);
@@ -1188,16 +1210,17 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     s.signal_mean = address(of[3]);
     s.volatility = address(of[4]);
     s.label_noise = address(of[5]);
-    s.effective_share = address(of[6]);
-    s.step = address(of[7]);
-    s.nonfinite = address(of[8]);
-    float *held_out = address(of[9]);
+    s.doubted = address(of[6]);
+    s.effective_share = address(of[7]);
+    s.step = address(of[8]);
+    s.nonfinite = address(of[9]);
+    float *held_out = address(of[10]);
     for (int k = 0; k < SAID; k++) s.held_out[k] = held_out + k * heads;
-    s.skill = address(of[10]);
-    s.calibration = address(of[11]);
-    s.log_class_average = address(of[12]);
-    s.class_seen = address(of[13]);
-    s.class_weight = address(of[14]);
+    s.skill = address(of[11]);
+    s.calibration = address(of[12]);
+    s.log_class_average = address(of[13]);
+    s.class_seen = address(of[14]);
+    s.class_weight = address(of[15]);
     if (memory != Py_None) {
         s.samples = integer(PyList_GetItem(memory, 0));
         s.index = address(PyList_GetItem(memory, 1));

@@ -49,8 +49,8 @@ from dyncim_core.modality import (
 )
 from dyncim_core.signals import (
     contradiction,
-    credible_noise,
     difficulty,
+    doubt,
     held_out,
     log_weights,
     noise_pressure,
@@ -59,6 +59,7 @@ from dyncim_core.signals import (
     prediction_stability,
     relative_change,
     sample_weights,
+    seen_noise,
     surprise,
     volatility_weights,
 )
@@ -299,35 +300,40 @@ def weigh(
     if held is not None:  # else nobody has shown any skill, or the answer is not taken
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
-    doubted = contradiction(found.prediction, nll, entropy, target, asked)
+    of_each = doubt(nll, entropy)
+    contradicted = doubted = contradiction(found.prediction, of_each, target, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
-        signals = torch.where(weighed, signals, 0.0)
-        counted = remembered > held  # and not held
+        counted = weighed.expand_as(nll) if present is None else weighed & present
         heard = remembered & held
         right = found.prediction == target
         chance = frequency(found.prediction, num_classes, buffers)
-        assert memory is not None  # noqa: S101
-        samples = settings.held_out * len(memory.nll)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        said = right, chance, nll, entropy, doubted
-        listen(heard, said, believed, samples, buffers, settings.decay)
+        alone = torch.where(right, 0.0, of_each)
+        said = right, chance, nll, entropy, doubted, alone
+        contradicted = alone[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
         nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
         remembered = counted
+    each = weighed.to(signals.dtype)
     take_in(
         nll,
-        signals,
-        None if held is not None else doubted * weighed,
+        signals.mv(each),
+        contradicted.dot(each),
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
         buffers,
         settings.decay,
+        held is not None,
     )
+    if held is not None:
+        assert memory is not None  # noqa: S101
+        samples = settings.held_out * len(memory.nll)
+        listen(heard, said, believed, samples, buffers, settings.decay)
     buffers.nonfinite.add_((counts ^ finite).sum())
     if memory is not None:
         remember(memory, recalled, visits, nll, remembered, settings.memory_decay)
@@ -345,8 +351,9 @@ def weigh(
             # the mean of cross-entropy is over class weights
             of_sample = criterion.weight.to(weights.dtype)[torch.where(trained, target, 0)]
             mass = torch.where(trained, of_sample, 0.0).sum()
-        if held is not None or settings.skip_nonfinite:  # of a batch left out as a whole, 0
-            mass = torch.where(mass != 0, mass, (counts ^ trained).sum())
+        left_out = counts ^ trained if settings.skip_nonfinite else held
+        if left_out is not None:  # of a batch left out as a whole, 0
+            mass = torch.where(mass != 0, mass, left_out.sum())
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
@@ -399,10 +406,10 @@ def remember(
 def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
     """How frequent the predicted classes are among all samples trained on, each once more."""
     kind, groups = buffers.skill.dtype, min(num_classes, len(buffers.class_seen))
-    seen = buffers.class_seen[:groups]
+    smoothed = buffers.class_seen[:groups] + 1
     if groups < num_classes:
         prediction = prediction % groups
-    return (seen[prediction] + 1).to(kind) / (seen.sum() + groups).to(kind)
+    return smoothed[prediction].to(kind) / smoothed.sum().to(kind)
 
 
 def listen(
@@ -417,8 +424,8 @@ def listen(
 
     ``heard``, ``[M + 1, B]``, tells which of them a head sees; ``said``, each ``[M + 1, B]`` or
     ``[B]``, whether it is right and how often it would be by chance, its NLL and entropy, which
-    count as far as the label is ``believed``, ``[B]``, and how far the label is contradicted;
-    ``samples``, how many there are in all.
+    count as far as the label is ``believed``, ``[B]``, and how far the label is contradicted, by
+    all heads and by each; ``samples``, how many there are in all.
     """
     kind = buffers.skill.dtype
     rows = torch.stack([heard, *(x.expand_as(heard) for x in said)])
@@ -428,30 +435,33 @@ def listen(
     averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
     mass = averages[0]
     means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
-    hit_rate, chance, nll, entropy, contradicted = means.unbind()
+    hit_rate, chance, nll, entropy, contradicted, alone = means.unbind()
     known = skill(hit_rate, chance)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
     buffers.calibration.copy_(calibration(nll, entropy))
-    buffers.label_noise.lerp_(credible_noise(contradicted[0], known[0]), some[0])
+    noise = seen_noise(contradicted[0], buffers.doubted, alone[0], known)
+    buffers.label_noise.lerp_(noise, some[0])
 
 
 def take_in(
     nll: Tensor,
     signals: Tensor,
-    contradicted: Tensor | None,
+    contradicted: Tensor,
     weights: Tensor,
     count: Tensor,
     num_classes: int,
     buffers: Buffers,
     decay: float,
+    holds_out: bool,
 ) -> None:
     """Take a batch into the running averages; what does not count is 0 in all of it.
 
-    An average starts at its first value, and stays where a batch has nothing to say, as label
-    noise does without ``contradicted``. Qualities are averaged with the sample weights, so that
-    labels in doubt do not make a good modality look bad.
+    ``signals``, ``[3]``, and ``contradicted`` are sums over the samples. Labels are contradicted by
+    all heads, or, where samples are held out, of whom those are asked, by the fused one. An average
+    starts at its first value, and stays where a batch has nothing to say. Qualities are averaged
+    with the sample weights, so that labels in doubt do not make a good modality look bad.
     """
     kind, seen = buffers.log_quality.dtype, buffers.seen
     some = count.clamp_min(1)
@@ -461,7 +471,7 @@ def take_in(
     start = rate[0]
     steps = start.clamp_max(1.0 - decay)
 
-    signal = (signals.sum(dim=1) / some).to(kind)
+    signal = (signals / some).to(kind)
     # The first batch has nothing to have moved from, the second nothing to average with.
     change = torch.where(first[0], 0.0, relative_change(signal, buffers.signal_mean))
     buffers.volatility.lerp_(change, torch.where(seen[0] == 1, start > 0, steps))
@@ -470,11 +480,14 @@ def take_in(
     tiny = torch.finfo(mass.dtype).tiny
     share = mass[0].square() / (some * fused.dot(fused)).clamp_min(tiny)
     buffers.effective_share.lerp_(share.to(kind), start)
-    if contradicted is not None:
+    mean_doubt = (contradicted / some).to(kind)
+    if holds_out:
+        buffers.doubted.lerp_(mean_doubt, start)
+    else:
         # Starts at 0, not at its first value: the doubt of an untrained model is worth nothing.
         # Once any sample was held out, those trained on, known by heart, are not asked for it.
-        doubt, heard = contradicted.sum() / some, buffers.held_out_averages[0, 0] > 0.0
-        buffers.label_noise.lerp_(doubt.to(kind), torch.where(heard, 0.0, steps))
+        heard = buffers.held_out_averages[0, 0] > 0.0
+        buffers.label_noise.lerp_(mean_doubt, torch.where(heard, 0.0, steps))
 
     mean_nll = (weights * nll).sum(dim=1) / mass.clamp_min(tiny)
     # A batch moves it as far as it is weighed, or labels in doubt would count in small ones.

@@ -28,7 +28,7 @@ __all__ = [
 
 
 # Rows of ``Buffers.held_out_averages``.
-HEARD = 6
+HEARD = 7
 
 # What kernels save for their gradients, if anything: normalisers of the softmaxes; or what the
 # gradients are made in, which the first backward takes out of its box for good.
@@ -66,8 +66,10 @@ class Buffers(NamedTuple):
     ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would
     by chance, of its NLL and its entropy in nats, both by how far the label is believed, and of
-    how far all heads contradict the label. ``skill`` and ``calibration``, ``[M + 1]``, follow from
-    them, and so does ``label_noise`` from the first sample held out on. Of class c, at ``c % K``:
+    how far all heads together and the head by itself contradict the label. ``skill`` and
+    ``calibration``, ``[M + 1]``, follow from them, and so does ``label_noise`` from the first
+    sample held out on, with ``doubted``, how far the fused head contradicts those trained on. Of
+    class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
     the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the
     classes, 1 without; 0 where predictions do not follow the frequency of the classes, as with
@@ -80,6 +82,7 @@ class Buffers(NamedTuple):
     signal_mean: Tensor
     volatility: Tensor
     label_noise: Tensor
+    doubted: Tensor
     effective_share: Tensor
     step: Tensor
     nonfinite: Tensor

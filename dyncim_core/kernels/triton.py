@@ -524,7 +524,7 @@ def _curriculum(
     zero = tl.zeros([samples], tl.float32)
     hearing: tl.tuple = (asked_heads, head_weight, usual)
     plane = tl.zeros([heads, samples], tl.float32)
-    said: tl.tuple = (plane, plane, plane, plane, plane, plane)
+    said: tl.tuple = (plane, plane, plane, plane, plane, plane, plane)
     number, mean, spread, nonfinite, contradicted, mass = zero, zero, zero, zero, zero, zero
     left_out = zero
     signals: tl.tuple = (zero, zero, zero)
@@ -563,15 +563,17 @@ def _curriculum(
         differ = others & (prediction != fused[None, :])
         doubt = tl.where(tl.sum(others.to(tl.int32), 0) > 1, doubt, _OF_ONE * doubt)
         agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
-        asked = valid
         if below is not None:
-            asked = heard
             left_out += held.to(tl.float32)
             asked_here = here & heard[None, :]
             of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
             believed = tl.exp(_log_weight(rho * surprise, 0.0))[None, :]
             entropy = tl.load(found.rows + 2 * count * batch + at, mask=here, other=0.0)
             doubted = tl.where(agree & (fused != y), doubt, 0.0)[None, :]
+            alone = 1.0 - tl.exp(-tl.maximum(nll - entropy, 0.0))
+            alone = tl.where(prediction != y[None, :], alone, 0.0)
+            of_fused = tl.sum(tl.where((head == 0)[:, None], alone, 0.0), 0)
+            contradicted += tl.where(valid, of_fused, 0.0)
             said = (
                 said[0] + asked_here.to(tl.float32),
                 said[1] + (asked_here & (prediction == y[None, :])).to(tl.float32),
@@ -579,8 +581,10 @@ def _curriculum(
                 said[3] + tl.where(asked_here, believed * nll, 0.0),
                 said[4] + tl.where(asked_here, believed * entropy, 0.0),
                 said[5] + tl.where(asked_here, doubted, 0.0),
+                said[6] + tl.where(asked_here, alone, 0.0),
             )
-        contradicted += tl.where(asked & agree & (fused != y), doubt, 0.0)
+        else:
+            contradicted += tl.where(valid & agree & (fused != y), doubt, 0.0)
         if skip:
             left_out += (kept & (valid == 0)).to(tl.float32)
         heavy = zero + 1.0
@@ -670,13 +674,18 @@ def _curriculum(
         _average(buffers.volatility + k, change, tl.where(steps == 1, moves, rate))
         _average(buffers.signal_mean + k, now, first_rate)
     heard_mass, heard_nll = averages[0], averages[3]
+    contradicted = tl.sum(contradicted, 0) / some
     if below is None:
         # Once any was held out, those trained on, known by heart, are not asked for it.
         doubt_rate = tl.where(tl.sum(tl.where(head == 0, averages[0], 0.0), 0) > 0, 0.0, rate)
-        _average(buffers.label_noise, tl.sum(contradicted, 0) / some, doubt_rate)
+        _average(buffers.label_noise, contradicted, doubt_rate)
     else:
+        doubted = tl.load(buffers.doubted).to(tl.float32)
+        doubted += first_rate * (contradicted - doubted)
+        tl.store(buffers.doubted, doubted)
         skill, heard_mass, heard_nll = _listen(
             buffers,
+            doubted,
             averages,
             said,
             tl.maximum(batch, 1),
@@ -827,6 +836,7 @@ def _average(at: tl.tensor, value: tl.tensor, rate: tl.tensor) -> None:
 @_jit
 def _listen(
     buffers: tl.tuple,
+    doubted: tl.tensor,
     averages: tl.tuple,
     said: tl.tuple,
     batch: tl.tensor,
@@ -848,7 +858,7 @@ def _listen(
         moved += (averages[k] + rate * (tl.sum(said[k], 1) / batch - averages[k]),)
         at = buffers.held_out_averages + k * known + head
         tl.store(at, moved[k], mask=head < known)
-    mass, hits, chance, nll, entropy, contradicted = moved
+    mass, hits, chance, nll, entropy, contradicted, alone = moved
     calibration = tl.where(nll > entropy, entropy / tl.where(nll > 0, nll, 1.0), 1.0)
     positive = tl.maximum(mass, 1e-30)
     error = tl.maximum(1.0 - chance / positive, _SMALLEST_ERROR)
@@ -860,7 +870,11 @@ def _listen(
     skill = own * skill + (1.0 - own) * tl.sum(tl.where(head < known, skill, 0.0), 0) / known
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = tl.sum(tl.where(head == 0, contradicted / positive, 0.0), 0)
-    noise *= tl.minimum(4.0 * fused, 1.0)
+    # As dyncim_core.signals.seen_noise defines it.
+    alone = tl.sum(tl.where(head == 0, alone / positive, 0.0), 0)
+    by_heart = tl.maximum(alone - doubted, 0.0) / tl.maximum(alone, 1e-30)
+    best = tl.max(tl.where((head > 0) & (head < known), skill, 0.0), 0)
+    noise = tl.maximum(noise, tl.where(2.0 * best < fused, 4.0 * doubted * by_heart, 0.0))
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.calibration + head, calibration, mask=head < known)
