@@ -58,8 +58,8 @@ class DynCIMLoss(nn.Module):
             full from 0.04 on. When ``None``, the run shows it: ``state.label_noise`` averages
             how far all heads contradict a label together, once a sample was held out of such ones
             alone. That takes two modalities with skill; what one alone contradicts counts a
-            twentieth, so that much noise acts in part, and without any the surprise weighting
-            stays off, unless the share is given.
+            twentieth, so that much noise acts in part; what the fused head alone contradicts
+            counts as it learns it by heart, and as far as it knows more than any modality.
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
             fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample

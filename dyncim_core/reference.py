@@ -398,9 +398,10 @@ def held_out(index: ArrayLike, share: float) -> Mask:
 def seen_noise(
     contradicted: ArrayLike, trained: ArrayLike, held_out: ArrayLike, skill: ArrayLike
 ) -> Array:
-    """Label noise, ``max(contradicted, 4 c (c' - c) / c')``, the latter if ``2 max s_k < s_0``.
+    """Label noise, that all heads contradict or the fused one alone learns by heart.
 
-    Definition chosen here.
+    ``max(contradicted, 2 c max(0, 1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``. Definition chosen
+    here.
 
     Args:
         contradicted: By all heads, of samples held out, in [0, 1].
@@ -412,12 +413,14 @@ def seen_noise(
         In [0, 1].
 
     Example:
-        >>> seen_noise([0.0, 0.3], 0.1, 0.2, [0.5, 0.2]).round(4).tolist()
-        [0.2, 0.3]
+        >>> seen_noise([0.0, 0.3], 0.1, 0.2, [0.5, 0.0]).round(4).tolist()
+        [0.1, 0.3]
     """
     s, c = np.asarray(skill, dtype=np.float64), np.asarray(trained, dtype=np.float64)
     held = np.asarray(held_out, dtype=np.float64)
-    alone = 4.0 * c * (held - c) / held if held > c and 2.0 * s[1:].max() < s[0] else 0.0
+    alone, best = 0.0, s[1:].max(initial=0.0)
+    if len(s) > 1 and c < held and best < s[0]:
+        alone = 2.0 * c * (1.0 - c / held) * (1.0 - best / s[0]) ** 3
     return np.maximum(np.asarray(contradicted, dtype=np.float64), alone)
 
 

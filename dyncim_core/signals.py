@@ -293,12 +293,13 @@ def held_out(index: Tensor, share: float) -> Tensor:
 def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: Tensor) -> Tensor:
     """Label noise that samples held out show: to all able heads, or to the fused one alone.
 
-    ``max(contradicted, 4 c (c' - c) / c')``, the latter where ``2 max_k s_k < s_0``, over
-    modalities k. What a fusion doubts of samples held out, and no less of those that it is trained
-    on, it may just not have learnt yet. What it doubts less and less of the latter alone, it learns
-    by heart; once nothing of that is left there is nothing to see, as on clean data, which is
-    hardly doubted while it is learnt. And a fusion is a witness of its own only if no modality has
-    half its skill, or it may repeat one that does not know better. Definition chosen here.
+    ``max(contradicted, 2 c max(0, 1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``, over modalities k.
+    What a fusion doubts of samples held out, and no less of those that it is trained on, it may
+    just not have learnt yet. What it doubts less and less of the latter alone, it learns by heart;
+    once nothing of that is left there is nothing to see, as on clean data whose classes do not
+    overlap, which is hardly doubted while it is learnt. And a fusion is a witness of its own only
+    as far as it knows more than any modality, or it may repeat one that does not know better;
+    cubed, since skills found on few samples are rough. Definition chosen here.
 
     Args:
         contradicted: ``contradiction``, averaged over samples held out, a scalar in [0, 1].
@@ -308,18 +309,21 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        A scalar in [0, 1].
+        A scalar in [0, 1]; ``contradicted`` without a modality (M = 0).
 
     Example:
         >>> trained, held_out = torch.tensor(0.1), torch.tensor(0.2)
-        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.2]))
-        tensor(0.2000)
-        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.3]))
+        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.0]))
+        tensor(0.1000)
+        >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.5]))
         tensor(0.0100)
     """
-    by_heart = (held_out - trained) / held_out
-    of_fused = 4.0 * trained * by_heart * (2.0 * skill[1:].amax() < skill[0])
-    return torch.fmax(contradicted, of_fused)  # which ignores the NaN of 0 / 0
+    if skill.shape[-1] == 1:
+        return contradicted
+    by_heart = (1.0 - trained / held_out).clamp_min(0.0)
+    ahead = (1.0 - skill[1:].amax() / skill[0]).clamp_min(0.0)
+    of_fused = 2.0 * trained * by_heart * ahead.pow(3)
+    return torch.maximum(contradicted, of_fused.nan_to_num(0.0))  # of 0 / 0
 
 
 def noise_pressure(
@@ -342,8 +346,8 @@ def noise_pressure(
         >>> noise_pressure(torch.tensor([0.0, 0.02, 0.3]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    credible = 4.0 * torch.as_tensor(trust)
-    return (label_noise / full_at).clamp(0.0, 1.0) * credible.clamp_max(1.0)
+    credible = (4.0 * trust).clamp_max(1.0) if isinstance(trust, Tensor) else min(4.0 * trust, 1.0)
+    return (label_noise / full_at).clamp(0.0, 1.0) * credible
 
 
 def log_weights(

@@ -81,8 +81,8 @@ class CurriculumState(KeepsDtype):
         volatility: ``[3]``, average relative change of each signal.
         label_noise: Scalar in [0, 1], how far all heads contradict the labels, on average: once
             there were any, of samples held out, by able heads alone (``witnesses``), a twentieth
-            where that is one modality, or what the fusion alone sees (``seen_noise``); before, of
-            those trained on.
+            where that is one modality, or what the fused head alone sees, if that is more
+            (``seen_noise``); before, of those trained on.
         doubted: Scalar in [0, 1], how far the fused head by itself contradicts the labels of
             samples trained on (``doubt``), on average, in calls that may hold samples out.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples

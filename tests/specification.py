@@ -235,6 +235,9 @@ CASES: dict[str, dict[str, Any]] = {
     "held whole": {"share": 0.5, "whole": True},
     "nothing of any weight is left": {"weighted": True, "worthless": True, "ignored": True},
     "none held": {"share": 1e-12},
+    "the fusion alone": {"alone": True},
+    "the fusion alone, masked, skip": {"alone": True, "masked": True, "skip": True},
+    "the fusion alone, mixed": {"alone": True, "mixed": True},
     "known noise": {"noise": 0.1, "share": 0.0},
     "more classes than are told apart": {"classes": (0, 5, 1024, 1029, 1039)},
     "weighted, more classes than are told apart": {"weighted": True, "classes": (0, 5, 1039)},
@@ -298,6 +301,7 @@ def run(
     late: bool = False,
     whole: bool = False,
     worthless: bool = False,
+    alone: bool = False,
     share: float = 0.3,
     noise: float | None = None,
     classes: tuple[int, ...] = tuple(range(CLASSES)),
@@ -307,7 +311,8 @@ def run(
     ``spoilt``: which samples have logits that are not finite: some "held" out, all "trained" on,
     or some of "both". ``mixed``: every other step holds nothing out, ``late`` the first one.
     ``whole``: batches of which all would be held out. ``worthless``: all others have a class
-    of weight 0. ``classes``: those that occur, up to the largest there is.
+    of weight 0. ``alone``: modalities tell nothing, and the fusion has learnt half of the samples
+    trained on by heart. ``classes``: those that occur, up to the largest there is.
     """
     generator = torch.Generator().manual_seed(0)
     state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
@@ -326,7 +331,14 @@ def run(
         seeming = (kind + (index % 3 == 0)) % len(classes)
         target, seeming = torch.tensor(classes)[kind], torch.tensor(classes)[seeming]
         logits = 2.0 * torch.randn(1 + MODALITIES, len(index), number, generator=generator)
-        logits += 1.25 * math.log(number) * torch.nn.functional.one_hot(seeming, number)
+        told = 1.25 * math.log(number) * torch.nn.functional.one_hot(seeming, number)
+        if alone:
+            by_heart = (~hashed & (index % 2 == 0)).unsqueeze(1)
+            logits[0] += 4.0 * torch.where(
+                by_heart, target.unsqueeze(1).eq(torch.arange(number)), told
+            )
+        else:
+            logits += told
         if worthless:
             target[~hashed], weight[0] = 0, 0.0
         if ignored:

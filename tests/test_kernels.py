@@ -600,7 +600,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("backend", "more"), [("eager", 72), ("native", 0)])
+@pytest.mark.parametrize(("backend", "more"), [("eager", 76), ("native", 0)])
 def test_holding_out_takes_few_operators(
     backend: str, more: int, request: pytest.FixtureRequest
 ) -> None:
@@ -736,6 +736,25 @@ def test_threads_are_made_anew_after_a_fork() -> None:
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_the_specification_has_runs_whose_noise_the_fusion_alone_sees() -> None:
+    cpu, seen = torch.device("cpu"), 0
+    for options in (options for options in CASES.values() if "alone" in options):
+        found = {name: x for name, _, x in run(eager, cpu, **options)}
+        for step in range(6):
+            mass, *_, by_all, _ = found[f"held_out_averages {step}"][:, 0]
+            seen += mass > 0 and found[f"label_noise {step}"] > 1.1 * by_all / mass
+    assert seen >= 9
+
+
+def test_class_probabilities_may_be_more_precise_than_logits() -> None:
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend="eager")
+        target = randn(9, 4).softmax(dim=1).to(dtype)
+        losses.append(criterion(randn(9, 4), target, unimodal=[randn(9, 4), randn(9, 4, seed=1)]))
+    assert_allclose(losses[1].float(), losses[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native", "native, shared"])

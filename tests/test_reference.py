@@ -197,12 +197,14 @@ def test_doubt() -> None:
 
 
 def test_seen_noise() -> None:
-    # Of 0.4 held out: nothing left, a quarter, half, all, more; modalities have a quarter.
-    found = [ref.seen_noise(0.05, c, 0.4, [0.8, 0.2, 0.1]) for c in (0.0, 0.1, 0.2, 0.4, 0.5)]
-    assert_allclose(found, [0.05, 0.3, 0.4, 0.05, 0.05], rtol=1e-14)
-    assert ref.seen_noise(0.05, 0.2, 0.4, [0.8, 0.4, 0.1]) == 0.05  # half its skill
-    assert ref.seen_noise(0.5, 0.2, 0.4, [0.8, 0.2, 0.1]) == 0.5
-    assert ref.seen_noise(0.0, 0.0, 0.0, [0.8, 0.2]) == 0
+    # Of 0.4 held out: nothing left, a quarter, half, all, more; modalities tell nothing.
+    found = [ref.seen_noise(0.05, c, 0.4, [0.8, 0.0, 0.0]) for c in (0.0, 0.1, 0.2, 0.4, 0.5)]
+    assert_allclose(found, [0.05, 0.15, 0.2, 0.05, 0.05], rtol=1e-14)
+    assert_allclose(ref.seen_noise(0.0, 0.2, 0.4, [0.8, 0.4, 0.1]), 0.2 / 8, rtol=1e-14)
+    for skill in ([0.8, 0.1, 0.9], [0.0, 0.0], [0.8]):
+        assert ref.seen_noise(0.05, 0.2, 0.4, skill) == 0.05
+    assert ref.seen_noise(0.5, 0.2, 0.4, [0.8, 0.0]) == 0.5
+    assert ref.seen_noise(0.0, 0.0, 0.0, [0.8, 0.0]) == 0
 
 
 def test_noise_pressure() -> None:

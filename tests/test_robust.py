@@ -648,6 +648,41 @@ def test_label_noise_is_what_all_able_modalities_contradict(backend: str) -> Non
 
 
 @each_backend
+def test_label_noise_is_what_the_fusion_learns_by_heart_where_only_it_knows(backend: str) -> None:
+    """A quarter of the labels are wrong, of which the fusion has learnt none, half or all.
+
+    Where a modality knows most of what it does, and dissents from no more, that is no noise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(1000)
+    held = held_out(index, 0.05)
+    target = index % 4
+    wrong = index // 4 % 4 == 0
+    wrong[held] = torch.arange(int(held.sum())) % 4 == 0  # a quarter of both
+    given = torch.where(wrong, (target + 1) % 4, target)
+    right, learnt = (8.0 * F.one_hot(x, 4).float() for x in (target, given))
+    guess, other = 8.0 * F.one_hot(torch.randint(4, (2, 1000), generator=generator), 4).float()
+    rival = torch.where((index % 4 == 3).unsqueeze(1), guess, right)
+    found = {}
+    for by_heart in (0.0, 0.5, 1.0):
+        for known, others in (("nothing", [guess, other]), ("most", [rival, guess])):
+            state = CurriculumState(2, num_samples=1000)
+            criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, backend=backend)
+            mine = ~held & (torch.rand(1000, generator=generator) < by_heart)
+            says = torch.where(mine.unsqueeze(1), learnt, right)
+            for _ in range(6):
+                for rows in torch.randperm(1000, generator=generator).split(100):
+                    fused = says[rows].requires_grad_()
+                    unimodal = [x[rows] for x in others]
+                    criterion(fused, given[rows], unimodal=unimodal, index=index[rows])
+            found[by_heart, known] = float(state.label_noise)
+    assert found[0.5, "nothing"] > 0.06  # beyond 0.04, from which it acts in full
+    assert found[0.0, "nothing"] < 0.03  # not 0: those held out of late differ a little
+    assert found[1.0, "nothing"] < 0.03
+    assert all(found[share, "most"] < 0.03 for share in (0.0, 0.5, 1.0))
+
+
+@each_backend
 def test_noise_that_is_given_counts_whatever_the_fusion_has_learnt(backend: str) -> None:
     labels = torch.arange(40) % 4
     logits = 2.0 * F.one_hot(labels, 4).float()

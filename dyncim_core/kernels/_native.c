@@ -463,11 +463,12 @@ static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
 }
 
 /* Label noise that samples held out show: contradicted by all heads, or by what the fused head
- * doubts of samples trained on and held out, if no modality has half its skill. */
+ * doubts of samples trained on and held out, as far as it knows more than any modality. */
 static double seen_noise(double contradicted, double trained, double held_out, const float *skill,
                          int64_t heads) {
-    int alone = held_out > trained && 2.0f * best_of(skill + 1, heads - 1) < skill[0];
-    double of_fused = alone ? 4.0 * trained * (held_out - trained) / held_out : 0.0;
+    double best = best_of(skill + 1, heads - 1), of_fused = 0.0;
+    if (held_out > trained && skill[0] > best)
+        of_fused = 2.0 * trained * (1.0 - trained / held_out) * pow(1.0 - best / skill[0], 3.0);
     return of_fused > contradicted ? of_fused : contradicted;
 }
 

@@ -300,8 +300,8 @@ def weigh(
     if held is not None:  # else nobody has shown any skill, or the answer is not taken
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
-    of_each = doubt(nll, entropy)
-    contradicted = doubted = contradiction(found.prediction, of_each, target, asked)
+    own_doubt = doubt(nll, entropy)
+    contradicted = by_all = contradiction(found.prediction, own_doubt, target, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
@@ -310,9 +310,9 @@ def weigh(
         right = found.prediction == target
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        alone = torch.where(right, 0.0, of_each)
-        said = right, chance, nll, entropy, doubted, alone
-        contradicted = alone[0]
+        own = torch.where(right, 0.0, own_doubt)
+        said = right, chance, nll, entropy, by_all, own
+        contradicted = own[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
@@ -321,8 +321,8 @@ def weigh(
     each = weighed.to(signals.dtype)
     take_in(
         nll,
-        signals.mv(each),
-        contradicted.dot(each),
+        (signals * each).sum(dim=1),
+        (contradicted * each).sum(),
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
@@ -435,13 +435,13 @@ def listen(
     averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
     mass = averages[0]
     means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
-    hit_rate, chance, nll, entropy, contradicted, alone = means.unbind()
+    hit_rate, chance, nll, entropy, by_all, own = means.unbind()
     known = skill(hit_rate, chance)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
     buffers.calibration.copy_(calibration(nll, entropy))
-    noise = seen_noise(contradicted[0], buffers.doubted, alone[0], known)
+    noise = seen_noise(by_all[0], buffers.doubted, own[0], known)
     buffers.label_noise.lerp_(noise, some[0])
 
 

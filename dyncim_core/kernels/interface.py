@@ -66,9 +66,9 @@ class Buffers(NamedTuple):
     ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would
     by chance, of its NLL and its entropy in nats, both by how far the label is believed, and of
-    how far all heads together and the head by itself contradict the label. ``skill`` and
-    ``calibration``, ``[M + 1]``, follow from them, and so does ``label_noise`` from the first
-    sample held out on, with ``doubted``, how far the fused head contradicts those trained on. Of
+    how far all heads together and the head by itself contradict the label. ``doubted`` is how far
+    the fused head contradicts the labels of samples trained on. ``skill`` and ``calibration``,
+    ``[M + 1]``, follow from them, and so does ``label_noise`` from the first sample held out on. Of
     class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
     the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the

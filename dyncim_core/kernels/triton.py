@@ -872,9 +872,11 @@ def _listen(
     noise = tl.sum(tl.where(head == 0, contradicted / positive, 0.0), 0)
     # As dyncim_core.signals.seen_noise defines it.
     alone = tl.sum(tl.where(head == 0, alone / positive, 0.0), 0)
-    by_heart = tl.maximum(alone - doubted, 0.0) / tl.maximum(alone, 1e-30)
+    by_heart = tl.maximum(1.0 - doubted / tl.maximum(alone, 1e-30), 0.0)
     best = tl.max(tl.where((head > 0) & (head < known), skill, 0.0), 0)
-    noise = tl.maximum(noise, tl.where(2.0 * best < fused, 4.0 * doubted * by_heart, 0.0))
+    ahead = tl.maximum(1.0 - best / tl.where(fused > 0, fused, 1.0), 0.0)
+    ahead = tl.where(fused > 0, ahead, 0.0)
+    noise = tl.maximum(noise, 2.0 * doubted * by_heart * ahead * ahead * ahead)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
     tl.store(buffers.calibration + head, calibration, mask=head < known)
