@@ -316,21 +316,45 @@ def difficulty(signals: ArrayLike, signal_weights: ArrayLike) -> Array:
     return np.asarray((omega[:, None] * np.asarray(signals, dtype=np.float64)).sum(axis=0))
 
 
+def doubt(prediction: ArrayLike, nll: ArrayLike, entropy: ArrayLike, target: ArrayLike) -> Array:
+    """How far each head by itself contradicts a target.
+
+    ``(max_c t_c - t_k) (1 - exp(-max(0, nll_h - entropy_h)))`` of the class k that head h predicts;
+    t is one-hot for a class. Definition chosen here.
+
+    Args:
+        prediction: Predicted classes, int ``[H, B]``.
+        nll: Of the target, in nats, ``[H, B]``.
+        entropy: Of the prediction, in nats, ``[H, B]``.
+        target: Int ``[B]``, or class probabilities, ``[B, C]``.
+
+    Returns:
+        ``[H, B]`` in [0, 1].
+
+    Example:
+        >>> doubt([[1, 0]], np.log([[4.0, 4.0]]), [[0.0, 0.0]], [0, 0]).tolist()
+        [[0.75, 0.0]]
+    """
+    classes, t = np.asarray(prediction), np.asarray(target)
+    excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
+    surprised = 1.0 - np.exp(-np.maximum(excess, 0.0))
+    if t.ndim == 1:
+        return np.where(classes == t, 0.0, surprised)
+    given = t[np.arange(len(t)), np.clip(classes, 0, t.shape[1] - 1)]
+    return np.asarray(surprised * (t.max(axis=1) - given))
+
+
 def contradiction(
-    prediction: ArrayLike,
-    doubt: ArrayLike,
-    target: ArrayLike,
-    present: ArrayLike | None = None,
+    prediction: ArrayLike, doubt: ArrayLike, present: ArrayLike | None = None
 ) -> Array:
     """How far all heads of a sample, two at least, contradict its target together.
 
-    ``(max_c t_c - t_k) min_h doubt_h`` where all predict class k, else 0; a twentieth of that
-    of two heads; t is one-hot for a class. Definition chosen here.
+    ``min_h doubt_h`` where all predict one class, else 0; a twentieth of that of two heads.
+    Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
         doubt: ``[H, B]`` in [0, 1].
-        target: Int ``[B]``, or class probabilities, ``[B, C]``.
         present: Bool ``[H, B]``.
 
     Returns:
@@ -338,39 +362,18 @@ def contradiction(
 
     Example:
         >>> prediction = [[1, 1, 0], [1, 1, 0], [1, 2, 0]]
-        >>> contradiction(prediction, [[0.75] * 3] * 3, [0, 0, 0]).tolist()
+        >>> contradiction(prediction, [[0.75, 0.75, 0.0]] * 3).tolist()
         [0.75, 0.0, 0.0]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
     found = np.asarray(doubt, dtype=np.float64)
     result = np.zeros(classes.shape[1])
-    for i, t in enumerate(np.asarray(target)):
+    for i in range(len(result)):
         votes = classes[mask[:, i], i]
         if len(votes) > 1 and len(set(votes)) == 1:
-            wrong = np.max(t) - t[votes[0]] if np.ndim(t) else votes[0] != t
-            result[i] = wrong * found[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
+            result[i] = found[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
     return result
-
-
-def doubt(nll: ArrayLike, entropy: ArrayLike) -> Array:
-    """How far each head is surprised by a target, ``1 - exp(-max(0, nll - entropy))``.
-
-    Definition chosen here.
-
-    Args:
-        nll: Of the target, in nats, ``[H, B]``.
-        entropy: Of the prediction, in nats, ``[H, B]``.
-
-    Returns:
-        ``[H, B]`` in [0, 1].
-
-    Example:
-        >>> doubt(np.log([[4.0, 1.0]]), [[0.0, 0.1]]).tolist()
-        [[0.75, 0.0]]
-    """
-    excess = np.asarray(nll, dtype=np.float64) - np.asarray(entropy, dtype=np.float64)
-    return np.asarray(1.0 - np.exp(-np.maximum(excess, 0.0)))
 
 
 def held_out(index: ArrayLike, share: float) -> Mask:
@@ -421,7 +424,7 @@ def seen_noise(
     alone, best = 0.0, s[1:].max(initial=0.0)
     if len(s) > 1 and c < held and best < s[0]:
         alone = 2.0 * c * (1.0 - c / held) * (1.0 - best / s[0]) ** 3
-    return np.maximum(np.asarray(contradicted, dtype=np.float64), alone)
+    return np.fmax(np.asarray(contradicted, dtype=np.float64), alone)
 
 
 def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.04) -> Array:

@@ -199,19 +199,39 @@ def difficulty(signals: Tensor, signal_weights: Tensor) -> Tensor:
     return (signal_weights.unsqueeze(1) * signals).sum(dim=0)
 
 
-def contradiction(
-    prediction: Tensor,
-    doubt: Tensor,
-    target: Tensor,
-    present: Tensor | None = None,
-) -> Tensor:
+def doubt(prediction: Tensor, nll: Tensor, entropy: Tensor, target: Tensor) -> Tensor:
+    """How far each head by itself contradicts a sample's target.
+
+    ``1 - exp(-max(0, nll_h - entropy_h))`` where it predicts another class, else 0: as far as it is
+    surprised. A target of class probabilities, which may be unsure itself, is contradicted by as
+    much of that as it prefers its likeliest class to the predicted one. Definition chosen here.
+
+    Args:
+        prediction: Predicted class of every head, int64 ``[M + 1, B]``; of absent ones anything.
+        nll: Of the target under every head, in nats, ``[M + 1, B]``.
+        entropy: Of every head's prediction, in nats, ``[M + 1, B]``.
+        target: Class of each sample, int64 ``[B]``, or class probabilities, ``[B, C]``.
+
+    Returns:
+        ``[M + 1, B]`` in [0, 1].
+
+    Example:
+        >>> nll, entropy = torch.tensor([[2.3, 2.3]]), torch.tensor([[0.3, 0.3]])
+        >>> doubt(torch.tensor([[1, 0]]), nll, entropy, torch.tensor([0, 0]))
+        tensor([[0.8647, 0.0000]])
+    """
+    surprised = torch.expm1((entropy - nll).clamp_max(0.0)).abs()
+    if not target.is_floating_point():
+        return surprised.masked_fill(prediction == target, 0.0)
+    known = prediction.t().clamp(0, target.shape[1] - 1)  # whatever absent heads predict
+    return surprised * (target.amax(dim=1) - target.gather(1, known).t())
+
+
+def contradiction(prediction: Tensor, doubt: Tensor, present: Tensor | None = None) -> Tensor:
     """How far all heads of a sample together contradict its target.
 
-    Where every head predicts the same class, and not the target's, as far as the least surprised
-    of them is, the smallest ``doubt`` of any, else 0; a twentieth of that
-    where the fused head and one modality are all. A target of class probabilities, which may be
-    unsure itself, is contradicted by as much of that as it prefers its likeliest class to the
-    predicted one.
+    The least ``doubt`` of any head where all predict the same class, else 0; a twentieth of that
+    where the fused head and one modality are all.
 
     A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
     has all of them sure of another class. The share of such samples is what the run itself
@@ -223,7 +243,6 @@ def contradiction(
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
         doubt: As the function of that name gives it, ``[M + 1, B]`` in [0, 1].
-        target: Class of each sample, int64 ``[B]``, or class probabilities, ``[B, C]``.
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
@@ -231,7 +250,7 @@ def contradiction(
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 2, 0]])
-        >>> contradiction(prediction, torch.full((3, 3), 0.9), torch.tensor([0, 0, 0]))
+        >>> contradiction(prediction, torch.tensor([[0.9, 0.9, 0.0]] * 3))
         tensor([0.9000, 0.0000, 0.0000])
     """
     agree = torch.where(prediction[1:] == prediction[0], 1, -len(prediction))
@@ -239,31 +258,7 @@ def contradiction(
         agree, doubt = agree * present[1:], torch.where(present, doubt, 1.0)
     least, modalities = doubt.amin(dim=0), agree.sum(dim=0)  # below 0 where one dissents
     of_one = torch.where(modalities == 1, _OF_ONE * least, 0.0)
-    least = torch.where(modalities > 1, least, of_one)
-    if not target.is_floating_point():
-        return torch.where(prediction[0] != target, least, 0.0)
-    given = target.gather(1, prediction[0].unsqueeze(1)).squeeze(1)
-    return least * (target.amax(dim=1) - given)
-
-
-def doubt(nll: Tensor, entropy: Tensor) -> Tensor:
-    """How far each head is surprised by a sample's target, ``1 - exp(-max(0, nll - entropy))``.
-
-    Where it predicts another class, that is how far it contradicts the target. Definition chosen
-    here.
-
-    Args:
-        nll: Of the target under every head, in nats, ``[M + 1, B]``.
-        entropy: Of every head's prediction, in nats, ``[M + 1, B]``.
-
-    Returns:
-        ``[M + 1, B]`` in [0, 1].
-
-    Example:
-        >>> doubt(torch.tensor([[2.3, 0.1]]), torch.tensor([[0.3, 0.3]]))
-        tensor([[0.8647, 0.0000]])
-    """
-    return torch.expm1((entropy - nll).clamp_max(0.0)).abs()
+    return torch.where(modalities > 1, least, of_one)
 
 
 def held_out(index: Tensor, share: float) -> Tensor:
@@ -320,10 +315,9 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
     """
     if skill.shape[-1] == 1:
         return contradicted
-    by_heart = (1.0 - trained / held_out).clamp_min(0.0)
     ahead = (1.0 - skill[1:].amax() / skill[0]).clamp_min(0.0)
-    of_fused = 2.0 * trained * by_heart * ahead.pow(3)
-    return torch.maximum(contradicted, of_fused.nan_to_num(0.0))  # of 0 / 0
+    by_heart = torch.addcdiv(trained, trained.square(), held_out, value=-1.0)  # c (1 - c / c')
+    return torch.fmax(contradicted, 2.0 * by_heart * ahead.pow(3))  # of 0 / 0, the former
 
 
 def noise_pressure(

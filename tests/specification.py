@@ -75,10 +75,8 @@ class Specification(SimpleNamespace):
         weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
         said = [np.where(finite, x, 0.0) for x in (found.nll, found.entropy)]
         asked = mask & ref.witnesses(self.skill)[:, None]
-        doubt = ref.doubt(*said)
-        label = np.where(counts, target, 0)
-        doubted = ref.contradiction(found.prediction, doubt, label, asked)
-        alone = np.where(found.prediction == target, 0.0, doubt)
+        alone = ref.doubt(found.prediction, *said, np.where(counts, target, 0))
+        doubted = ref.contradiction(found.prediction, alone, asked)
         if valid.any() and index is not None and settings.held_out > 0.0:
             rate = self._rate if self.seen[0] else 1.0
             self.doubted += rate * (alone[0, valid].mean() - self.doubted)

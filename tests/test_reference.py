@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,27 +174,42 @@ def test_difficulty() -> None:
     assert ref.difficulty(signals, [0.5, 0.25, 0.25]).tolist() == [0.375, 0.625]
 
 
+def contradicted(
+    prediction: Any, nll: Any, entropy: Any, target: Any, present: Any = None
+) -> ref.Array:
+    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), present)
+
+
 def test_contradiction() -> None:
     # All agree on a wrong class; on the label; two of three; a lone dissenter is absent;
     # nobody but the fused head is present.
     prediction = [[1, 0, 1, 1, 1], [1, 0, 1, 1, 2], [1, 0, 2, 2, 2]]
     present = [[True] * 5, [True, True, True, True, False], [True, True, True, False, False]]
-    # The least surprised is so by half, the others by more, and the absent by nothing.
-    each = np.array([[0.75] * 5, [0.5] * 5, [0.875, 0.875, 0.875, 0.0, 0.0]])
-    found = ref.contradiction(prediction, each, [0, 0, 0, 0, 0], present)
+    # The least surprised is so by log 2 nats, the others by more, and the absent by nothing.
+    nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
+    calm = np.zeros((3, 5))
+    found = contradicted(prediction, nll, calm, [0, 0, 0, 0, 0], present)
     assert_allclose(found, [0.5, 0.0, 0.0, 0.5 / 20, 0.0], rtol=1e-14)
-    assert ref.contradiction([[1], [1]], [[0.5], [0.75]], [1]).tolist() == [0]
-    assert ref.contradiction([[1]], [[0.5]], [0]).tolist() == [0]
+    assert contradicted([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]).tolist() == [0]
+    assert contradicted([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
+    # As unsure as they are surprised.
+    assert contradicted([[1], [1]], [[1.0], [2.0]], [[1.5], [2.0]], [0]).tolist() == [0]
     # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
-    found = ref.contradiction([[1, 0, 1], [1, 0, 2]], each[:2, :3], unsure)
+    found = contradicted([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
     assert_allclose(found, [0.15 / 20, 0.0, 0.0], rtol=1e-14)
 
 
 def test_doubt() -> None:
     # Surprised by log 4 and log 2 nats beyond what it expects; as unsure as it is, or more.
     nll, entropy = [[4.0, 4.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 2.0]]
-    assert_allclose(ref.doubt(np.log(nll), np.log(entropy)), [[0.75, 0.5], [0, 0]], rtol=1e-14)
+    found = ref.doubt([[1, 1], [1, 1]], np.log(nll), np.log(entropy), [0, 0])
+    assert_allclose(found, [[0.75, 0.5], [0.0, 0.0]], rtol=1e-14)
+    assert not ref.doubt([[0, 0]], np.log(nll[:1]), np.log(entropy[:1]), [0, 0]).any()
+    # Of probabilities, by 0.6 - 0.3, and by nothing.
+    unsure = [[0.6, 0.3, 0.1]] * 2
+    found = ref.doubt([[1, 0]], np.log(nll[:1]), np.log(entropy[:1]), unsure)
+    assert_allclose(found, [[0.75 * 0.3, 0.0]], rtol=1e-14)
 
 
 def test_seen_noise() -> None:

@@ -473,97 +473,121 @@ def votes(draw: st.DrawFn) -> tuple[Array, Array, Array | None]:
     return prediction.astype(np.int64), label.astype(np.int64), present
 
 
+def contradicted(
+    prediction: Tensor, nll: Tensor, entropy: Tensor, target: Tensor, present: Tensor | None = None
+) -> Tensor:
+    return contradiction(prediction, doubt(prediction, nll, entropy, target), present)
+
+
+def ref_contradicted(
+    prediction: Array, nll: Array, entropy: Array, target: Array, present: Array | None = None
+) -> Array:
+    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), present)
+
+
 @given(votes(), arrays((4, 3), reals(0, 1)), st.data())
 def test_contradiction_agrees_with_the_reference(
     case: tuple[Array, Array, Array | None], likely: Array, data: st.DataObject
 ) -> None:
     prediction, label, present = case
-    surprised = data.draw(arrays(prediction.shape, reals(0, 1)))
+    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, 8))) for _ in range(2))
     certain, unsure = np.eye(3)[label], likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
     for target in (label, certain, unsure):
-        actual = contradiction(
+        actual = contradicted(
             torch.from_numpy(prediction),
-            to_torch(surprised),
+            to_torch(nll),
+            to_torch(entropy),
             torch.from_numpy(target),
             None if present is None else torch.from_numpy(present),
         )
-        expected = ref.contradiction(prediction, surprised, target, present)
+        expected = ref_contradicted(prediction, nll, entropy, target, present)
         assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
         assert ((actual >= 0) & (actual <= 1)).all()
         if target is not unsure:  # a class is one-hot
-            alike = ref.contradiction(prediction, surprised, label, present)
+            alike = ref_contradicted(prediction, nll, entropy, label, present)
             assert_allclose(actual, alike, rtol=1e-12, atol=1e-15)
 
 
 @given(
     arrays((4, 3), st.integers(0, 2)),
-    arrays((4, 3), reals(0, 1)),
+    arrays((4, 3), reals(0, 8)),
     arrays((3, 3), st.booleans()),
     st.randoms(),
 )
 def test_absent_votes_and_the_order_of_the_modalities_do_not_matter(
-    votes: Array, surprised: Array, mask: Array, random: Any
+    votes: Array, excess: Array, mask: Array, random: Any
 ) -> None:
     prediction, label = torch.from_numpy(votes).long(), torch.tensor([0, 1, 2])
-    each = to_torch(surprised)
+    nll, calm = to_torch(excess), torch.zeros(4, 3, dtype=torch.float64)
     present = torch.cat([torch.ones(1, 3, dtype=torch.bool), torch.from_numpy(mask).bool()])
-    doubted = contradiction(prediction, each, label, present)
+    doubted = contradicted(prediction, nll, calm, label, present)
     garbage = torch.where(present, prediction, -1)
-    spoilt = torch.where(present, each, math.nan)
-    assert torch.equal(contradiction(garbage, spoilt, label, present), doubted)
+    spoilt = torch.where(present, nll, math.nan)
+    assert torch.equal(contradicted(garbage, spoilt, calm, label, present), doubted)
     order = [0, *random.sample([1, 2, 3], 3)]
-    again = contradiction(prediction[order], each[order], label, present[order])
+    again = contradicted(prediction[order], nll[order], calm, label, present[order])
     assert torch.equal(again, doubted)
 
 
-@given(arrays((3, 4), reals(0, 1)), st.integers(0, 2), reals(0.125, 2))
+@given(arrays((3, 4), reals(0, 8)), st.integers(0, 2), reals(0.125, 2))
 def test_the_least_surprised_head_limits_the_contradiction(
-    each: Array, head: int, more: float
+    excess: Array, head: int, more: float
 ) -> None:
     prediction, label = torch.ones(3, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-    doubted = contradiction(prediction, to_torch(each), label)
-    assert_allclose(doubted, each.min(axis=0), rtol=1e-12, atol=1e-15)
-    each[head] = np.maximum(each[head], np.minimum(1.0, each.min(axis=0) + more))
-    others = np.delete(each, head, axis=0).min(axis=0)
-    raised = contradiction(prediction, to_torch(each), label)
-    assert_allclose(raised, np.minimum(others, each[head]), rtol=1e-12, atol=1e-15)
-    each[head] = 0.0
-    assert not contradiction(prediction, to_torch(each), label).any()
-
-
-@given(arrays((3, 4), reals(0, 8)), arrays((3, 4), reals(0, 8)), reals(0, 8))
-def test_doubt_is_what_goes_beyond_the_head_s_own_uncertainty(
-    nll: Array, entropy: Array, more: float
-) -> None:
-    found = doubt(to_torch(nll), to_torch(entropy))
-    assert_allclose(found, ref.doubt(nll, entropy), rtol=1e-12, atol=1e-15)
-    assert ((found >= 0) & (found <= 1)).all()
-    assert not found[to_torch(nll <= entropy).bool()].any()
-    assert (doubt(to_torch(nll + more), to_torch(entropy)) >= found).all()
+    calm = torch.zeros(3, 4, dtype=torch.float64)
+    doubted = contradicted(prediction, to_torch(excess), calm, label)
+    assert_allclose(doubted, 1 - np.exp(-excess.min(axis=0)), rtol=1e-12, atol=1e-15)
+    excess[head] = np.maximum(excess[head], excess.min(axis=0) + more)
+    others = np.delete(excess, head, axis=0).min(axis=0)
+    raised = contradicted(prediction, to_torch(excess), calm, label)
+    assert_allclose(raised, 1 - np.exp(-np.minimum(others, excess[head])), rtol=1e-12, atol=1e-15)
+    excess[head] = 0.0  # as unsure as it is surprised
+    assert not contradicted(prediction, to_torch(excess), calm, label).any()
 
 
 def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> None:
     # All wrong alike; all right; one dissents; the label is right only for the fused head.
     prediction = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 2, 1]])
-    doubted = contradiction(prediction, torch.full((3, 4), 0.5), torch.tensor([0, 0, 0, 0]))
+    sure = torch.full((3, 4), 2.0).log(), torch.zeros(3, 4)
+    doubted = contradicted(prediction, *sure, torch.tensor([0, 0, 0, 0]))
     assert_allclose(doubted, [0.5, 0.0, 0.0, 0.0], rtol=1e-6)
 
 
 def test_one_head_alone_contradicts_nothing_and_one_modality_next_to_nothing() -> None:
-    assert contradiction(torch.tensor([[1]]), torch.ones(1, 1), torch.tensor([0])).tolist() == [0]
+    one, calm = torch.ones(1, 1), torch.zeros(1, 1)
+    assert contradicted(torch.tensor([[1]]), one, calm, torch.tensor([0])).tolist() == [0]
     for modalities, expected in ((1, 0.05), (2, 1.0)):
         shape = 1 + modalities, 1
-        found = torch.ones(shape).long(), torch.full(shape, 0.6), torch.tensor([0])
-        assert_allclose(contradiction(*found), [expected * 0.6], rtol=1e-6)
+        found = torch.ones(shape).long(), torch.ones(shape), torch.zeros(shape), torch.tensor([0])
+        assert_allclose(contradicted(*found), [expected * (1 - math.exp(-1))], rtol=1e-6)
         present = torch.ones(shape, dtype=torch.bool)
-        assert_allclose(contradiction(*found, present), contradiction(*found))
+        assert_allclose(contradicted(*found, present), contradicted(*found))
         present[-1] = False
         expected = 0.05 if modalities == 2 else 0.0
-        assert_allclose(contradiction(*found, present), [expected * 0.6], rtol=1e-6)
-    nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan)
+        assert_allclose(contradicted(*found, present), [expected * (1 - math.exp(-1))], rtol=1e-6)
+    nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan), torch.zeros(2, 1)
     alone = torch.tensor([[True], [False]])
-    assert contradiction(*nothing, torch.tensor([0]), alone).tolist() == [0]
-    assert contradiction(*(x[:1] for x in nothing), torch.tensor([0])).tolist() == [0]
+    assert contradicted(*nothing, torch.tensor([0]), alone).tolist() == [0]
+    assert contradicted(*(x[:1] for x in nothing), torch.tensor([0])).tolist() == [0]
+
+
+@given(votes(), arrays((4, 3), reals(0, 1)), reals(0, 8), st.data())
+def test_doubt_is_what_goes_beyond_the_head_s_own_uncertainty(
+    case: tuple[Array, Array, Array | None], likely: Array, more: float, data: st.DataObject
+) -> None:
+    prediction, label, _ = case
+    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, 8))) for _ in range(2))
+    unsure = likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
+    for target in (label, unsure):
+        given = torch.from_numpy(prediction), to_torch(nll), to_torch(entropy)
+        found = doubt(*given, torch.from_numpy(target))
+        assert_allclose(found, ref.doubt(prediction, nll, entropy, target), rtol=1e-12, atol=1e-15)
+        assert ((found >= 0) & (found <= 1)).all()
+        assert not found[torch.from_numpy(nll <= entropy)].any()
+        raised = doubt(given[0], given[1] + more, given[2], torch.from_numpy(target))
+        assert (raised >= found).all()
+        absent = torch.full_like(given[0], -7)  # whatever the class of a head that is not there
+        assert doubt(absent, *given[1:], torch.from_numpy(target)).isfinite().all()
 
 
 @given(arrays(3, reals(0, 1)), reals(0, 1), reals(2**-6, 1))

@@ -215,7 +215,7 @@ def keep_weight(criterion: Criterion, num_classes: int, kept: Tensor) -> None:
 def combine(coefficient: Tensor, loss: Tensor, settings: Settings) -> Tensor:
     """The joint objective: losses ``[M + 1, B]`` by their factors, summed as ``reduction`` says."""
     if settings.skip_nonfinite or settings.held_out > 0.0:
-        loss = torch.where(coefficient == 0, 0.0, loss)
+        loss = loss.masked_fill(coefficient == 0, 0.0)
     joint = coefficient * loss
     return joint.sum(dim=0) if settings.reduction == "none" else joint.sum()
 
@@ -300,8 +300,8 @@ def weigh(
     if held is not None:  # else nobody has shown any skill, or the answer is not taken
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
-    own_doubt = doubt(nll, entropy)
-    contradicted = by_all = contradiction(found.prediction, own_doubt, target, asked)
+    own_doubt = doubt(found.prediction, nll, entropy, target)
+    contradicted = by_all = contradiction(found.prediction, own_doubt, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
@@ -310,9 +310,8 @@ def weigh(
         right = found.prediction == target
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        own = torch.where(right, 0.0, own_doubt)
-        said = right, chance, nll, entropy, by_all, own
-        contradicted = own[0]
+        said = right, chance, nll, entropy, by_all, own_doubt
+        contradicted = own_doubt[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
@@ -330,7 +329,7 @@ def weigh(
         settings.decay,
         held is not None,
     )
-    if held is not None:
+    if held is not None and len(held):
         assert memory is not None  # noqa: S101
         samples = settings.held_out * len(memory.nll)
         listen(heard, said, believed, samples, buffers, settings.decay)
@@ -430,7 +429,7 @@ def listen(
     kind = buffers.skill.dtype
     rows = torch.stack([heard, *(x.expand_as(heard) for x in said)])
     rows[3:5].mul_(believed)
-    shares = torch.where(heard, rows, 0.0).sum(dim=2, dtype=kind) / max(heard.shape[1], 1)
+    shares = torch.where(heard, rows, 0.0).mean(dim=2, dtype=kind)
     some = shares[0].sign()  # 0 where nothing is heard, of a modality or at all
     averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
     mass = averages[0]
