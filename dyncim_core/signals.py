@@ -298,8 +298,8 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
 
     Args:
         contradicted: ``contradiction``, averaged over samples held out, a scalar in [0, 1].
-        trained: ``doubt`` of the fused head where it predicts another class than the label's, 0
-            elsewhere, averaged over samples trained on, ``c``, a scalar in [0, 1].
+        trained: ``doubt`` of the fused head, averaged over samples trained on, ``c``, a scalar in
+            [0, 1].
         held_out: The same over samples held out, ``c'``.
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
