@@ -1,4 +1,4 @@
-"""The scale that formulas share, from the number of classes."""
+"""Scales that formulas share, from the numbers of classes and of samples."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ def per_log_classes(num_classes: int) -> float:
     return 1.0 / math.log(num_classes) if num_classes > 1 else 0.0
 
 
-def own_share(samples: float) -> float:
-    """Share of a head's own skill in ``pooled_skill``, found on so many samples held out."""
-    return samples / (samples + 20.0)
+def own_share(samples: float, prior: float) -> float:
+    """What so many samples held out say counts, against a prior worth so many."""
+    return samples / (samples + prior)

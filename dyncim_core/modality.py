@@ -21,25 +21,29 @@ from dyncim_core._units import own_share, per_log_classes
 __all__ = [
     "augmentation_rates",
     "balance_factor",
-    "calibration",
+    "expected_log_likelihood",
     "generalisation",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
+    "logit_weights",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
     "pooled_skill",
     "quality",
     "redundancy",
+    "relative_logit_weights",
     "skill",
     "standing",
     "trust",
-    "votes",
     "witnesses",
 ]
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
+_MOST = 2.0  # weight of logits
+# What priors are worth, in samples.
+POOL_OF_SKILL, POOL_OF_WEIGHT = 20.0, 10.0
 _LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
 _LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
 _SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
@@ -291,30 +295,92 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
         >>> pooled_skill(torch.tensor([0.8, 0.4]), samples=20)
         tensor([0.7000, 0.5000])
     """
-    return torch.lerp(skill.mean(dim=-1, keepdim=True), skill, own_share(samples))
+    own = own_share(samples, POOL_OF_SKILL)
+    return torch.lerp(skill.mean(dim=-1, keepdim=True), skill, own)
 
 
-def calibration(nll: Tensor, entropy: Tensor) -> Tensor:
-    """What a head's logits count: less if it is surer than it is right.
+def expected_log_likelihood(
+    logits: Tensor, weight: Tensor, present: Tensor | None = None
+) -> Tensor:
+    """What a pool of all heads expects the log-likelihood of the target to be under each.
 
-    ``min(1, H / NLL)``: predictions that are as often right as they say lose their entropy on
-    average, those of a head that knows its training set by heart far more. The idea is that of
-    temperature scaling ("On Calibration of Modern Neural Networks", arXiv 1706.04599). This
-    definition, which needs no fit and goes past the best temperature where a head is far too sure,
-    is chosen here.
+    ``sum_c p[c] log p_h[c]`` under the pool ``p ~ prod_h p_h^(w_h)``. The derivative of the pool's
+    log-likelihood by ``w_h`` is what head h gives to the target, less this: a head whose targets
+    are likelier than the pool expects deserves more weight. Genest and Zidek (Statistical Science
+    1986) review such logarithmic opinion pools.
 
     Args:
-        nll: Average NLL of held-out samples in nats, any shape, >= 0.
-        entropy: Average entropy of the predictions for them in nats, same shape, >= 0.
+        logits: Of all heads, the fused one first, ``[M + 1, B, C]``.
+        weight: Of each head, ``[M + 1]``, > 0.
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``. Absent ones
+            are not in the pool, whatever they hold.
 
     Returns:
-        Same shape, in [0, 1]; 1 where both are 0, or one is NaN.
+        ``[M + 1, B]``, <= 0, in nats; 0 for an absent head.
 
     Example:
-        >>> calibration(torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.6, 0.2, 0.0]))
-        tensor([1.0000, 0.2000, 1.0000])
+        >>> logits = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log()
+        >>> expected_log_likelihood(logits, torch.ones(2))
+        tensor([[-0.3251],
+                [-0.6931]])
     """
-    return torch.where(nll > entropy, entropy / nll, 1.0)
+    log_probs = logits.log_softmax(dim=2)
+    if present is not None:
+        log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
+    pool = (weight.to(log_probs.dtype)[:, None, None] * log_probs).sum(dim=0).softmax(dim=1)
+    return (pool * log_probs).nansum(dim=2)  # of a class ruled out, 0 times minus infinity
+
+
+def logit_weights(
+    weight: Tensor,
+    skill: Tensor,
+    nll: Tensor,
+    expected: Tensor,
+    samples: float,
+) -> Tensor:
+    """What the weights move towards by which the logits of heads add up best on held-out samples.
+
+    ``(n (w_h + x_h - l_h) + 10 s_h) / (n + 10)``, in [0.02, 2]: up the gradient of the pool's
+    likelihood, and towards the skills as far as few samples are held out. Modalities
+    that repeat what fusion knows, or know their training set by heart, lose their weight. To learn
+    on samples held out how predictors add up is stacking (Wolpert, Neural Networks 1992); this
+    definition is chosen here.
+
+    Args:
+        weight: Of all heads so far, ``[M + 1]``.
+        skill: Of all heads, ``[M + 1]`` in [0, 1], ``s``.
+        nll: Average NLL of held-out samples, ``[M + 1]``, in nats, ``l``.
+        expected: Average ``expected_log_likelihood`` of the same, minus ``x``.
+        samples: How many are held out, ``n``, >= 0.
+
+    Returns:
+        ``[M + 1]`` in [0.02, 2].
+
+    Example:
+        >>> skill, nll = torch.tensor([0.9, 0.5]), torch.tensor([0.5, 1.5])
+        >>> logit_weights(torch.ones(2), skill, nll, torch.tensor([-0.5, -0.7]), samples=20)
+        tensor([0.9667, 0.3000])
+    """
+    goal = torch.lerp(skill, weight - (nll + expected), own_share(samples, POOL_OF_WEIGHT))
+    return goal.clamp(_LEAST, _MOST)
+
+
+def relative_logit_weights(weight: Tensor) -> Tensor:
+    """What the logits of each modality count next to the fused head's, ``min(2, w_m / w_0)``.
+
+    Definition chosen here.
+
+    Args:
+        weight: Of all heads, ``[M + 1]``, > 0, see ``logit_weights``.
+
+    Returns:
+        ``[M]`` in [0, 2].
+
+    Example:
+        >>> relative_logit_weights(torch.tensor([0.8, 0.4, 2.0]))
+        tensor([0.5000, 2.0000])
+    """
+    return (weight[1:] / weight[0]).clamp_max(_MOST)
 
 
 def witnesses(skill: Tensor) -> Tensor:
@@ -381,37 +447,6 @@ def standing(skill: Tensor) -> Tensor:
     _check_modalities(skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
     return (2.0 * skill / best).nan_to_num(nan=1.0).clamp_max(1.0)  # of best 0
-
-
-def votes(skill: Tensor) -> Tensor:
-    """What each modality's logits count in a fusion: less with less skill.
-
-    ``max(0.02, (standing_m min(1, max_k s_k / s_0))^2)``, over modalities k: all of them less where
-    the fusion knows more than any tells on its own, and least where none tells anything.
-    Definition chosen here.
-
-    Args:
-        skill: Of all heads, ``[M + 1]`` in [0, 1].
-
-    Returns:
-        ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
-
-    Raises:
-        ValueError: There is no modality (M = 0).
-
-    Example:
-        >>> votes(torch.tensor([0.8, 0.9, 0.45, 0.225, 0.0]))
-        tensor([1.0000, 1.0000, 0.2500, 0.0200])
-        >>> votes(torch.tensor([0.9, 0.45, 0.45]))
-        tensor([0.2500, 0.2500])
-    """
-    _check_modalities(skill.shape[-1] - 1)
-    fused, own = skill[..., :1], skill[..., 1:]
-    best = own.amax(dim=-1, keepdim=True)
-    alone = (best / fused).nan_to_num(nan=1.0).clamp_max(1.0)
-    counts = (standing(own) * alone).square()
-    known = torch.maximum(best, fused) > 0.0
-    return torch.where(known, counts.clamp_min(_LEAST), 1.0)
 
 
 def loss_shares(skill: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ __all__ = [
     "HeadStatistics",
     "augmentation_rates",
     "balance_factor",
-    "calibration",
     "contradiction",
     "difficulty",
     "disagreement",
     "doubt",
     "evenness",
+    "expected_log_likelihood",
     "generalisation",
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
@@ -39,6 +39,7 @@ __all__ = [
     "improvement_ratios",
     "log_prior",
     "log_weights",
+    "logit_weights",
     "loss_shares",
     "modality_coefficients",
     "modality_weights",
@@ -53,6 +54,7 @@ __all__ = [
     "redundancy",
     "relative_change",
     "relative_gates",
+    "relative_logit_weights",
     "reliability_gates",
     "sample_weights",
     "seen_noise",
@@ -61,7 +63,6 @@ __all__ = [
     "surprise",
     "trust",
     "volatility_weights",
-    "votes",
     "witnesses",
 ]
 
@@ -379,7 +380,7 @@ def contradiction(
 def held_out(index: ArrayLike, share: float) -> Mask:
     """Which samples to keep out of training: whose hash is below ``share`` of 32 bits.
 
-    The hash is lowbias32, by Wellons. Definition chosen here.
+    Definition chosen here.
 
     Args:
         index: Whole numbers >= 0.
@@ -390,12 +391,11 @@ def held_out(index: ArrayLike, share: float) -> Mask:
 
     Example:
         >>> held_out(np.arange(6), share=0.25).tolist()
-        [True, False, True, True, False, False]
+        [True, True, True, False, True, False]
     """
-    bits = (np.asarray(index, dtype=np.uint64) + np.uint64(0x9E3779B9)).astype(np.uint32)
-    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return np.asarray((bits ^ (bits >> np.uint32(16))) < round(share * 2**32))
+    bits = np.asarray(index, dtype=np.uint64) * np.uint64(0x3A805F)
+    bits = (bits ^ (bits >> np.uint64(14))).astype(np.uint32) * np.uint32(0x5D5F7413)
+    return np.asarray(bits < round(share * 2**32))
 
 
 def seen_noise(
@@ -764,24 +764,85 @@ def pooled_skill(skill: ArrayLike, samples: float) -> Array:
     return np.asarray((samples * s + 20.0 * s.mean()) / (samples + 20.0))
 
 
-def calibration(nll: ArrayLike, entropy: ArrayLike) -> Array:
-    """What a head's logits count, ``min(1, H / NLL)``.
+def expected_log_likelihood(
+    logits: ArrayLike, weight: ArrayLike, present: ArrayLike | None = None
+) -> Array:
+    """What a pool of all heads expects the log-likelihood of the target to be under each.
+
+    ``sum_c p[c] log p_h[c]`` under ``p ~ prod_h p_h^(w_h)``. Definition chosen here.
+
+    Args:
+        logits: ``[M + 1, B, C]``, fused head first.
+        weight: ``[M + 1]``, > 0.
+        present: Bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[M + 1, B]``, <= 0, in nats; 0 for an absent head.
+
+    Example:
+        >>> expected_log_likelihood(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]), [1, 1]).round(4).tolist()
+        [[-0.3251], [-0.6931]]
+    """
+    z, w = np.asarray(logits, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    heads, batch, _ = z.shape
+    mask = np.ones((heads, batch), dtype=bool) if present is None else np.asarray(present)
+    result = np.zeros((heads, batch))
+    with np.errstate(invalid="ignore"):
+        for i in range(batch):
+            own = z[mask[:, i], i]
+            log_probs = own - np.logaddexp.reduce(own, axis=1, keepdims=True)
+            pooled = w[mask[:, i]] @ log_probs
+            pool = np.exp(pooled - np.logaddexp.reduce(pooled))
+            result[mask[:, i], i] = np.nansum(pool * log_probs, axis=1)
+    return result
+
+
+def logit_weights(
+    weight: ArrayLike,
+    skill: ArrayLike,
+    nll: ArrayLike,
+    expected: ArrayLike,
+    samples: float,
+) -> Array:
+    """What the weights of the heads' logits move towards.
+
+    ``(n (w_h + x_h - l_h) + 10 s_h) / (n + 10)``, in [0.02, 2]. Definition chosen here.
+
+    Args:
+        weight: ``[M + 1]``.
+        skill: ``[M + 1]`` in [0, 1].
+        nll: Average of held-out samples in nats, ``[M + 1]``, ``l``.
+        expected: Average ``expected_log_likelihood``, minus ``x``.
+        samples: How many are held out, ``n``.
+
+    Returns:
+        ``[M + 1]``.
+
+    Example:
+        >>> logit_weights([1, 1], [0.9, 0.5], [0.5, 1.5], [-0.5, -0.7], 20).round(4).tolist()
+        [0.9667, 0.3]
+    """
+    w, s, lost, x = (np.asarray(a, dtype=np.float64) for a in (weight, skill, nll, expected))
+    return np.clip((samples * (w - x - lost) + 10.0 * s) / (samples + 10.0), 0.02, 2.0)
+
+
+def relative_logit_weights(weight: ArrayLike) -> Array:
+    """What the logits of each modality count next to the fused head's, ``min(2, w_m / w_0)``.
 
     Definition chosen here.
 
     Args:
-        nll: Average NLL of held-out samples in nats, >= 0.
-        entropy: Average entropy of the predictions for them in nats, same shape, >= 0.
+        weight: ``[M + 1]``, > 0.
 
     Returns:
-        In [0, 1]; 1 where both are 0.
+        ``[M]`` in [0, 2].
 
     Example:
-        >>> calibration([0.5, 1.0, 0.0], [0.6, 0.2, 0.0]).tolist()
-        [1.0, 0.2, 1.0]
+        >>> relative_logit_weights([0.8, 0.4, 2.0]).tolist()
+        [0.5, 2.0]
     """
-    n, h = np.asarray(nll, dtype=np.float64), np.asarray(entropy, dtype=np.float64)
-    return np.minimum(1.0, np.divide(h, n, out=np.ones_like(n), where=n > 0.0))
+    w = np.asarray(weight, dtype=np.float64)
+    return np.asarray(np.minimum(2.0, w[1:] / w[0]))
 
 
 def witnesses(skill: ArrayLike) -> Mask:
@@ -843,31 +904,6 @@ def standing(skill: ArrayLike) -> Array:
     s = np.asarray(skill, dtype=np.float64)
     _require_modalities(s.size)
     return np.minimum(1.0, 2.0 * s / s.max()) if s.max() > 0 else np.ones_like(s)
-
-
-def votes(skill: ArrayLike) -> Array:
-    """What each modality's logits count.
-
-    ``max(0.02, (standing_m min(1, max_k s_k / s_0))^2)``. Definition chosen here.
-
-    Args:
-        skill: Of all heads, ``[M + 1]`` in [0, 1].
-
-    Returns:
-        ``[M]`` in [0.02, 1]; all 1 when no skill is above 0.
-
-    Example:
-        >>> votes([0.8, 0.9, 0.45, 0.225, 0.0]).round(4).tolist()
-        [1.0, 1.0, 0.25, 0.02]
-    """
-    s = np.asarray(skill, dtype=np.float64)
-    fused, own, best = s[0], s[1:], s[1:].max()
-    if not s.max() > 0:
-        return np.ones_like(own)
-    if best == 0:
-        return np.full_like(own, 0.02)
-    alone = best / max(fused, best)
-    return np.asarray(np.maximum(0.02, (alone * standing(own)) ** 2))
 
 
 def loss_shares(skill: ArrayLike) -> Array:

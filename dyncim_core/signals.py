@@ -36,10 +36,13 @@ __all__ = [
 SIGNALS = ("deviation", "consistency", "stability")
 
 _32_BITS = 2**32 - 1
+# Of four thousand that were tried, what holds out most evenly of the first 100 to 6,000 samples.
+_MIX = (0x3A805F, 14, 0x5D5F7413)
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
 # What a contradiction counts that only one modality bears out.
 _OF_ONE = 0.05
+_CUBE_ROOT_OF_2 = 2.0 ** (1.0 / 3.0)
 # Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
 # class of nothing but such labels comes back as its average follows.
 _LARGEST_LOG_WEIGHT = 8.0
@@ -265,8 +268,7 @@ def held_out(index: Tensor, share: float) -> Tensor:
     """Which samples to keep out of training, to hear what heads that never saw them say.
 
     The same ones whatever the order, the epoch and the process: those whose index, its bits
-    mixed (the hash lowbias32 by Wellons), lies below ``share`` of 32 bits.
-    Definition chosen here.
+    mixed, lies below ``share`` of 32 bits. Definition chosen here.
 
     Args:
         index: Position in the training set, integers of any shape, >= 0.
@@ -277,12 +279,11 @@ def held_out(index: Tensor, share: float) -> Tensor:
 
     Example:
         >>> held_out(torch.arange(8), share=0.25)
-        tensor([ True, False,  True,  True, False, False, False,  True])
+        tensor([ True,  True,  True, False,  True, False, False, False])
     """
-    bits = (index + 0x9E3779B9) & _32_BITS
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = ((bits ^ (bits >> shift)) * factor) & _32_BITS
-    return (bits ^ (bits >> 16)) < round(share * 2**32)
+    bits = index * _MIX[0]
+    bits = (bits ^ (bits >> _MIX[1])) * _MIX[2]  # whose low 32 bits are right past 2^63 as well
+    return (bits & _32_BITS) < round(share * 2**32)
 
 
 def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: Tensor) -> Tensor:
@@ -315,9 +316,10 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
     """
     if skill.shape[-1] == 1:
         return contradicted
-    ahead = (1.0 - skill[1:].amax() / skill[0]).clamp_min(0.0)
+    # Times the cube root of 2, which its cube is twice of.
+    ahead = torch.rsub(skill[1:].amax() / skill[0], _CUBE_ROOT_OF_2, alpha=_CUBE_ROOT_OF_2)
     by_heart = torch.addcdiv(trained, trained.square(), held_out, value=-1.0)  # c (1 - c / c')
-    return torch.fmax(contradicted, 2.0 * by_heart * ahead.pow(3))  # of 0 / 0, the former
+    return torch.fmax(contradicted, by_heart * ahead.clamp_min(0.0).pow(3))  # of 0 / 0, the former
 
 
 def noise_pressure(

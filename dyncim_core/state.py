@@ -31,7 +31,7 @@ _PER_HEAD = (
     "quality",
     "seen",
     "skill",
-    "calibration",
+    "logit_weight",
     "held_out_averages",
 )
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
@@ -87,9 +87,9 @@ class CurriculumState(KeepsDtype):
             samples trained on (``doubt``), on average, in calls that may hold samples out.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        calibration: ``[M + 1]`` in [0, 1], what each head's logits count: less if it is surer of
-            samples held out, each by how far its label is believed, than it is right; 1 as long as
-            there were none.
+        logit_weight: ``[M + 1]`` in [0.02, 2], by what the logits of all heads add up best on
+            samples held out, each as far as its label is believed (``logit_weights``); 1 as long
+            as there were none.
         held_out_averages: ``[7, M + 1]``, what they, ``label_noise`` and the ``generalisation``
             that losses count by come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
@@ -126,7 +126,7 @@ class CurriculumState(KeepsDtype):
     label_noise: Tensor
     doubted: Tensor
     skill: Tensor
-    calibration: Tensor
+    logit_weight: Tensor
     log_class_average: Tensor
     class_seen: Tensor
     class_weight: Tensor
@@ -139,7 +139,7 @@ class CurriculumState(KeepsDtype):
     memory_visits: Tensor
     memory_weight: Tensor
 
-    _at_first_1 = ("effective_share", "memory_weight", "calibration")
+    _at_first_1 = ("effective_share", "memory_weight", "logit_weight")
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class CurriculumState(KeepsDtype):
         self.register_buffer("doubted", torch.zeros((), dtype=torch.float32))
         self.register_buffer("skill", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("held_out_averages", torch.zeros(HEARD, heads, dtype=torch.float32))
-        self.register_buffer("calibration", torch.zeros(heads, dtype=torch.float32))
+        self.register_buffer("logit_weight", torch.zeros(heads, dtype=torch.float32))
         self.register_buffer("log_class_average", torch.zeros(GROUPS, dtype=torch.float32))
         self.register_buffer("class_seen", torch.zeros(GROUPS, dtype=torch.int64))
         self.register_buffer("class_weight", torch.zeros(GROUPS, dtype=torch.float32))
@@ -294,7 +294,7 @@ class CurriculumState(KeepsDtype):
             ``quality/fused``, ``skill/fused``, and for each signal ``signal/NAME`` and
             ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
             ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
-            ``skill/NAME``, ``calibration/NAME`` and ``modality_weight/NAME``.
+            ``skill/NAME``, ``logit_weight/NAME`` and ``modality_weight/NAME``.
 
         Example:
             >>> CurriculumState().summary()["signal_weight/stability"]  # doctest: +ELLIPSIS
@@ -320,7 +320,7 @@ class CurriculumState(KeepsDtype):
             values["redundancy"] = redundancy(self.log_quality, self.quality[0], self.skill)
             alpha = modality_weights(self.log_quality)
             for m, name in enumerate(self.modalities):
-                values[f"calibration/{name}"] = self.calibration[1 + m]
+                values[f"logit_weight/{name}"] = self.logit_weight[1 + m]
                 values[f"modality_weight/{name}"] = alpha[m]
         numbers = torch.stack([value.double() for value in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))

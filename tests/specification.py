@@ -37,7 +37,7 @@ class Specification(SimpleNamespace):
             doubted=0.0,
             skill=np.zeros(heads),
             held_out_averages=np.zeros((7, heads)),
-            calibration=np.ones(heads),
+            logit_weight=np.ones(heads),
             log_class_average=np.zeros(1024),
             class_seen=np.zeros(1024),
             class_weight=np.zeros(1024),
@@ -71,7 +71,7 @@ class Specification(SimpleNamespace):
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
         valid, heard = counts & finite & ~held, finite & held
-        lost = self._lost(found, mask, heard, settings)
+        lost = self._lost(found, logits, mask, heard, settings)
         weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
         said = [np.where(finite, x, 0.0) for x in (found.nll, found.entropy)]
         asked = mask & ref.witnesses(self.skill)[:, None]
@@ -157,13 +157,22 @@ class Specification(SimpleNamespace):
         return strength, ref.surprise(nll, entropy, present, shown**2, usual)
 
     def _lost(
-        self, found: ref.HeadStatistics, mask: Array, heard: Array, settings: Settings
+        self,
+        found: ref.HeadStatistics,
+        logits: list[Array],
+        mask: Array,
+        heard: Array,
+        settings: Settings,
     ) -> list[Array]:
-        """NLL and entropy of samples held out, as far as their labels are believed."""
+        """NLL, and what is expected, of samples held out, as far as their labels are believed."""
         nll, entropy = (np.where(heard, x, 0.0) for x in (found.nll, found.entropy))
         strength, surprise = self._surprise(nll, entropy, mask, settings)
         believed = np.exp(np.maximum(-strength * surprise, -8.0))
-        return [believed * x for x in (nll, entropy)]
+        expected = np.zeros_like(nll)
+        every = np.stack([x[heard] for x in logits])
+        weight = self.logit_weight[: len(nll)]
+        expected[:, heard] = ref.expected_log_likelihood(every, weight, mask[:, heard])
+        return [believed * x for x in (nll, expected)]
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
         first, second = self.seen[0] == 0, self.seen[0] == 1
@@ -197,11 +206,13 @@ class Specification(SimpleNamespace):
         said = [np.ones(heard.shape), said[0], by_chance, *said[1:]]
         for average, x in zip(self.held_out_averages, said, strict=True):
             average += rate * (np.where(heard, x, 0.0).mean(axis=1) - average)
-        mass, hits, chance, nll, entropy, doubt, alone = self.held_out_averages
-        self.calibration = ref.calibration(nll, entropy)
+        mass, hits, chance, nll, expected, doubt, alone = self.held_out_averages
         some = np.where(mass > 0, mass, 1.0)
         skill = ref.skill(hits / some, chance / some)
         self.skill = ref.pooled_skill(np.where(mass > 0, skill, skill[0]), samples)
+        means = nll / some, expected / some
+        goal = ref.logit_weights(self.logit_weight, self.skill, *means, samples)
+        self.logit_weight += rate * (goal - self.logit_weight)
         shown = doubt[0] / mass[0], self.doubted, alone[0] / mass[0]
         self.label_noise = float(ref.seen_noise(*shown, self.skill))
 

@@ -262,16 +262,14 @@ def test_skills_are_read_in_training_and_kept_for_inference() -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=NAMES)
     fusion = GatedFusion(WIDTHS, state=criterion.state)
     criterion.state.skill.copy_(torch.tensor([0.9, 0.36, 0.6, 0.7]))
-    criterion.state.calibration.copy_(torch.tensor([0.9, 0.3, 0.5, 1.0]))
+    criterion.state.logit_weight.copy_(torch.tensor([0.8, 0.2, 0.4, 1.9]))
     criterion.state.class_seen[:CLASSES] = torch.arange(CLASSES)
     criterion.state.class_weight.fill_(1.0)
     before = {k: v.clone() for k, v in criterion.state.state_dict().items()}
     features, unimodal = inputs()
     fusion(features, unimodal=unimodal)
     assert_allclose(fusion.skill, [0.36, 0.6, 0.7])
-    assert_allclose(
-        fusion.logit_factor, ref.votes([0.9, 0.36, 0.6, 0.7]) * [0.3, 0.5, 1.0], rtol=1e-6
-    )
+    assert_allclose(fusion.logit_factor, [0.25, 0.5, 2.0], rtol=1e-6)
     after = criterion.state.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     kept = {name.partition(".")[0] for name in fusion.state_dict()}
@@ -638,7 +636,7 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
     apart = ref.disagreement(probs.detach().numpy(), [0.8, 0.3, 0.0])
     expected = ref.reliability_gates(-2.0 * apart)
     assert_allclose(gates, expected.T, rtol=1e-4, atol=1e-6)
-    scale = ref.relative_gates(expected) * ref.votes([0.9, 0.8, 0.3, 0.0])[:, None]
+    scale = ref.relative_gates(expected)
     total = sum(s[:, None] * x.numpy() for s, x in zip(scale, unimodal.values(), strict=True))
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
 
@@ -646,7 +644,7 @@ def test_skills_are_taken_up_before_they_count(backend: str) -> None:
 @needs_native
 def test_a_rejected_call_takes_up_nothing() -> None:
     state = CurriculumState(NAMES)
-    state.calibration.fill_(0.5)
+    state.logit_weight.copy_(torch.tensor([1.0, 0.5, 0.5, 0.5]))
     state.skill.fill_(0.5)
     fusion = GatedFusion(WIDTHS, state=state, backend="native")
     before = copy.deepcopy(fusion.state_dict())
@@ -659,15 +657,15 @@ def test_a_rejected_call_takes_up_nothing() -> None:
 
 
 @each_backend
-def test_logits_count_by_their_calibration(backend: str) -> None:
+def test_logits_count_by_their_weight(backend: str) -> None:
     state = CurriculumState(NAMES)
     features, unimodal = inputs()
     fusion = GatedFusion(WIDTHS, state=state, dropout=0.0, backend=backend)
     before, gates, _ = fusion(features, unimodal=unimodal)
-    state.calibration.copy_(torch.tensor([0.9, 0.25, 1.0, 0.0]))
+    state.logit_weight.copy_(torch.tensor([0.8, 0.2, 0.8, 0.02]))
     fused, _, logits = fusion(features, unimodal=unimodal)
     assert torch.equal(fused, before)
-    scale = ref.relative_gates(gates.t().numpy()) * np.array([0.25, 1.0, 0.0])[:, None]
+    scale = ref.relative_gates(gates.t().numpy()) * np.array([0.25, 1.0, 0.025])[:, None]
     total = sum(s[:, None] * x.numpy() for s, x in zip(scale, unimodal.values(), strict=True))
     assert_allclose(logits, total, rtol=1e-4, atol=1e-5)
     state.reset_parameters()

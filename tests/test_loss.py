@@ -660,7 +660,7 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
         "held_out_averages",
         "doubted",
         "skill",
-        "calibration",
+        "logit_weight",
         "label_noise",
         "nonfinite",
     )

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
-from strategies import Array, arrays, log_quality, reals, to_torch, upcast
+from strategies import Array, arrays, head_presence, log_quality, reals, to_torch, upcast
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,21 +19,22 @@ from dyncim_core import reference as ref
 from dyncim_core.modality import (
     augmentation_rates,
     balance_factor,
-    calibration,
+    expected_log_likelihood,
     generalisation,
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
+    logit_weights,
     loss_shares,
     modality_coefficients,
     modality_weights,
     pooled_skill,
     quality,
     redundancy,
+    relative_logit_weights,
     skill,
     standing,
     trust,
-    votes,
     witnesses,
 )
 
@@ -463,28 +464,86 @@ def test_skill_is_what_chance_does_not_explain(hits: Array, chance: float) -> No
         assert_allclose(skill(torch.ones(1), chance), 1.0)
 
 
-@given(arrays(4, reals(0, 9)), arrays(4, reals(0, 9)))
-def test_calibration_is_how_sure_a_head_may_be(nll: Array, entropy: Array) -> None:
-    found = calibration(to_torch(nll), to_torch(entropy)).numpy()
-    assert_allclose(found, ref.calibration(nll, entropy), rtol=1e-12)
-    assert ((found >= 0) & (found <= 1)).all()
-    assert (found[nll <= entropy] == 1).all()  # not sure enough is left as it is
-    assert (found[nll > entropy] < 1).all()
+@given(st.integers(1, 4).flatmap(lambda h: arrays((h, 3, 5), reals(-9, 9))), st.data())
+def test_what_a_pool_expects_is_the_slope_of_its_likelihood(logits: Array, data: Any) -> None:
+    """The target's log-likelihood under a head, less what is expected, by the head's weight."""
+    heads, batch = logits.shape[:2]
+    weight = data.draw(arrays(heads, reals(0.03125, 2)))
+    mask = data.draw(head_presence(heads, batch))
+    if mask is not None:
+        logits = np.where(mask[..., None], logits, np.nan)
+    present = None if mask is None else torch.from_numpy(mask)
+    w = to_torch(weight).requires_grad_()
+    found = expected_log_likelihood(to_torch(logits), w, present)
+    assert_allclose(
+        found.detach(), ref.expected_log_likelihood(logits, weight, mask), rtol=1e-9, atol=1e-12
+    )
+    assert (found <= 0).all()
+
+    log_probs = to_torch(logits).log_softmax(dim=2)
+    if present is not None:
+        assert (found[~present] == 0).all()
+        log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
+    target = torch.arange(batch)
+    pooled = torch.einsum("h,hbc->bc", w, log_probs)
+    (slope,) = torch.autograd.grad(-F.cross_entropy(pooled, target, reduction="sum"), w)
+    actual = log_probs[:, target, target]
+    assert_allclose(slope, (actual - found.detach()).sum(dim=1), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("classes", [2, 10])
-@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 3.0])
-def test_logits_that_are_too_large_are_brought_back(classes: int, factor: float) -> None:
-    """About by what they were multiplied by; by less than twice as much."""
+def test_a_pool_takes_classes_ruled_out() -> None:
+    logits = torch.tensor([[[0.0, 0.0, -math.inf]], [[0.0, -math.inf, 0.0]]])
+    for found in (ref.expected_log_likelihood, expected_log_likelihood):
+        assert_allclose(found(logits, torch.ones(2)), [[-math.log(2)]] * 2, rtol=1e-6)
+        apart = found(torch.stack([logits[0, :, 1:], logits[1, :, 1:]]), torch.ones(2))
+        assert_allclose(apart, [[0.0]] * 2)  # of a pool without a class left, nothing
+        large = found(torch.tensor([[[3e38, 0.0]]] * 3), torch.full((3,), 2.0))
+        assert_allclose(large, [[0.0]] * 3)
+
+
+@given(
+    arrays(4, reals(0.03125, 2)),
+    arrays(4, reals(0, 1)),
+    arrays(4, reals(0, 9)),
+    arrays(4, reals(0, 9)),
+    reals(0, 1e4),
+)
+def test_logits_weigh_what_the_samples_held_out_say(
+    weight: Array, skills: Array, nll: Array, lost: Array, samples: float
+) -> None:
+    arguments = [to_torch(x) for x in (weight, skills, nll, -lost)]
+    found = logit_weights(*arguments, samples).numpy()
+    goal = ref.logit_weights(weight, skills, nll, -lost, samples)
+    assert_allclose(found, goal, rtol=1e-9, atol=1e-12)
+    assert ((found >= 0.02) & (found <= 2.0)).all()
+    assert_allclose(logit_weights(*arguments, 0.0), np.maximum(skills, 0.02))  # nobody to ask
+    # No less than the skill, or than before, where labels are likelier than expected.
+    assert (found >= np.minimum(skills, weight) - 1e-9)[nll <= lost].all()
+    assert (found <= np.maximum(skills, weight) + 1e-9)[nll >= lost].all()
+
+
+def test_the_weights_of_logits_find_the_best_pool() -> None:
+    """One head tells all, a second repeats it three times too sure, a third knows nothing."""
     generator = torch.Generator().manual_seed(0)
-    logits = 2.0 * torch.randn(20_000, classes, generator=generator, dtype=torch.float64)
+    logits = torch.randn(20_000, 5, generator=generator)
     target = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
-    log_probs = (factor * logits).log_softmax(dim=1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
-    assert 0.5 < factor * calibration(F.nll_loss(log_probs, target), entropy) < 1.2
-    too_small = (logits / 2.0).log_softmax(dim=1)
-    entropy = -(too_small.exp() * too_small).sum(dim=1).mean()
-    assert calibration(F.nll_loss(too_small, target), entropy) == 1.0
+    noise = 3.0 * torch.randn(20_000, 5, generator=generator)
+    heads = torch.stack([logits, 3.0 * logits, noise])
+    nll = -heads.log_softmax(dim=2)[:, torch.arange(20_000), target].mean(dim=1)
+    weight, skills = torch.ones(3), torch.tensor([0.5, 0.5, 0.0])
+    for _ in range(400):
+        expected = expected_log_likelihood(heads, weight).mean(dim=1)
+        weight.lerp_(logit_weights(weight, skills, nll, expected, 20_000), 0.05)
+    assert_allclose(weight[0] + 3.0 * weight[1], 1.0, atol=0.05)  # together as sure as they may be
+    assert weight[2] < 0.03
+
+
+@given(arrays(5, reals(0.03125, 2)))
+def test_logits_of_modalities_count_next_to_the_fused_ones(weight: Array) -> None:
+    found = relative_logit_weights(to_torch(weight)).numpy()
+    assert_allclose(found, ref.relative_logit_weights(weight), rtol=1e-12)
+    assert ((found > 0) & (found <= 2)).all()
+    assert_allclose(relative_logit_weights(to_torch(0.5 * weight)), found, rtol=1e-12)
 
 
 def test_where_there_is_one_class_there_is_no_skill() -> None:
@@ -529,28 +588,6 @@ def test_witnesses_are_the_fused_head_and_able_modalities(skills: Array) -> None
         assert not found[1:][skills[1:] < 0.499 * skills[1:].max()].any()
 
 
-@given(st.integers(2, 7).flatmap(lambda h: arrays(h, st.just(0.0) | reals(0, 1))))
-def test_votes_silence_only_who_has_next_to_nothing_to_say(skills: Array) -> None:
-    fused, own = skills[0], skills[1:]
-    found = votes(to_torch(skills)).numpy()
-    assert_allclose(found, ref.votes(skills), rtol=1e-12)
-    assert found.min() >= 0.02
-    whole = 1.0 if own.max() >= fused else max(0.02, (own.max() / fused) ** 2)
-    assert_allclose(found[own >= 0.501 * own.max()], whole, rtol=1e-12)
-    assert (found[own < 0.499 * own.max()] < max(whole, 0.0201)).all()
-    assert (np.diff(found[np.argsort(own)]) >= 0).all()  # never less for more skill
-    if skills.max() > 1e-3:
-        assert_allclose(votes(to_torch(0.5 * skills)), found, rtol=1e-9)
-
-
-def test_modalities_that_tell_something_only_together_have_little_of_a_vote() -> None:
-    for found in (ref.votes, votes):
-        assert_allclose(found(torch.tensor([0.8, 0.4, 0.4])), [0.25, 0.25], rtol=1e-6)
-        assert_allclose(found(torch.tensor([0.8, 0.0, 0.0])), [0.02, 0.02], rtol=1e-6)
-        assert_allclose(found(torch.tensor([0.0, 0.4, 0.0])), [1.0, 0.02], rtol=1e-6)
-        assert_allclose(found(torch.zeros(3)), [1.0, 1.0])
-
-
 @given(arrays((4,), reals(0, 1)), st.sampled_from([1.0, 0.3, 0.05]), st.booleans())
 def test_losses_count_as_far_as_modalities_know_what_fusion_does(
     skills: Array, scale: float, hopeless: bool
@@ -583,11 +620,6 @@ def test_loss_shares_need_a_modality() -> None:
     for shares in (ref.loss_shares, loss_shares):
         with pytest.raises(ValueError, match="at least 1 modality"):
             shares(torch.ones(1))
-
-
-def test_votes_need_a_modality() -> None:
-    with pytest.raises(ValueError, match="at least 1 modality"):
-        votes(torch.ones(1))
 
 
 @given(arrays((4,), reals(0, 1)), reals(0.125, 1))

@@ -588,12 +588,12 @@ def test_a_class_weight_that_autograd_cannot_take_moves_no_state(
 @pytest.mark.parametrize("modalities", [8, 9])
 def test_a_fusion_takes_as_many_modalities_as_its_kernels(backend: str, modalities: int) -> None:
     state = CurriculumState(modalities)
-    state.skill.copy_(torch.linspace(0.9, 0.1, 1 + modalities))
+    state.logit_weight.copy_(torch.linspace(0.9, 0.1, 1 + modalities))
     fusion = GatedFusion([2] * modalities, state=state, dropout=0.0, backend=backend)
     features = [torch.randn(4, 2) for _ in range(modalities)]
     gates = fusion(features, unimodal=[torch.zeros(4, 3)] * modalities).gates
     assert_allclose(gates, 1 / modalities, rtol=1e-5)
-    assert_allclose(fusion.logit_factor, ref.votes(state.skill), rtol=1e-5)
+    assert_allclose(fusion.logit_factor, ref.relative_logit_weights(state.logit_weight), rtol=1e-5)
 
 
 @each_backend

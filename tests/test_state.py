@@ -263,7 +263,7 @@ def test_summary_names_every_quantity() -> None:
     expected |= {"gmr", "hmir", "balance_factor", "redundancy", "quality/fused", "skill/fused"}
     expected |= {
         f"{kind}/{name}"
-        for kind in ("quality", "skill", "calibration", "modality_weight")
+        for kind in ("quality", "skill", "logit_weight", "modality_weight")
         for name in "ab"
     }
     signals = ("deviation", "consistency", "stability")
@@ -388,11 +388,11 @@ def test_what_cannot_be_compared_is_not_suspected() -> None:
 def test_a_summary_is_exact_and_of_the_heads_that_it_names() -> None:
     state = CurriculumState(["a", "b"])
     state.step.fill_(2**24 + 1)
-    for name in ("quality", "skill", "calibration"):
+    for name in ("quality", "skill", "logit_weight"):
         state.get_buffer(name).copy_(torch.tensor([0.25, 0.5, 0.75]))
     summary = state.summary()
     assert summary["step"] == 2**24 + 1
-    for name in ("quality", "skill", "calibration"):
+    for name in ("quality", "skill", "logit_weight"):
         assert (summary[f"{name}/a"], summary[f"{name}/b"]) == (0.5, 0.75)
 
 

@@ -450,7 +450,7 @@ class TestDynCIM:
         ("name", "buffer", "kept", "value"),
         [
             ("dyncim/no-skill", "skill", "skill", 0.0),
-            ("dyncim/no-calibration", "calibration", "logit_factor", 1.0),
+            ("dyncim/whole-logits", "logit_weight", "logit_factor", 1.0),
         ],
     )
     def test_what_is_overruled_is_not_heard(
@@ -460,7 +460,7 @@ class TestDynCIM:
         for method, expected in ((name, value), ("dyncim", 0.5)):
             learnt = METHODS[method].build(problem(), 0.0)
             assert learnt.state is not None
-            learnt.state.get_buffer(buffer).fill_(0.5)
+            learnt.state.get_buffer(buffer)[1:] = 0.5
             learnt.network.train()(inputs)
             assert (learnt.network.fusion.gates.get_buffer(kept) == expected).all()
 

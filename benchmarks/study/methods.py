@@ -511,9 +511,9 @@ def no_novelty(state: CurriculumState) -> Fusion:
     return partial(Gated, state=state, novelty_slope=0.0)
 
 
-def no_calibration(state: CurriculumState) -> Fusion:
-    """Ablation: gated logits count in full, however sure of themselves."""
-    return partial(Overruled, state=state, name="calibration", value=1.0)
+def whole_logits(state: CurriculumState) -> Fusion:
+    """Ablation: gated logits count in full, whatever samples held out say of them."""
+    return partial(Overruled, state=state, name="logit_weight", value=1.0)
 
 
 def attached_logits(state: CurriculumState) -> Fusion:
@@ -639,7 +639,7 @@ METHODS: dict[str, Entry] = {
     "dyncim/no-gate": Entry(partial(DynCIM, gate=no_gate)),
     "dyncim/no-novelty": Entry(partial(DynCIM, gate=no_novelty)),
     "dyncim/no-prior": Entry(partial(DynCIM, gate=no_prior)),
-    "dyncim/no-calibration": Entry(partial(DynCIM, gate=no_calibration)),
+    "dyncim/whole-logits": Entry(partial(DynCIM, gate=whole_logits)),
     "dyncim/logits-throughout": Entry(partial(DynCIM, gate=throughout)),
     "dyncim/attached-logits": Entry(partial(DynCIM, gate=attached_logits)),
     "dyncim/no-logits": Entry(partial(DynCIM, gate=no_logits)),

@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 9 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 10 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -33,9 +33,12 @@
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
 #define LANES_OF_SUM 8 /* numbers that are added up side by side */
-#define SAMPLES_OF_POOL 20.0 /* held out, on which a skill is half its own */
+#define POOL_OF_SKILL 20.0 /* samples that a prior is worth */
+#define POOL_OF_WEIGHT 10.0
 #define SMALLEST_ERROR 1e-3 /* of chance */
 #define SMALLEST_SKILL 1e-4 /* what is less is rounding */
+#define LEAST_WEIGHT 0.02 /* of logits */
+#define MOST_WEIGHT 2.0
 #define WATCHED 32 /* features of a modality whose moments are kept, at most */
 
 #define SHRINKAGE 1e-2         /* share of the mean variance that every direction has at least */
@@ -339,7 +342,7 @@ static void scale(int64_t heads, int64_t batch, int64_t classes, const float *gr
 }
 
 /* Averages of samples held out, of each head: the rows of held_out_averages. */
-enum { SEEN, HITS, CHANCE, NLL, ENTROPY, DOUBT, OWN_DOUBT, SAID };
+enum { SEEN, HITS, CHANCE, NLL, EXPECTED, DOUBT, OWN_DOUBT, SAID };
 
 /* The running averages of a CurriculumState and its per-sample memory, updated in place. */
 typedef struct {
@@ -348,7 +351,7 @@ typedef struct {
     int64_t *seen;
     float *signal_mean, *volatility, *label_noise, *doubted, *effective_share;
     int64_t *step, *nonfinite;
-    float *held_out[SAID], *skill, *calibration;
+    float *held_out[SAID], *skill, *logit_weight;
     float *log_class_average;
     int64_t *class_seen;
     float *class_weight;
@@ -422,12 +425,40 @@ static double generalisation(double held_out, double trained) {
     return kept * kept * kept * kept;
 }
 
-/* Whether a sample is to be kept out of training: lowbias32 of its index is below that. */
+/* Whether a sample is to be kept out of training: the hash of its index is below that. */
 static int is_held_out(int64_t index, uint64_t below) {
-    uint32_t bits = (uint32_t)((uint64_t)index + 0x9E3779B9u);
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
-    bits = (bits ^ (bits >> 15)) * 0x846CA68Bu;
-    return (bits ^ (bits >> 16)) < below;
+    uint64_t bits = (uint64_t)index * 0x3A805Fu;
+    return (uint32_t)(bits ^ (bits >> 14)) * 0x5D5F7413u < below;
+}
+
+static int is_there(const Problem *p, int64_t h, int64_t i) {
+    return !p->present || p->present[h * p->batch + i];
+}
+
+/* What the pool of all heads expects the log-likelihood of a sample's target to be under each that
+ * is there. Logits count from that of the target, which is finite as its NLL is. */
+static void expect(const Problem *p, const float *weight, const float *nll, int64_t i,
+                   float *pool, double *expected) {
+    int64_t y = p->target[i];
+    const float *x[MAX_HEADS];
+    double top = -INFINITY, total = 0.0;
+    for (int64_t h = 0; h < p->heads; h++) x[h] = p->logits[h] + i * p->stride[h];
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t c = 0; c < p->classes; c++) {
+            double sum = 0.0;
+            for (int64_t h = 0; h < p->heads; h++)
+                if (is_there(p, h, i)) sum += weight[h] * ((double)x[h][c] - x[h][y]);
+            if (pass) pool[c] = (float)(sum - top);
+            else if (sum > top) top = sum;
+        }
+    rows_of.exp_row(pool, p->classes);
+    for (int64_t c = 0; c < p->classes; c++) total += pool[c];
+    for (int64_t h = 0; h < p->heads; h++) {
+        double ahead = 0.0;
+        for (int64_t c = 0; is_there(p, h, i) && c < p->classes; c++)
+            if (pool[c] > 0.0f) ahead += pool[c] * ((double)x[h][c] - x[h][y]);
+        expected[h] = ahead / total - nll[h * p->batch + i];
+    }
 }
 
 /* What valid samples say, summed up. */
@@ -484,15 +515,14 @@ static void find_trust(const float *skill, int64_t heads, float *trust) {
  * many in all. */
 static void listen(const Problem *p, const Tally *heard, double samples, State *s,
                    double decay) {
-    double batch = (double)p->batch, own = samples / (samples + SAMPLES_OF_POOL), mean = 0.0;
+    double batch = (double)p->batch, own = samples / (samples + POOL_OF_SKILL), mean = 0.0;
+    double found = samples / (samples + POOL_OF_WEIGHT);
     for (int64_t h = 0; h < p->heads; h++) {
         /* Of a modality that was not heard they stay, or they would fade to nothing. */
         for (int k = 0; heard->said[SEEN][h] > 0.0 && k < SAID; k++)
             average(s->held_out[k] + h, heard->said[k][h] / batch, 0, decay);
         double mass = s->held_out[SEEN][h], chance = s->held_out[CHANCE][h] / mass;
         double hit_rate = s->held_out[HITS][h] / mass;
-        double nll = s->held_out[NLL][h], entropy = s->held_out[ENTROPY][h];
-        s->calibration[h] = nll > entropy ? (float)(entropy / nll) : 1.0f;
         double error = 1.0 - chance > SMALLEST_ERROR ? 1.0 - chance : SMALLEST_ERROR;
         double skill = (hit_rate - chance) / error;
         skill = skill < 1.0 ? skill : 1.0;
@@ -501,8 +531,14 @@ static void listen(const Problem *p, const Tally *heard, double samples, State *
         s->skill[h] = mass > 0.0 ? (float)skill : s->skill[0];
         mean += s->skill[h] / (double)p->heads;
     }
-    for (int64_t h = 0; h < p->heads; h++)
+    for (int64_t h = 0; h < p->heads; h++) {
         s->skill[h] = (float)(own * s->skill[h] + (1.0 - own) * mean);
+        if (heard->said[SEEN][h] == 0.0) continue;
+        double mass = s->held_out[SEEN][h], weight = s->logit_weight[h];
+        double ahead = -(s->held_out[EXPECTED][h] + s->held_out[NLL][h]) / mass;
+        double goal = found * (weight + ahead) + (1.0 - found) * s->skill[h];
+        average(s->logit_weight + h, clamp(goal, LEAST_WEIGHT, MOST_WEIGHT), 0, decay);
+    }
     double contradicted = s->held_out[DOUBT][0] / (double)s->held_out[SEEN][0];
     double doubted = s->held_out[OWN_DOUBT][0] / (double)s->held_out[SEEN][0];
     *s->label_noise = (float)seen_noise(contradicted, *s->doubted, doubted, s->skill, p->heads);
@@ -575,10 +611,14 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     int64_t B = p->batch, H = p->heads;
     const float *loss = found->loss, *nll = found->nll;
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
-    float *scratch = malloc((size_t)(B ? B : 1) * (3 * sizeof *scratch + 4));
+    int holds_out = o->held_out > 0.0;
+    int64_t C = holds_out ? p->classes : 0;
+    float *scratch = malloc((size_t)(B ? B : 1) * (3 * sizeof *scratch + 4) +
+                            (size_t)C * sizeof *scratch);
     if (!scratch) return -1;
     float *log_weight = scratch, *difficulty = scratch + B, *part = scratch + 2 * B;
-    uint8_t *trained = (uint8_t *)(scratch + 3 * B), *weighed = trained + B, *held = weighed + B;
+    float *pool = scratch + 3 * B;
+    uint8_t *trained = (uint8_t *)(pool + C), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
@@ -591,7 +631,6 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
     Tally tally[2] = {{0}};
     int64_t nonfinite = 0, left_out = 0, rows = work ? work->rows : ROWS;
-    int holds_out = o->held_out > 0.0;
     double all = holds_out ? trained_on(p, s) : 0.0;
     uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
     Signals signals;
@@ -647,15 +686,17 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         difficulty[i] = (float)hard;
         t->difficulty += difficulty[i];
         double believed = held[i] ? exp(clamp(log_weight[i], -LARGEST_LOG_WEIGHT, 0.0)) : 0.0;
+        double expected[MAX_HEADS];
+        if (held[i]) expect(p, s->logit_weight, nll, i, pool, expected);
         for (int64_t h = 0; held[i] && h < H; h++)
-            if (!p->present || p->present[h * B + i]) {
+            if (is_there(p, h, i)) {
                 int64_t prediction = found->prediction[h * found->near + here];
                 float lost = nll[h * B + i] < LARGEST_NLL ? nll[h * B + i] : LARGEST_NLL;
                 t->said[SEEN][h] += 1.0;
                 t->said[HITS][h] += prediction == y;
                 t->said[CHANCE][h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
                 t->said[NLL][h] += believed * lost;
-                t->said[ENTROPY][h] += believed * found->entropy[h * found->near + here];
+                t->said[EXPECTED][h] += believed * expected[h];
                 t->said[DOUBT][h] += doubt;
                 t->said[OWN_DOUBT][h] += doubt_of(found, lost, h, here, y);
             }
@@ -726,7 +767,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t i = 0; s->samples && i < B; i++) {
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
-            if ((weighed[i] || heard[i]) && (!p->present || p->present[h * B + i])) {
+            if ((weighed[i] || heard[i]) && is_there(p, h, i)) {
                 float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
                 now = now < LARGEST_NLL ? now : LARGEST_NLL;
                 int32_t *visits = s->memory_visits + row * s->heads + h;
@@ -849,14 +890,12 @@ static void disturb(const Problem *p, const Gate *o, const Disturbance *d, const
     if (event >= 1.0 - o->dropout * rate) has[m] = 0;
 }
 
-/* Skills, and votes times calibrations, of what a state has learnt. */
+/* Skills, and what logits count next to the fused head's, of what a state has learnt. */
 static void take_up(float *const *learnt, int64_t modalities, float *skill, float *logit_factor) {
     memcpy(skill, learnt[2] + 1, (size_t)modalities * sizeof *skill);
-    double best = best_of(skill, modalities), fused = learnt[2][0];
-    double alone = best < fused ? best / fused : 1.0;
     for (int64_t m = 0; m < modalities; m++) {
-        double share = alone * standing_of(skill[m], best);
-        logit_factor[m] = (float)(trust_of(share * share) * learnt[5][1 + m]);
+        float relative = learnt[5][1 + m] / learnt[5][0];
+        logit_factor[m] = relative < (float)MOST_WEIGHT ? relative : (float)MOST_WEIGHT;
     }
 }
 
@@ -1218,7 +1257,7 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
     float *held_out = address(of[10]);
     for (int k = 0; k < SAID; k++) s.held_out[k] = held_out + k * heads;
     s.skill = address(of[11]);
-    s.calibration = address(of[12]);
+    s.logit_weight = address(of[12]);
     s.log_class_average = address(of[13]);
     s.class_seen = address(of[14]);
     s.class_weight = address(of[15]);

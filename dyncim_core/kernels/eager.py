@@ -35,16 +35,17 @@ from dyncim_core.kernels.interface import (
 )
 from dyncim_core.modality import (
     augmentation_rates,
-    calibration,
+    expected_log_likelihood,
     generalisation,
+    logit_weights,
     loss_shares,
     modality_coefficients,
     pooled_skill,
     quality,
     redundancy,
+    relative_logit_weights,
     skill,
     trust,
-    votes,
     witnesses,
 )
 from dyncim_core.signals import (
@@ -192,8 +193,11 @@ def curriculum(
     mode = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
     with mode():
         found = statistics(logits, present, criterion)
-        classes = logits[0].shape[1]
-        coefficient = weigh(found, present, criterion, classes, buffers, memory, settings)
+        classes, expected = logits[0].shape[1], None
+        if settings.held_out > 0.0:
+            every = torch.stack([x.to(found.rows.dtype) for x in logits])
+            expected = expected_log_likelihood(every, buffers.logit_weight, present)
+        coefficient = weigh(found, present, criterion, classes, buffers, memory, settings, expected)
         keep_weight(criterion, classes, buffers.class_weight)
     with torch.no_grad():
         value = combine(coefficient, found.rows[0], settings)
@@ -255,8 +259,12 @@ def weigh(
     buffers: Buffers,
     memory: Memory | None,
     settings: Settings,
+    expected: Tensor | None = None,
 ) -> Tensor:
-    """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers."""
+    """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers.
+
+    ``expected`` log-likelihoods of all heads are for samples held out.
+    """
     target = criterion.target
     counts, finite, held, trained, weighed = _roles(found, criterion, memory, settings)
     number, count = trained.sum(), weighed.sum()
@@ -310,7 +318,8 @@ def weigh(
         right = found.prediction == target
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        said = right, chance, nll, entropy, by_all, own_doubt
+        assert expected is not None  # noqa: S101
+        said = right, chance, nll, expected, by_all, own_doubt
         contradicted = own_doubt[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
@@ -422,24 +431,26 @@ def listen(
     """Take in what heads say about samples that they were never trained on.
 
     ``heard``, ``[M + 1, B]``, tells which of them a head sees; ``said``, each ``[M + 1, B]`` or
-    ``[B]``, whether it is right and how often it would be by chance, its NLL and entropy, which
-    count as far as the label is ``believed``, ``[B]``, and how far the label is contradicted, by
-    all heads and by each; ``samples``, how many there are in all.
+    ``[B]``, whether it is right and how often it would be by chance, its NLL and the expected
+    log-likelihood, which count as far as the label is ``believed``, ``[B]``, and how far the label
+    is contradicted, by all heads and by each; ``samples``, how many there are in all.
     """
     kind = buffers.skill.dtype
     rows = torch.stack([heard, *(x.expand_as(heard) for x in said)])
     rows[3:5].mul_(believed)
     shares = torch.where(heard, rows, 0.0).mean(dim=2, dtype=kind)
     some = shares[0].sign()  # 0 where nothing is heard, of a modality or at all
-    averages = buffers.held_out_averages.lerp_(shares, some * (1.0 - decay))
+    rate = some * (1.0 - decay)
+    averages = buffers.held_out_averages.lerp_(shares, rate)
     mass = averages[0]
     means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
-    hit_rate, chance, nll, entropy, by_all, own = means.unbind()
+    hit_rate, chance, nll, expected, by_all, own = means.unbind()
     known = skill(hit_rate, chance)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
-    buffers.calibration.copy_(calibration(nll, entropy))
+    weight = buffers.logit_weight
+    weight.lerp_(logit_weights(weight, buffers.skill, nll, expected, samples), rate)
     noise = seen_noise(by_all[0], buffers.doubted, own[0], known)
     buffers.label_noise.lerp_(noise, some[0])
 
@@ -542,9 +553,8 @@ def take_up(learnt: Learnt | None, kept: Kept) -> None:
     """Keep what the state knows now, if there is one."""
     if learnt is None:
         return
-    logit_factor = votes(learnt.skill) * learnt.calibration[1:]
     kept.skill.copy_(learnt.skill[1:])
-    kept.logit_factor.copy_(logit_factor)
+    kept.logit_factor.copy_(relative_logit_weights(learnt.logit_weight))
     if kept.log_prior is not None:
         kept.log_prior.copy_(log_prior(_class_mass(learnt)))
 

@@ -65,9 +65,10 @@ class Buffers(NamedTuple):
 
     ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would
-    by chance, of its NLL and its entropy in nats, both by how far the label is believed, and of
+    by chance, of its NLL and of what the pool of all heads expects its log-likelihood to be, in
+    nats, both by how far the label is believed, and of
     how far all heads together and the head by itself contradict the label. ``doubted`` is how far
-    the fused head contradicts the labels of samples trained on. ``skill`` and ``calibration``,
+    the fused head contradicts the labels of samples trained on. ``skill`` and ``logit_weight``,
     ``[M + 1]``, follow from them, and so does ``label_noise`` from the first sample held out on. Of
     class c, at ``c % K``:
     ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen`` ``[K]``,
@@ -88,7 +89,7 @@ class Buffers(NamedTuple):
     nonfinite: Tensor
     held_out_averages: Tensor
     skill: Tensor
-    calibration: Tensor
+    logit_weight: Tensor
     log_class_average: Tensor
     class_seen: Tensor
     class_weight: Tensor
@@ -150,14 +151,14 @@ class Learnt(NamedTuple):
     skill: Tensor
     class_seen: Tensor
     class_weight: Tensor
-    calibration: Tensor
+    logit_weight: Tensor
 
 
 class Kept(NamedTuple):
     """What a ``GatedFusion`` keeps of what its state has learnt, updated in place.
 
-    ``skill`` ``[M]``; ``logit_factor`` ``[M]``, votes times calibrations; ``log_prior`` ``[K]``
-    with K >= C, if there is one.
+    ``skill`` ``[M]``; ``logit_factor`` ``[M]``, see ``relative_logit_weights``; ``log_prior``
+    ``[K]`` with K >= C, if there is one.
     """
 
     skill: Tensor
@@ -221,9 +222,8 @@ class Kernels(Protocol):
     ) -> Curriculum:
         """Weigh the samples by what the state knows; then take the batch into the state.
 
-        Samples held out have value and coefficient 0, and tell of skill, calibration and label
-        noise. A
-        batch of nothing else has value 0.
+        Samples held out have value and coefficient 0, and tell of skill, of what logits count
+        and of label noise. A batch of nothing else has value 0.
         """
 
     def gradients(

@@ -1,7 +1,8 @@
 """The kernels in Triton, for class indices and logits of up to 32 bits on a GPU.
 
 Four launches a step, one of which only fills in zeros: ``_statistics`` reads the logits of
-all heads once, whatever C is, ``_curriculum`` weighs the batch and updates the state,
+all heads once, whatever C is, ``_curriculum`` weighs the batch and updates the state, after
+``_expect``, a fifth, has read the logits of the samples held out, where there are any;
 ``_gradients`` reads the logits again and writes the gradients. Nothing is read on the host,
 so that nothing out of range is an error here: such a target makes its loss NaN, unless it is
 held out, such an index is passed over.
@@ -36,6 +37,7 @@ from dyncim_core.kernels.interface import (
     Settings,
     Statistics,
 )
+from dyncim_core.modality import POOL_OF_SKILL, POOL_OF_WEIGHT
 
 __all__ = [
     "curriculum",
@@ -109,13 +111,39 @@ def curriculum(
     )
     groups = len(buffers.log_class_average)
     heads = triton.next_power_of_2(len(buffers.seen))
+    present = None if present is None else present.contiguous()
+    criterion = _contiguous(criterion)
+    if memory is not None:
+        memory = memory._replace(rows=memory.rows.contiguous())
+    below = round(settings.held_out * 2**32) if settings.held_out > 0.0 else None
+    samples = 0.0 if memory is None else settings.held_out * len(memory.nll)
+    expected = None
     with torch.cuda.device(found.rows.get_device()):
+        if below is not None and memory is not None:
+            expected = torch.empty_like(joint.coefficient)
+            logits, strides = _addressable(logits)
+            tile = _tile(batch, classes)
+            _expect[(triton.cdiv(batch, tile["group"]),)](
+                logits,
+                strides,
+                present,
+                criterion,
+                found.rows[1],
+                memory.rows,
+                below,
+                buffers.logit_weight,
+                expected,
+                batch,
+                classes,
+                **tile,
+            )
         _curriculum[(1,)](
             found,
-            None if present is None else present.contiguous(),
-            _contiguous(criterion),
+            expected,
+            present,
+            criterion,
             buffers,
-            None if memory is None else memory._replace(rows=memory.rows.contiguous()),
+            memory,
             0 if memory is None else len(memory.nll),
             joint,
             batch,
@@ -125,8 +153,8 @@ def curriculum(
             settings.label_noise,
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
             buffers.class_seen.new_zeros((2, groups)),
-            round(settings.held_out * 2**32) if settings.held_out > 0.0 else None,
-            0.0 if memory is None else own_share(settings.held_out * len(memory.nll)),
+            below,
+            tuple(own_share(samples, prior) for prior in (POOL_OF_SKILL, POOL_OF_WEIGHT)),
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
             count=len(logits),
@@ -253,6 +281,8 @@ _OF_ONE = tl.constexpr(0.05)  # what a contradiction counts that only one modali
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LEAST_QUALITY = tl.constexpr(0.1)
+_LEAST_WEIGHT = tl.constexpr(0.02)  # of logits
+_MOST_WEIGHT = tl.constexpr(2.0)
 _LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
@@ -465,8 +495,76 @@ def _gradients(
 
 
 @_jit
+def _expect(
+    logits: tl.tuple,
+    strides: tl.tuple,
+    present: tl.tensor,
+    criterion: tl.tuple,
+    nll: tl.tensor,
+    index: tl.tensor,
+    below: tl.tensor,
+    weight: tl.tensor,
+    expected: tl.tensor,
+    batch: tl.tensor,
+    classes: tl.tensor,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
+) -> None:
+    """What the pool of all heads expects of the log-likelihoods of samples held out.
+
+    As ``dyncim_core.modality.expected_log_likelihood`` defines it: an online softmax in every
+    lane, joined at the end. Log-probabilities come from the target's logit and NLL, which are
+    finite; their sums, none of them positive, may overflow but never cancel.
+    """
+    count: tl.constexpr = len(logits)
+    i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
+    y = tl.load(criterion.target + i, mask=i < batch, other=criterion.ignore_index)
+    held = (i < batch) & (y != criterion.ignore_index) & (y >= 0) & (y < classes)
+    held = held & _is_held_out(tl.load(index + i, mask=held, other=0), below)
+    if tl.max(held.to(tl.int32), 0) > 0:
+        zero = tl.zeros([group, lanes], tl.float32)
+        top, total = zero + _LOWEST, zero
+        there: tl.tuple = ()
+        anchors: tl.tuple = ()
+        moments: tl.tuple = ()
+        for h in tl.static_range(count):
+            here = _has(present, h * batch + i, held)
+            there += (here,)
+            of_target = tl.load(logits[h] + i * strides[h] + y, mask=here, other=0.0)
+            lost = tl.load(nll + h * batch + i, mask=here, other=0.0)
+            anchors += ((of_target.to(tl.float32)[:, None], lost[:, None]),)
+            moments += (zero,)
+        for start in range(0, classes, lanes):
+            pooled = zero
+            logs: tl.tuple = ()
+            for h in tl.static_range(count):
+                x = _columns(logits[h], strides[h], i, there[h], start, classes, lanes)
+                logs += (tl.minimum(x - anchors[h][0] - anchors[h][1], 0.0),)
+                w = tl.load(weight + h).to(tl.float32)
+                pooled += tl.where(there[h][:, None], w * logs[h], 0.0)
+            peak = tl.maximum(top, pooled)
+            scale = tl.exp(top - peak)
+            e = tl.exp(pooled - peak)
+            exists = (e > 0) & (start + tl.arange(0, lanes) < classes)[None, :]
+            e = tl.where(exists, e, 0.0)
+            total = total * scale + e
+            updated: tl.tuple = ()
+            for h in tl.static_range(count):
+                part = tl.where(exists & there[h][:, None], e * logs[h], 0.0)
+                updated += (moments[h] * scale + part,)
+            moments = updated
+            top = peak
+        scale = tl.exp(top - tl.max(top, 1)[:, None])
+        total = tl.sum(total * scale, 1)
+        for h in tl.static_range(count):
+            found = tl.sum(moments[h] * scale, 1) / tl.where(total > 0, total, 1.0)
+            tl.store(expected + h * batch + i, found, mask=there[h])
+
+
+@_jit
 def _curriculum(
     found: tl.tuple,
+    expected: tl.tensor,
     present: tl.tensor,
     criterion: tl.tuple,
     buffers: tl.tuple,
@@ -481,7 +579,7 @@ def _curriculum(
     decays: tl.tuple,
     of_classes: tl.tensor,
     below: tl.tensor,
-    own_skill: tl.tensor,
+    own: tl.tuple,
     skip: tl.constexpr,
     reduction: tl.constexpr,
     count: tl.constexpr,
@@ -500,6 +598,7 @@ def _curriculum(
     for k in tl.static_range(_HEARD):
         average_at = buffers.held_out_averages + k * known + head
         averages += (tl.load(average_at, mask=head < known, other=0.0),)
+    logit_weight = tl.load(buffers.logit_weight + head, mask=head < known, other=1.0)
     each = tl.arange(0, groups)
     smoothed = tl.load(buffers.class_seen + each, mask=each < classes, other=-1) + 1
     trained_on = tl.sum(smoothed, 0).to(tl.float32)
@@ -569,6 +668,7 @@ def _curriculum(
             of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
             believed = tl.exp(_log_weight(rho * surprise, 0.0))[None, :]
             entropy = tl.load(found.rows + 2 * count * batch + at, mask=here, other=0.0)
+            awaited = tl.load(expected + at, mask=asked_here, other=0.0)
             doubted = tl.where(agree & (fused != y), doubt, 0.0)[None, :]
             alone = 1.0 - tl.exp(-tl.maximum(nll - entropy, 0.0))
             alone = tl.where(prediction != y[None, :], alone, 0.0)
@@ -579,7 +679,7 @@ def _curriculum(
                 said[1] + (asked_here & (prediction == y[None, :])).to(tl.float32),
                 said[2] + (of_class + 1).to(tl.float32) / trained_on,
                 said[3] + tl.where(asked_here, believed * nll, 0.0),
-                said[4] + tl.where(asked_here, believed * entropy, 0.0),
+                said[4] + tl.where(asked_here, believed * awaited, 0.0),
                 said[5] + tl.where(asked_here, doubted, 0.0),
                 said[6] + tl.where(asked_here, alone, 0.0),
             )
@@ -687,10 +787,11 @@ def _curriculum(
             buffers,
             doubted,
             averages,
+            logit_weight.to(tl.float32),
             said,
             tl.maximum(batch, 1),
             1.0 - decays[0],
-            own_skill,
+            own,
             head,
             known,
         )
@@ -838,10 +939,11 @@ def _listen(
     buffers: tl.tuple,
     doubted: tl.tensor,
     averages: tl.tuple,
+    weight: tl.tensor,
     said: tl.tuple,
     batch: tl.tensor,
     rate: tl.tensor,
-    own: tl.tensor,
+    own: tl.tuple,
     head: tl.tensor,
     known: tl.constexpr,
 ) -> tl.tuple:
@@ -858,8 +960,7 @@ def _listen(
         moved += (averages[k] + rate * (tl.sum(said[k], 1) / batch - averages[k]),)
         at = buffers.held_out_averages + k * known + head
         tl.store(at, moved[k], mask=head < known)
-    mass, hits, chance, nll, entropy, contradicted, alone = moved
-    calibration = tl.where(nll > entropy, entropy / tl.where(nll > 0, nll, 1.0), 1.0)
+    mass, hits, chance, nll, expected, contradicted, alone = moved
     positive = tl.maximum(mass, 1e-30)
     error = tl.maximum(1.0 - chance / positive, _SMALLEST_ERROR)
     skill = tl.minimum((hits - chance) / positive / error, 1.0)
@@ -867,7 +968,8 @@ def _listen(
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     # A modality never heard counts as equal to the fusion, which favours neither side.
     skill = tl.where(mass > 0, skill, fused)
-    skill = own * skill + (1.0 - own) * tl.sum(tl.where(head < known, skill, 0.0), 0) / known
+    pool = tl.sum(tl.where(head < known, skill, 0.0), 0) / known
+    skill = own[0] * skill + (1.0 - own[0]) * pool
     fused = tl.sum(tl.where(head == 0, skill, 0.0), 0)
     noise = tl.sum(tl.where(head == 0, contradicted / positive, 0.0), 0)
     # As dyncim_core.signals.seen_noise defines it.
@@ -878,18 +980,20 @@ def _listen(
     noise = tl.maximum(noise, 2.0 * doubted * by_heart * ahead * ahead * ahead)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
-    tl.store(buffers.calibration + head, calibration, mask=head < known)
+    # As dyncim_core.modality.logit_weights defines it.
+    goal = own[1] * (weight - (nll + expected) / positive) + (1.0 - own[1]) * skill
+    goal = tl.minimum(tl.maximum(goal, _LEAST_WEIGHT), _MOST_WEIGHT)
+    tl.store(buffers.logit_weight + head, weight + rate * (goal - weight), mask=head < known)
     tl.store(buffers.skill + head, skill, mask=head < known)
     return skill, mass, nll
 
 
 @_jit
 def _is_held_out(index: tl.tensor, below: tl.tensor) -> tl.tensor:
-    """As ``dyncim_core.signals.held_out`` defines it: lowbias32 of an index."""
-    bits = (index + 0x9E3779B9).to(tl.uint32)
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return (bits ^ (bits >> 16)).to(tl.int64) < below
+    """As ``dyncim_core.signals.held_out`` defines it, of an index."""
+    bits = index * 0x3A805F
+    bits = (bits ^ (bits >> 14)).to(tl.uint32) * 0x5D5F7413
+    return bits.to(tl.int64) < below
 
 
 @_jit
