@@ -32,11 +32,11 @@ class FusionOutput(NamedTuple):
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
             without any.
         logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features, by its vote (``votes``) and by its ``calibration``, and less what is merely
-            frequent (``log_prior``), to add to the logits of a head over ``fused``, which has
-            that once; ``None`` without unimodal logits. It is detached: unimodal heads
-            learn from their own losses. In training, with a state, times ``1 - quality`` of the
-            fused head, so that the head learns to do without them.
+            features and by its weight next to the fused head's (``relative_logit_weights``), which
+            samples held out teach, and less what is merely frequent (``log_prior``), to add to the
+            logits of a head over ``fused``, which has that once; ``None`` without unimodal logits.
+            It is detached: unimodal heads learn from their own losses. In training, with a state,
+            times ``1 - quality`` of the fused head, so that the head learns to do without them.
     """
 
     fused: Tensor
@@ -51,8 +51,8 @@ class GatedFusion(KeepsDtype):
     are sure and to be believed, contradict its own prediction, and in inference as soon as its
     features lie far from those seen in training: it works without labels. Features are scaled
     by their gate over the largest gate of the sample, so that equal gates give plain
-    concatenation. Logits of modalities count less with less skill; features do not, and what tells
-    little by itself is not contradicted, since it may tell what another one means. In training,
+    concatenation. Logits of modalities count as samples held out teach; features do not, and what
+    tells little by itself is not contradicted, since it may tell what another means. In training,
     some modalities of some samples are dropped or swapped with another sample's: at most one
     modality of a sample, the less often the less it errs, the further fusion is ahead of its
     modalities, and the more some classes outnumber others. The paper (arXiv 2503.06456) names a
@@ -64,11 +64,10 @@ class GatedFusion(KeepsDtype):
     Args:
         features: Width of each modality's features, by name or by position.
         state: The ``CurriculumState`` of the criterion. Its skills tell how far modalities are
-            believed when they contradict each other, what the ``votes`` of their logits are and
-            which are dropped more; its calibrations how sure those logits may be; its fused
-            quality how far they are withdrawn; its
-            ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024, are
-            what predictions say beyond (``log_prior``), and uneven ones spare dropout
+            believed when they contradict each other, and which are dropped more; its logit
+            weights what their logits count, and its fused quality how far those are withdrawn;
+            its ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024,
+            are what predictions say beyond (``log_prior``), and uneven ones spare dropout
             (``evenness``). What was last seen in training is kept for inference, which needs no
             state. When ``None``, all modalities count alike, and dropout acts in full.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
@@ -91,8 +90,8 @@ class GatedFusion(KeepsDtype):
         modalities: Names of the modalities.
         skill: Buffer ``[M]`` in [0, 1], float32 whatever the model's dtype; 0 as long as
             nothing is known.
-        logit_factor: Buffer ``[M]`` in [0, 1], what gated logits are multiplied by in inference,
-            votes times calibrations; 1 as long as nothing is known.
+        logit_factor: Buffer ``[M]`` in [0, 2], what gated logits are multiplied by in inference
+            (``relative_logit_weights``); 1 as long as nothing is known.
         log_prior: Buffer ``[1024]``, what is taken off the logits of the first so many classes
             before they are compared and added up; of more classes, nothing is.
 

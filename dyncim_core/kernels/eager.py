@@ -195,13 +195,24 @@ def curriculum(
         found = statistics(logits, present, criterion)
         classes, expected = logits[0].shape[1], None
         if settings.held_out > 0.0:
-            every = torch.stack([x.to(found.rows.dtype) for x in logits])
-            expected = expected_log_likelihood(every, buffers.logit_weight, present)
+            expected = _expected(logits, present, criterion, buffers.logit_weight)
         coefficient = weigh(found, present, criterion, classes, buffers, memory, settings, expected)
         keep_weight(criterion, classes, buffers.class_weight)
     with torch.no_grad():
         value = combine(coefficient, found.rows[0], settings)
     return Curriculum(value, coefficient, found.normaliser)
+
+
+def _expected(
+    logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion, weight: Tensor
+) -> Tensor:
+    """``expected_log_likelihood`` of all heads, ``[M + 1, B]``."""
+    dtype, found = accumulation_dtype(logits), []
+    for at, parts, _ in _blocks(logits, criterion):
+        mask = None if present is None else present[:, at]
+        every = torch.stack([x.to(dtype) for x in parts])
+        found.append(expected_log_likelihood(every, weight, mask))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def keep_weight(criterion: Criterion, num_classes: int, kept: Tensor) -> None:
