@@ -42,8 +42,9 @@ __all__ = [
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
 _MOST = 2.0  # weight of logits
+_LEAST_LOG_PROBABILITY = -1e30
 # What priors are worth, in samples.
-POOL_OF_SKILL, POOL_OF_WEIGHT = 20.0, 10.0
+PRIOR_OF_SKILL, PRIOR_OF_WEIGHT = 20.0, 10.0
 _LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
 _LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
 _SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
@@ -295,7 +296,7 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
         >>> pooled_skill(torch.tensor([0.8, 0.4]), samples=20)
         tensor([0.7000, 0.5000])
     """
-    own = own_share(samples, POOL_OF_SKILL)
+    own = own_share(samples, PRIOR_OF_SKILL)
     return torch.lerp(skill.mean(dim=-1, keepdim=True), skill, own)
 
 
@@ -324,11 +325,12 @@ def expected_log_likelihood(
         tensor([[-0.3251],
                 [-0.6931]])
     """
-    log_probs = logits.log_softmax(dim=2)
+    # Of a class ruled out, 0 times minus infinity would be no number; nor an average of such sums.
+    log_probs = logits.log_softmax(dim=2).clamp_min(_LEAST_LOG_PROBABILITY)
     if present is not None:
         log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
-    pool = (weight.to(log_probs.dtype)[:, None, None] * log_probs).sum(dim=0).softmax(dim=1)
-    return (pool * log_probs).nansum(dim=2)  # of a class ruled out, 0 times minus infinity
+    pool = torch.einsum("h,hbc->bc", weight.to(log_probs.dtype), log_probs).softmax(dim=1)
+    return torch.einsum("bc,hbc->hb", pool, log_probs)
 
 
 def logit_weights(
@@ -342,7 +344,7 @@ def logit_weights(
 
     ``(n (w_h + x_h - l_h) + 10 s_h) / (n + 10)``, in [0.02, 2]: up the gradient of the pool's
     likelihood, and towards the skills as far as few samples are held out. Modalities
-    that repeat what fusion knows, or know their training set by heart, lose their weight. To learn
+    that are surer than they are right, or of what fusion knows better, lose their weight. To learn
     on samples held out how predictors add up is stacking (Wolpert, Neural Networks 1992); this
     definition is chosen here.
 
@@ -361,14 +363,15 @@ def logit_weights(
         >>> logit_weights(torch.ones(2), skill, nll, torch.tensor([-0.5, -0.7]), samples=20)
         tensor([0.9667, 0.3000])
     """
-    goal = torch.lerp(skill, weight - (nll + expected), own_share(samples, POOL_OF_WEIGHT))
+    goal = torch.lerp(skill, weight - (nll + expected), own_share(samples, PRIOR_OF_WEIGHT))
     return goal.clamp(_LEAST, _MOST)
 
 
 def relative_logit_weights(weight: Tensor) -> Tensor:
     """What the logits of each modality count next to the fused head's, ``min(2, w_m / w_0)``.
 
-    Definition chosen here.
+    Only ratios count: whoever adds up logits has those of the fused head in full. What the latter
+    had of the former in training is not taken off. Definition chosen here.
 
     Args:
         weight: Of all heads, ``[M + 1]``, > 0, see ``logit_weights``.

@@ -790,10 +790,10 @@ def expected_log_likelihood(
     with np.errstate(invalid="ignore"):
         for i in range(batch):
             own = z[mask[:, i], i]
-            log_probs = own - np.logaddexp.reduce(own, axis=1, keepdims=True)
+            log_probs = np.maximum(own - np.logaddexp.reduce(own, axis=1, keepdims=True), -1e30)
             pooled = w[mask[:, i]] @ log_probs
-            pool = np.exp(pooled - np.logaddexp.reduce(pooled))
-            result[mask[:, i], i] = np.nansum(pool * log_probs, axis=1)
+            pool = np.exp(pooled - pooled.max())
+            result[mask[:, i], i] = log_probs @ pool / pool.sum()
     return result
 
 

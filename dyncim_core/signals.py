@@ -36,7 +36,8 @@ __all__ = [
 SIGNALS = ("deviation", "consistency", "stability")
 
 _32_BITS = 2**32 - 1
-# Of four thousand that were tried, what holds out most evenly of the first 100 to 6,000 samples.
+# Of four thousand tried, that of which the number held out of the first 100 to 6,000 samples is
+# never far off, for shares of 0.05 to 0.5.
 _MIX = (0x3A805F, 14, 0x5D5F7413)
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
@@ -271,7 +272,7 @@ def held_out(index: Tensor, share: float) -> Tensor:
     mixed, lies below ``share`` of 32 bits. Definition chosen here.
 
     Args:
-        index: Position in the training set, integers of any shape, >= 0.
+        index: Position in the training set, int64 of any shape, >= 0.
         share: Of the training set, in [0, 1]; not checked.
 
     Returns:

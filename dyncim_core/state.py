@@ -68,7 +68,8 @@ class CurriculumState(KeepsDtype):
             order the modalities anew: a checkpoint does not hold their names.
         num_samples: Size of the training set, to keep the memory that ``suspects``
             ranks: ``8 M + 12`` bytes a sample.
-        decay: Of the running averages over steps, in [0, 1).
+        decay: Of the running averages over steps, in [0, 1); what logits count moves as fast, and
+            swings below 0.9.
         memory_decay: Of the running averages over visits to a sample, in [0, 1).
 
     Attributes:
@@ -291,8 +292,8 @@ class CurriculumState(KeepsDtype):
 
         Returns:
             Floats by name: ``step``, ``nonfinite``, ``label_noise``, ``effective_share``,
-            ``quality/fused``, ``skill/fused``, and for each signal ``signal/NAME`` and
-            ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
+            ``quality/fused``, ``skill/fused``, ``logit_weight/fused``, and for each signal
+            ``signal/NAME`` and ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
             ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
             ``skill/NAME``, ``logit_weight/NAME`` and ``modality_weight/NAME``.
 
@@ -313,6 +314,7 @@ class CurriculumState(KeepsDtype):
         for head, name in enumerate(("fused", *(self.modalities or ()))):
             values[f"quality/{name}"] = self.quality[head]
             values[f"skill/{name}"] = self.skill[head]
+            values[f"logit_weight/{name}"] = self.logit_weight[head]
         if self.modalities is not None:
             values["gmr"] = geometric_mean_ratio(self.log_quality)
             values["hmir"] = harmonic_mean_improvement_rate(self.log_quality)
@@ -320,7 +322,6 @@ class CurriculumState(KeepsDtype):
             values["redundancy"] = redundancy(self.log_quality, self.quality[0], self.skill)
             alpha = modality_weights(self.log_quality)
             for m, name in enumerate(self.modalities):
-                values[f"logit_weight/{name}"] = self.logit_weight[1 + m]
                 values[f"modality_weight/{name}"] = alpha[m]
         numbers = torch.stack([value.double() for value in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))

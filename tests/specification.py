@@ -213,6 +213,7 @@ class Specification(SimpleNamespace):
         means = nll / some, expected / some
         goal = ref.logit_weights(self.logit_weight, self.skill, *means, samples)
         self.logit_weight += rate * (goal - self.logit_weight)
+        self.logit_weight[mass == 0] = self.logit_weight[0]
         shown = doubt[0] / mass[0], self.doubted, alone[0] / mass[0]
         self.label_noise = float(ref.seen_noise(*shown, self.skill))
 

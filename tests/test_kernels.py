@@ -20,6 +20,7 @@ from numpy.testing import assert_allclose
 from specification import CASES, SKILLS, run, run_at_skills
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncim_core
@@ -143,10 +144,18 @@ def test_native_predicts_the_first_of_equal_logits_and_rules_out_what_is_far_bel
     reduction=st.sampled_from(["mean", "sum", "none"]),
     skip=st.booleans(),
     noise=st.sampled_from([None, 0.4]),
+    share=st.sampled_from([0.0, 0.3]),
     corrupt=st.booleans(),
+    strided=st.booleans(),
 )
 def test_native_curriculum_is_that_of_eager(
-    problem: dict[str, Any], reduction: Any, skip: bool, noise: float | None, corrupt: bool
+    problem: dict[str, Any],
+    reduction: Any,
+    skip: bool,
+    noise: float | None,
+    share: float,
+    corrupt: bool,
+    strided: bool,
 ) -> None:
     from dyncim_core.kernels import native
 
@@ -154,7 +163,11 @@ def test_native_curriculum_is_that_of_eager(
     batch, modalities = len(logits[0]), len(logits) - 1
     if corrupt:
         logits[0][:1] = math.nan
-    settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction)
+    share = share if modalities else 0.0
+    settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction, share)
+
+    def scaled(x: Tensor, scale: float) -> Tensor:
+        return F.pad(scale * x, (0, 3))[:, : x.shape[1]] if strided else scale * x
 
     def run(backend: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
         state = CurriculumState(modalities or 1, num_samples=50)
@@ -163,7 +176,7 @@ def test_native_curriculum_is_that_of_eager(
         for scale in (1.0, 1.5, 0.7):  # or volatilities would be those of rounding
             index = torch.randperm(50, generator=generator)[:batch]
             joint = backend.curriculum(
-                **{**problem, "logits": [scale * x.to(dtype) for x in logits]},
+                **{**problem, "logits": [scaled(x.to(dtype), scale) for x in logits]},
                 buffers=state.averages(),
                 memory=state.memory(index),
                 settings=settings,

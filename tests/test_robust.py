@@ -290,6 +290,42 @@ def test_what_is_there_counts_alike_with_and_without_a_mask(backend: str) -> Non
 
 
 @each_backend
+def test_weights_of_logits_outlast_absurd_ones(backend: str) -> None:
+    """Several held-out samples whose log-likelihoods are finite, and the sum of them is not."""
+    index = torch.arange(200)[held_out(torch.arange(200), 0.5)][:6]
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=1, num_samples=200, held_out=0.5, backend=backend
+    )
+    fused, own = torch.tensor([[0.0, -3e38]] * 6), torch.tensor([[-3e38, 0.0]] * 6)
+    target = torch.zeros(6, dtype=torch.int64)
+    for _ in range(3):
+        heads = [x.clone().requires_grad_() for x in (fused, own)]
+        criterion(heads[0], target, unimodal=heads[1:], index=index)
+    state = criterion.state
+    assert state.nonfinite == 0
+    assert state.held_out_averages.isfinite().all()
+    assert ((state.logit_weight >= 0.02) & (state.logit_weight <= 2.0)).all()
+
+
+@each_backend
+def test_a_modality_never_heard_of_has_the_weight_of_the_fusion(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=2, num_samples=120, held_out=0.3, backend=backend
+    )
+    present = torch.tensor([[True, False]]).expand(120, 2)
+    target = torch.randint(4, (120,), generator=generator)
+    for _ in range(30):
+        sure = torch.tensor([9.0, 0.1, 9.0]).view(3, 1, 1)
+        heads = [*(sure * torch.randn(3, 120, 4, generator=generator)).requires_grad_().unbind()]
+        criterion(heads[0], target, unimodal=heads[1:], index=torch.arange(120), present=present)
+    fused, heard, never = criterion.state.logit_weight.tolist()
+    assert fused < 0.5
+    assert heard > fused
+    assert never == fused
+
+
+@each_backend
 def test_the_memory_of_what_is_hopeless_is_bounded(backend: str) -> None:
     criterion = DynCIMLoss(nn.CrossEntropyLoss(), num_samples=1, held_out=0.0, backend=backend)
     logits = torch.tensor([[1e31, 0.0]], requires_grad=True)

@@ -60,9 +60,13 @@ def case(
     smoothing: float = 0.0,
     absent: bool = False,
     strided: bool = False,
+    ruled: bool = False,
     seed: int = 0,
 ) -> SimpleNamespace:
-    """Heads, a mask whose absent rows hold NaN, and a criterion, with ignored samples."""
+    """Heads, a mask whose absent rows hold NaN, and a criterion, with ignored samples.
+
+    With ``ruled``, the last head rules out classes that are no target.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = 3.0 * torch.randn(heads, batch, classes, generator=generator)
     present = None
@@ -71,6 +75,10 @@ def case(
         present[0] = True
         logits[~present] = math.nan
     target = torch.randint(classes, (batch,), generator=generator)
+    if ruled:
+        out = torch.rand(batch, classes, generator=generator) < 0.3
+        out[torch.arange(batch), target] = False
+        logits[-1][out] = -math.inf
     target[1::4] = -1
     rows = [x.to(DEVICE, dtype) for x in logits]
     if strided:  # every second row of one with more columns, and a transposed one
@@ -251,6 +259,11 @@ def test_a_target_out_of_range_gives_nan_and_harms_no_other() -> None:
     assert torch.equal(found.rows[2:], good.rows[2:])
 
 
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """With its strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(scale * x)
+
+
 def run(backend: Any, dtype: torch.dtype, c: SimpleNamespace, settings: Settings) -> Any:
     """What three steps give, and the state that they leave."""
     state = CurriculumState(len(c.logits) - 1 or 2, num_samples=50).to(DEVICE)
@@ -259,11 +272,11 @@ def run(backend: Any, dtype: torch.dtype, c: SimpleNamespace, settings: Settings
     for scale in (1.0, 1.5, 0.7):  # or volatilities would be those of rounding
         index = torch.randperm(50, generator=generator)[: len(c.logits[0])].to(DEVICE)
         joint = backend.curriculum(
-            [scale * x.to(dtype) for x in c.logits],
+            [_scaled(x.to(dtype), scale) for x in c.logits],
             c.present,
             c.criterion,
             state.averages(),
-            state.memory(index) if scale != 1.5 else None,
+            state.memory(index) if scale != 1.5 or settings.held_out else None,
             settings,
         )
         given += [joint.value, joint.coefficient]
@@ -271,25 +284,32 @@ def run(backend: Any, dtype: torch.dtype, c: SimpleNamespace, settings: Settings
 
 
 @pytest.mark.parametrize(
-    ("options", "skip", "reduction", "noise"),
+    ("options", "skip", "reduction", "noise", "share"),
     [
-        ({"heads": 1, "classes": 5}, False, "mean", 0.4),
-        ({"heads": 2, "classes": 5, "weight": True, "smoothing": 0.1}, False, "mean", None),
-        ({"heads": 3, "classes": 5, "absent": True}, True, "mean", 0.1),
-        ({"heads": 4, "classes": 1}, False, "sum", 0.4),
-        ({"heads": 3, "classes": 11, "weight": True, "absent": True}, True, "none", 0.4),
-        ({"heads": 9, "classes": 3, "absent": True}, False, "none", None),
+        ({"heads": 1, "classes": 5}, False, "mean", 0.4, 0.0),
+        ({"heads": 2, "classes": 5, "weight": True, "smoothing": 0.1}, False, "mean", None, 0.0),
+        ({"heads": 3, "classes": 5, "absent": True}, True, "mean", 0.1, 0.0),
+        ({"heads": 4, "classes": 1}, False, "sum", 0.4, 0.3),
+        ({"heads": 3, "classes": 11, "weight": True, "absent": True}, True, "none", 0.4, 0.0),
+        ({"heads": 9, "classes": 3, "absent": True}, False, "none", None, 0.3),
+        ({"heads": 3, "classes": 40, "absent": True, "strided": True}, True, "mean", None, 0.3),
+        ({"heads": 2, "classes": 600, "ruled": True, "strided": True}, False, "sum", None, 0.3),
     ],
 )
 @pytest.mark.parametrize("corrupt", [False, True])
 @pytest.mark.usefixtures("passes")
 def test_curriculum_is_that_of_eager(
-    options: dict[str, Any], skip: bool, reduction: Any, noise: float | None, corrupt: bool
+    options: dict[str, Any],
+    skip: bool,
+    reduction: Any,
+    noise: float | None,
+    share: float,
+    corrupt: bool,
 ) -> None:
     c = case(batch=21, **options)
     if corrupt:
         c.logits[0][0] = math.nan
-    settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction)
+    settings = Settings(4.0, noise, 0.2, 0.5, skip, 0.9, 0.8, reduction, share)
     ours, mine = run(kernel, torch.float32, c, settings)
     theirs, others = run(eager, torch.float32, c, settings)
     truths, true = run(eager, torch.float64, c, settings)

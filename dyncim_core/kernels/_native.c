@@ -33,8 +33,8 @@
 #define ROWS 16 /* rows of a head in hand at a time, at most */
 #define PADDING 16 /* floats of the widest vector */
 #define LANES_OF_SUM 8 /* numbers that are added up side by side */
-#define POOL_OF_SKILL 20.0 /* samples that a prior is worth */
-#define POOL_OF_WEIGHT 10.0
+#define PRIOR_OF_SKILL 20.0 /* samples that a prior is worth */
+#define PRIOR_OF_WEIGHT 10.0
 #define SMALLEST_ERROR 1e-3 /* of chance */
 #define SMALLEST_SKILL 1e-4 /* what is less is rounding */
 #define LEAST_WEIGHT 0.02 /* of logits */
@@ -435,29 +435,34 @@ static int is_there(const Problem *p, int64_t h, int64_t i) {
     return !p->present || p->present[h * p->batch + i];
 }
 
+/* A class ruled out is behind by no more than what sums of are finite. */
+static double ahead_of(float x, float of_target) {
+    double ahead = (double)x - of_target;
+    return ahead > -LARGEST_NLL ? ahead : -LARGEST_NLL;
+}
+
 /* What the pool of all heads expects the log-likelihood of a sample's target to be under each that
  * is there. Logits count from that of the target, which is finite as its NLL is. */
 static void expect(const Problem *p, const float *weight, const float *nll, int64_t i,
-                   float *pool, double *expected) {
-    int64_t y = p->target[i];
-    const float *x[MAX_HEADS];
+                   double *sum, float *pool, double *expected) {
+    int64_t y = p->target[i], C = p->classes;
     double top = -INFINITY, total = 0.0;
-    for (int64_t h = 0; h < p->heads; h++) x[h] = p->logits[h] + i * p->stride[h];
-    for (int pass = 0; pass < 2; pass++)
-        for (int64_t c = 0; c < p->classes; c++) {
-            double sum = 0.0;
-            for (int64_t h = 0; h < p->heads; h++)
-                if (is_there(p, h, i)) sum += weight[h] * ((double)x[h][c] - x[h][y]);
-            if (pass) pool[c] = (float)(sum - top);
-            else if (sum > top) top = sum;
-        }
-    rows_of.exp_row(pool, p->classes);
-    for (int64_t c = 0; c < p->classes; c++) total += pool[c];
+    for (int64_t c = 0; c < C; c++) sum[c] = 0.0;
     for (int64_t h = 0; h < p->heads; h++) {
-        double ahead = 0.0;
-        for (int64_t c = 0; is_there(p, h, i) && c < p->classes; c++)
-            if (pool[c] > 0.0f) ahead += pool[c] * ((double)x[h][c] - x[h][y]);
-        expected[h] = ahead / total - nll[h * p->batch + i];
+        if (!is_there(p, h, i)) continue;
+        const float *x = p->logits[h] + i * p->stride[h];
+        for (int64_t c = 0; c < C; c++) sum[c] += weight[h] * ahead_of(x[c], x[y]);
+    }
+    for (int64_t c = 0; c < C; c++) top = sum[c] > top ? sum[c] : top;
+    for (int64_t c = 0; c < C; c++) pool[c] = (float)(sum[c] - top);
+    rows_of.exp_row(pool, C);
+    for (int64_t c = 0; c < C; c++) total += pool[c];
+    for (int64_t h = 0; h < p->heads; h++) {
+        if (!is_there(p, h, i)) continue;
+        const float *x = p->logits[h] + i * p->stride[h];
+        double ahead = 0.0, lost = nll[h * p->batch + i];
+        for (int64_t c = 0; c < C; c++) ahead += pool[c] * ahead_of(x[c], x[y]);
+        expected[h] = ahead / total - lost > -LARGEST_NLL ? ahead / total - lost : -LARGEST_NLL;
     }
 }
 
@@ -515,8 +520,8 @@ static void find_trust(const float *skill, int64_t heads, float *trust) {
  * many in all. */
 static void listen(const Problem *p, const Tally *heard, double samples, State *s,
                    double decay) {
-    double batch = (double)p->batch, own = samples / (samples + POOL_OF_SKILL), mean = 0.0;
-    double found = samples / (samples + POOL_OF_WEIGHT);
+    double batch = (double)p->batch, own = samples / (samples + PRIOR_OF_SKILL), mean = 0.0;
+    double own_of_weight = samples / (samples + PRIOR_OF_WEIGHT);
     for (int64_t h = 0; h < p->heads; h++) {
         /* Of a modality that was not heard they stay, or they would fade to nothing. */
         for (int k = 0; heard->said[SEEN][h] > 0.0 && k < SAID; k++)
@@ -533,10 +538,11 @@ static void listen(const Problem *p, const Tally *heard, double samples, State *
     }
     for (int64_t h = 0; h < p->heads; h++) {
         s->skill[h] = (float)(own * s->skill[h] + (1.0 - own) * mean);
-        if (heard->said[SEEN][h] == 0.0) continue;
         double mass = s->held_out[SEEN][h], weight = s->logit_weight[h];
+        if (mass == 0.0) s->logit_weight[h] = s->logit_weight[0];
+        if (heard->said[SEEN][h] == 0.0) continue;
         double ahead = -(s->held_out[EXPECTED][h] + s->held_out[NLL][h]) / mass;
-        double goal = found * (weight + ahead) + (1.0 - found) * s->skill[h];
+        double goal = own_of_weight * (weight + ahead) + (1.0 - own_of_weight) * s->skill[h];
         average(s->logit_weight + h, clamp(goal, LEAST_WEIGHT, MOST_WEIGHT), 0, decay);
     }
     double contradicted = s->held_out[DOUBT][0] / (double)s->held_out[SEEN][0];
@@ -613,12 +619,12 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
     int holds_out = o->held_out > 0.0;
     int64_t C = holds_out ? p->classes : 0;
-    float *scratch = malloc((size_t)(B ? B : 1) * (3 * sizeof *scratch + 4) +
-                            (size_t)C * sizeof *scratch);
-    if (!scratch) return -1;
-    float *log_weight = scratch, *difficulty = scratch + B, *part = scratch + 2 * B;
-    float *pool = scratch + 3 * B;
-    uint8_t *trained = (uint8_t *)(pool + C), *weighed = trained + B, *held = weighed + B;
+    double *sum_of_heads = malloc((size_t)C * (sizeof(double) + sizeof(float)) +
+                                  (size_t)(B ? B : 1) * (3 * sizeof(float) + 4));
+    if (!sum_of_heads) return -1;
+    float *pool = (float *)(sum_of_heads + C), *log_weight = pool + C;
+    float *difficulty = log_weight + B, *part = difficulty + B;
+    uint8_t *trained = (uint8_t *)(part + B), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
@@ -687,7 +693,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         t->difficulty += difficulty[i];
         double believed = held[i] ? exp(clamp(log_weight[i], -LARGEST_LOG_WEIGHT, 0.0)) : 0.0;
         double expected[MAX_HEADS];
-        if (held[i]) expect(p, s->logit_weight, nll, i, pool, expected);
+        if (held[i]) expect(p, s->logit_weight, nll, i, sum_of_heads, pool, expected);
         for (int64_t h = 0; held[i] && h < H; h++)
             if (is_there(p, h, i)) {
                 int64_t prediction = found->prediction[h * found->near + here];
@@ -806,7 +812,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                                     loss + h * B, may_skip, B, coefficient + h * B,
                                     o->reduction == REDUCE_NONE ? value : NULL);
     if (o->reduction != REDUCE_NONE) *value = (float)sum;
-    free(scratch);
+    free(sum_of_heads);
     return 0;
 }
 

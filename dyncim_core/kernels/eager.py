@@ -208,10 +208,11 @@ def _expected(
 ) -> Tensor:
     """``expected_log_likelihood`` of all heads, ``[M + 1, B]``."""
     dtype, found = accumulation_dtype(logits), []
-    for at, parts, _ in _blocks(logits, criterion):
-        mask = None if present is None else present[:, at]
-        every = torch.stack([x.to(dtype) for x in parts])
-        found.append(expected_log_likelihood(every, weight, mask))
+    with torch.autocast(logits[0].device.type, enabled=False):  # or sums were in half precision
+        for at, parts, _ in _blocks(logits, criterion):
+            mask = None if present is None else present[:, at]
+            every = torch.stack([x.to(dtype) for x in parts])
+            found.append(expected_log_likelihood(every, weight, mask))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
@@ -456,12 +457,13 @@ def listen(
     mass = averages[0]
     means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
     hit_rate, chance, nll, expected, by_all, own = means.unbind()
-    known = skill(hit_rate, chance)
     # A modality never heard counts as equal to the fusion, which favours neither side.
-    known = pooled_skill(torch.where(mass > 0.0, known, known[0]), samples)
+    ever, known = mass > 0.0, skill(hit_rate, chance)
+    known = pooled_skill(torch.where(ever, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
     weight = buffers.logit_weight
-    weight.lerp_(logit_weights(weight, buffers.skill, nll, expected, samples), rate)
+    moved = weight.lerp(logit_weights(weight, buffers.skill, nll, expected, samples), rate)
+    torch.where(ever, moved, moved[0], out=weight)
     noise = seen_noise(by_all[0], buffers.doubted, own[0], known)
     buffers.label_noise.lerp_(noise, some[0])
 

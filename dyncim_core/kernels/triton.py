@@ -37,7 +37,7 @@ from dyncim_core.kernels.interface import (
     Settings,
     Statistics,
 )
-from dyncim_core.modality import POOL_OF_SKILL, POOL_OF_WEIGHT
+from dyncim_core.modality import PRIOR_OF_SKILL, PRIOR_OF_WEIGHT
 
 __all__ = [
     "curriculum",
@@ -154,7 +154,7 @@ def curriculum(
             (settings.decay, settings.memory_decay, log(max(settings.decay, 1e-30))),
             buffers.class_seen.new_zeros((2, groups)),
             below,
-            tuple(own_share(samples, prior) for prior in (POOL_OF_SKILL, POOL_OF_WEIGHT)),
+            tuple(own_share(samples, prior) for prior in (PRIOR_OF_SKILL, PRIOR_OF_WEIGHT)),
             skip=settings.skip_nonfinite,
             reduction=settings.reduction,
             count=len(logits),
@@ -539,14 +539,14 @@ def _expect(
             logs: tl.tuple = ()
             for h in tl.static_range(count):
                 x = _columns(logits[h], strides[h], i, there[h], start, classes, lanes)
-                logs += (tl.minimum(x - anchors[h][0] - anchors[h][1], 0.0),)
+                own = tl.minimum(x - anchors[h][0] - anchors[h][1], 0.0)
+                logs += (tl.maximum(own, -_LARGEST_NLL),)
                 w = tl.load(weight + h).to(tl.float32)
                 pooled += tl.where(there[h][:, None], w * logs[h], 0.0)
             peak = tl.maximum(top, pooled)
             scale = tl.exp(top - peak)
-            e = tl.exp(pooled - peak)
-            exists = (e > 0) & (start + tl.arange(0, lanes) < classes)[None, :]
-            e = tl.where(exists, e, 0.0)
+            exists = (start + tl.arange(0, lanes) < classes)[None, :]
+            e = tl.where(exists, tl.exp(pooled - peak), 0.0)
             total = total * scale + e
             updated: tl.tuple = ()
             for h in tl.static_range(count):
@@ -983,7 +983,10 @@ def _listen(
     # As dyncim_core.modality.logit_weights defines it.
     goal = own[1] * (weight - (nll + expected) / positive) + (1.0 - own[1]) * skill
     goal = tl.minimum(tl.maximum(goal, _LEAST_WEIGHT), _MOST_WEIGHT)
-    tl.store(buffers.logit_weight + head, weight + rate * (goal - weight), mask=head < known)
+    weight += rate * (goal - weight)
+    of_fused = tl.sum(tl.where(head == 0, weight, 0.0), 0)
+    weight = tl.where((mass > 0) | (some == 0), weight, of_fused)
+    tl.store(buffers.logit_weight + head, weight, mask=head < known)
     tl.store(buffers.skill + head, skill, mask=head < known)
     return skill, mass, nll
 
