@@ -100,16 +100,16 @@ def extra_memory(step: Step, device: str) -> int:
     return max(0, peak - sum(x.numel() * x.element_size() for x in result))
 
 
-def native_scratch(batch: int, classes: int, heads: int) -> int:
+def native_scratch(batch: int, classes: int, heads: int, holds_out: bool) -> int:
     """Bytes that the C kernels allocate on one thread, unseen by torch.
 
-    What weighs the samples, and where the gradients are not made ahead two heads' softmaxes
+    What weighs the samples, a row of the pool where some are held out, and where the gradients are not made ahead two heads' softmaxes
     of a few rows: those are freed before the gradients are allocated, so that they do not add
     to the peak while they are smaller than it.
     """
     from dyncim_core.kernels import native  # where there is a compiler
 
-    weighing = batch * (2 * 4 + 2)
+    weighing = batch * (3 * 4 + 4) + 4 * classes * holds_out
     if heads * batch * classes <= native.AHEAD:
         return weighing
     return weighing + 2 * 4 * max(classes, 2**13)

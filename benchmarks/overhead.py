@@ -249,7 +249,9 @@ def resources(cell: Cell, device: str) -> Row:
         share = extra_memory(step, device) / size
         row[name] = {"memory": share, "launches": launches(step, device)}
         if name.startswith("native"):
-            row[name]["scratch"] = native_scratch(cell.batch, cell.classes, heads) / size
+            holds_out = name.endswith("memory")
+            scratch = native_scratch(cell.batch, cell.classes, heads, holds_out)
+            row[name]["scratch"] = scratch / size
     return row
 
 

@@ -23,7 +23,12 @@ PEERS = tuple(peers())
 ABLATIONS = ("uniform", *(name for name in METHODS if name.startswith("dyncim")))
 # What is for tasks where heads learn by heart what little modalities tell.
 FUSED_WITNESS = "dyncim/no-fused-witness"
-BY_HEART = ("dyncim/no-generalisation", "dyncim/logits-throughout", FUSED_WITNESS)
+BY_HEART = (
+    "dyncim/no-generalisation",
+    "dyncim/logits-throughout",
+    "dyncim/whole-logits",
+    FUSED_WITNESS,
+)
 NOISY = ("symmetric-40", "asymmetric-30")
 RARER = tuple(name for name in CONDITIONS if name not in ("clean", *NOISY))
 SETTINGS = "settings.csv"

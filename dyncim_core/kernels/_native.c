@@ -435,34 +435,38 @@ static int is_there(const Problem *p, int64_t h, int64_t i) {
     return !p->present || p->present[h * p->batch + i];
 }
 
-/* A class ruled out is behind by no more than what sums of are finite. */
-static double ahead_of(float x, float of_target) {
-    double ahead = (double)x - of_target;
-    return ahead > -LARGEST_NLL ? ahead : -LARGEST_NLL;
+/* Log-probability of a class, from its logit and from the target's logit and NLL, which are finite;
+ * of a class ruled out, what sums of are finite. */
+static float log_probability(float x, float of_target, float lost) {
+    float found = x - of_target - lost;
+    found = found > -LARGEST_NLL ? found : -LARGEST_NLL;
+    return found < 0.0f ? found : 0.0f;
 }
 
 /* What the pool of all heads expects the log-likelihood of a sample's target to be under each that
- * is there. Logits count from that of the target, which is finite as its NLL is. */
+ * is there. */
 static void expect(const Problem *p, const float *weight, const float *nll, int64_t i,
-                   double *sum, float *pool, double *expected) {
+                   float *pool, double *expected) {
     int64_t y = p->target[i], C = p->classes;
-    double top = -INFINITY, total = 0.0;
-    for (int64_t c = 0; c < C; c++) sum[c] = 0.0;
+    float top = -INFINITY;
+    double total = 0.0;
+    for (int64_t c = 0; c < C; c++) pool[c] = 0.0f;
     for (int64_t h = 0; h < p->heads; h++) {
         if (!is_there(p, h, i)) continue;
-        const float *x = p->logits[h] + i * p->stride[h];
-        for (int64_t c = 0; c < C; c++) sum[c] += weight[h] * ahead_of(x[c], x[y]);
+        const float *x = p->logits[h] + i * p->stride[h], lost = nll[h * p->batch + i];
+        for (int64_t c = 0; c < C; c++) pool[c] += weight[h] * log_probability(x[c], x[y], lost);
     }
-    for (int64_t c = 0; c < C; c++) top = sum[c] > top ? sum[c] : top;
-    for (int64_t c = 0; c < C; c++) pool[c] = (float)(sum[c] - top);
+    for (int64_t c = 0; c < C; c++) top = pool[c] > top ? pool[c] : top;
+    for (int64_t c = 0; c < C; c++) pool[c] -= top;
     rows_of.exp_row(pool, C);
     for (int64_t c = 0; c < C; c++) total += pool[c];
     for (int64_t h = 0; h < p->heads; h++) {
         if (!is_there(p, h, i)) continue;
-        const float *x = p->logits[h] + i * p->stride[h];
-        double ahead = 0.0, lost = nll[h * p->batch + i];
-        for (int64_t c = 0; c < C; c++) ahead += pool[c] * ahead_of(x[c], x[y]);
-        expected[h] = ahead / total - lost > -LARGEST_NLL ? ahead / total - lost : -LARGEST_NLL;
+        const float *x = p->logits[h] + i * p->stride[h], lost = nll[h * p->batch + i];
+        double sum = 0.0;
+        for (int64_t c = 0; c < C; c++)
+            sum += (double)pool[c] * log_probability(x[c], x[y], lost);
+        expected[h] = sum / total;
     }
 }
 
@@ -619,12 +623,12 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     double per_log = p->classes > 1 ? 1.0 / log((double)p->classes) : 0.0;
     int holds_out = o->held_out > 0.0;
     int64_t C = holds_out ? p->classes : 0;
-    double *sum_of_heads = malloc((size_t)C * (sizeof(double) + sizeof(float)) +
-                                  (size_t)(B ? B : 1) * (3 * sizeof(float) + 4));
-    if (!sum_of_heads) return -1;
-    float *pool = (float *)(sum_of_heads + C), *log_weight = pool + C;
-    float *difficulty = log_weight + B, *part = difficulty + B;
-    uint8_t *trained = (uint8_t *)(part + B), *weighed = trained + B, *held = weighed + B;
+    float *scratch = malloc((size_t)(B ? B : 1) * (3 * sizeof *scratch + 4) +
+                            (size_t)C * sizeof *scratch);
+    if (!scratch) return -1;
+    float *log_weight = scratch, *difficulty = scratch + B, *part = scratch + 2 * B;
+    float *pool = scratch + 3 * B;
+    uint8_t *trained = (uint8_t *)(pool + C), *weighed = trained + B, *held = weighed + B;
     uint8_t *heard = held + B; /* held out, and finite */
 
     double volatility = 0.0, share[SIGNALS];
@@ -693,7 +697,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         t->difficulty += difficulty[i];
         double believed = held[i] ? exp(clamp(log_weight[i], -LARGEST_LOG_WEIGHT, 0.0)) : 0.0;
         double expected[MAX_HEADS];
-        if (held[i]) expect(p, s->logit_weight, nll, i, sum_of_heads, pool, expected);
+        if (held[i]) expect(p, s->logit_weight, nll, i, pool, expected);
         for (int64_t h = 0; held[i] && h < H; h++)
             if (is_there(p, h, i)) {
                 int64_t prediction = found->prediction[h * found->near + here];
@@ -812,7 +816,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                                     loss + h * B, may_skip, B, coefficient + h * B,
                                     o->reduction == REDUCE_NONE ? value : NULL);
     if (o->reduction != REDUCE_NONE) *value = (float)sum;
-    free(sum_of_heads);
+    free(scratch);
     return 0;
 }
 
