@@ -103,9 +103,9 @@ def extra_memory(step: Step, device: str) -> int:
 def native_scratch(batch: int, classes: int, heads: int, holds_out: bool) -> int:
     """Bytes that the C kernels allocate on one thread, unseen by torch.
 
-    What weighs the samples, a row of the pool where some are held out, and where the gradients are not made ahead two heads' softmaxes
-    of a few rows: those are freed before the gradients are allocated, so that they do not add
-    to the peak while they are smaller than it.
+    What weighs the samples, a row of the pool where some are held out, and where the gradients
+    are not made ahead two heads' softmaxes of a few rows: those are freed before the gradients
+    are allocated, so that they do not add to the peak while they are smaller than it.
     """
     from dyncim_core.kernels import native  # where there is a compiler
 
