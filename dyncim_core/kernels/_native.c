@@ -92,7 +92,20 @@ typedef struct {
                             const float *share, int64_t classes);
     void (*products)(const float *x, int64_t rows, int64_t width, float *out);
     void (*whiten)(const float *factor, int64_t width, float *x, float *squared);
+    void (*add_logs)(const float *x, float of_target, float lost, float weight, int64_t classes,
+                     float *sums);
+    double (*pool)(float *sums, int64_t classes);
+    double (*sum_of_logs)(const float *pool, const float *x, float of_target, float lost,
+                          int64_t classes);
 } RowKernels;
+
+/* Log-probability of a class, from its logit and from the target's logit and NLL, which are finite;
+ * of a class ruled out, what sums of are finite. */
+static float log_probability(float x, float of_target, float lost) {
+    float found = x - of_target - lost;
+    found = found > -LARGEST_NLL ? found : -LARGEST_NLL;
+    return found < 0.0f ? found : 0.0f;
+}
 
 #define JOIN(name, target) name##_##target
 #define FOR_TARGET_(name, target) JOIN(name, target)
@@ -435,38 +448,22 @@ static int is_there(const Problem *p, int64_t h, int64_t i) {
     return !p->present || p->present[h * p->batch + i];
 }
 
-/* Log-probability of a class, from its logit and from the target's logit and NLL, which are finite;
- * of a class ruled out, what sums of are finite. */
-static float log_probability(float x, float of_target, float lost) {
-    float found = x - of_target - lost;
-    found = found > -LARGEST_NLL ? found : -LARGEST_NLL;
-    return found < 0.0f ? found : 0.0f;
-}
-
 /* What the pool of all heads expects the log-likelihood of a sample's target to be under each that
  * is there. */
 static void expect(const Problem *p, const float *weight, const float *nll, int64_t i,
                    float *pool, double *expected) {
-    int64_t y = p->target[i], C = p->classes;
-    float top = -INFINITY;
-    double total = 0.0;
-    for (int64_t c = 0; c < C; c++) pool[c] = 0.0f;
+    int64_t y = p->target[i];
+    memset(pool, 0, (size_t)p->classes * sizeof *pool);
     for (int64_t h = 0; h < p->heads; h++) {
-        if (!is_there(p, h, i)) continue;
-        const float *x = p->logits[h] + i * p->stride[h], lost = nll[h * p->batch + i];
-        for (int64_t c = 0; c < C; c++) pool[c] += weight[h] * log_probability(x[c], x[y], lost);
+        const float *x = p->logits[h] + i * p->stride[h];
+        if (is_there(p, h, i))
+            rows_of.add_logs(x, x[y], nll[h * p->batch + i], weight[h], p->classes, pool);
     }
-    for (int64_t c = 0; c < C; c++) top = pool[c] > top ? pool[c] : top;
-    for (int64_t c = 0; c < C; c++) pool[c] -= top;
-    rows_of.exp_row(pool, C);
-    for (int64_t c = 0; c < C; c++) total += pool[c];
+    double total = rows_of.pool(pool, p->classes);
     for (int64_t h = 0; h < p->heads; h++) {
-        if (!is_there(p, h, i)) continue;
         const float *x = p->logits[h] + i * p->stride[h], lost = nll[h * p->batch + i];
-        double sum = 0.0;
-        for (int64_t c = 0; c < C; c++)
-            sum += (double)pool[c] * log_probability(x[c], x[y], lost);
-        expected[h] = sum / total;
+        if (is_there(p, h, i))
+            expected[h] = rows_of.sum_of_logs(pool, x, x[y], lost, p->classes) / total;
     }
 }
 

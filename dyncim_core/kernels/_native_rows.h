@@ -590,12 +590,53 @@ static void FOR_TARGET(whiten)(const float *restrict factor, int64_t width, floa
     }
 }
 
+static inline Floats FOR_TARGET(log_probability)(Floats x, float of_target, float lost) {
+    x = FOR_TARGET(larger)((Floats){0} - LARGEST_NLL, x - of_target - lost);
+    return FOR_TARGET(choose)(x < (Floats){0}, x, (Floats){0});
+}
+
+/* To sums of weighted log-probabilities. */
+static void FOR_TARGET(add_logs)(const float *restrict x, float of_target, float lost,
+                                 float weight, int64_t classes, float *restrict sums) {
+    int64_t c = 0;
+    for (; c + LANES <= classes; c += LANES) {
+        Floats v = FOR_TARGET(log_probability)(FOR_TARGET(load)(x + c), of_target, lost);
+        FOR_TARGET(store)(sums + c, FOR_TARGET(load)(sums + c) + v * weight);
+    }
+    for (; c < classes; c++) sums[c] += weight * log_probability(x[c], of_target, lost);
+}
+
+/* Exponentials of sums less the largest, in place; what they sum up to. */
+static double FOR_TARGET(pool)(float *restrict sums, int64_t classes) {
+    float top = FOR_TARGET(largest)(FOR_TARGET(highest)(sums, FOR_TARGET(shape)(classes)));
+    for (int64_t c = 0; c < classes; c++) sums[c] -= top;
+    FOR_TARGET(exp_row)(sums, classes);
+    return FOR_TARGET(weighted_sum)(sums, 0.0f, NULL, classes);
+}
+
+/* Of log-probabilities, each by its class in the pool. */
+static double FOR_TARGET(sum_of_logs)(const float *restrict pool, const float *restrict x,
+                                      float of_target, float lost, int64_t classes) {
+    double sum = 0.0;
+    int64_t c = 0;
+    while (c + LANES <= classes) {
+        Floats part = {0};
+        for (int k = 0; k < BLOCK && c + LANES <= classes; k += LANES, c += LANES)
+            part += FOR_TARGET(load)(pool + c) *
+                    FOR_TARGET(log_probability)(FOR_TARGET(load)(x + c), of_target, lost);
+        sum += FOR_TARGET(sum)(part);
+    }
+    for (; c < classes; c++) sum += pool[c] * log_probability(x[c], of_target, lost);
+    return sum;
+}
+
 static const RowKernels FOR_TARGET(kernels) = {
     FOR_TARGET(softmax_rows), FOR_TARGET(scale_rows), FOR_TARGET(distance_rows),
     FOR_TARGET(weighted_sum), FOR_TARGET(gradient_row), FOR_TARGET(exp_row),
     FOR_TARGET(signals),       FOR_TARGET(weighted_sums), FOR_TARGET(coefficients),
     FOR_TARGET(multiply),      FOR_TARGET(contradiction), FOR_TARGET(products),
-    FOR_TARGET(whiten),
+    FOR_TARGET(whiten),        FOR_TARGET(add_logs),      FOR_TARGET(pool),
+    FOR_TARGET(sum_of_logs),
 };
 
 #undef TAIL
