@@ -612,6 +612,15 @@ def test_held_out_is_a_fair_share_of_any_stretch(start: int, share: float) -> No
             assert abs(part.mean() - share) < 6.5 * spread + 1e-9
 
 
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.5])
+def test_held_out_is_an_even_share_of_the_first_samples(share: float) -> None:
+    """Nearer than chance leaves most hashes: it was chosen for that."""
+    number = np.arange(1, 6001)
+    held = held_out(torch.arange(6000), share).cumsum(dim=0).numpy()
+    deviations = (held - share * number) / (number * share * (1 - share)) ** 0.5
+    assert np.abs(deviations[99:]).max() < 1.4
+
+
 def test_held_out_none_and_all() -> None:
     index = torch.arange(1000)
     assert not held_out(index, 0.0).any()

@@ -514,7 +514,7 @@ def _expect(
 
     As ``dyncim_core.modality.expected_log_likelihood`` defines it: an online softmax in every
     lane, joined at the end. Log-probabilities come from the target's logit and NLL, which are
-    finite; their sums, none of them positive, may overflow but never cancel.
+    finite; of classes ruled out they are what sums of are finite.
     """
     count: tl.constexpr = len(logits)
     i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
