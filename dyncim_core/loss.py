@@ -15,6 +15,7 @@ from dyncim_core import _checks
 from dyncim_core.heads import differentiable
 from dyncim_core.kernels import check_backend, eager, select
 from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
+from dyncim_core.signals import held_out
 from dyncim_core.state import CurriculumState
 
 __all__ = ["DynCIMLoss"]
@@ -63,10 +64,10 @@ class DynCIMLoss(nn.Module):
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
             fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample
-            memory and, in a call, what tells the samples apart, ``index=``, class indices, a
-            cross-entropy and unimodal logits; in other calls, and with 0, everything is trained
-            on, and is judged as well until something is held out. The loss of what is held out is
-            0, as is that of a batch of nothing else.
+            memory and, in a call, ``index=``, which tells the samples apart, and unimodal logits;
+            in other calls, and with 0, everything is trained on, and is judged as well until
+            something is held out. Of class probabilities the likeliest is to be predicted. The loss
+            of what is held out is 0, as is that of a batch of nothing else.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -241,14 +242,13 @@ class DynCIMLoss(nn.Module):
             self._settle(unimodal, kernels, heads, target, index)
             averages = state.averages()
         memory = None if index is None else state.memory(index)
+        remembers = memory is not None and unimodal is not None
+        settings = self._settings(state, self.held_out if remembers else 0.0)
         if read is None:
-            return self._generic(heads, target, present, kernels, memory)
+            return self._generic(heads, target, present, kernels, memory, settings)
         plain = self._is_neutral() and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
-        indices = not target.is_floating_point()
-        remembers = memory is not None and unimodal is not None and indices
-        settings = self._settings(state, self.held_out if remembers else 0.0)
         value = self._plain(logits, target) if plain else None  # first, since it may be rejected
         joint = kernels.curriculum(heads, present, read, averages, memory, settings)
         if value is not None:
@@ -266,9 +266,9 @@ class DynCIMLoss(nn.Module):
         present: Tensor | None,
         kernels: Kernels,
         memory: Memory | None,
+        settings: Settings,
     ) -> Tensor:
         """The joint objective of any criterion that gives one loss per sample."""
-        settings = self._settings(self.state)
         neutral = self._is_neutral() and len(heads) == 1
         value = self._plain(heads[0], target) if neutral else None  # first, as it may be rejected
         weight = _mean_weight(self.criterion)
@@ -279,6 +279,11 @@ class DynCIMLoss(nn.Module):
         if settings.skip_nonfinite:
             finite = (found.rows[1] + found.rows[2]).isfinite()
             usable = finite if present is None else finite & present
+        averages, expected = self.state.averages(), None
+        if memory is not None and settings.held_out > 0.0:
+            trained = ~held_out(memory.rows, settings.held_out)
+            usable = trained.expand(len(heads), -1) if usable is None else usable & trained
+            expected = eager.expect(heads, present, criterion, averages.logit_weight)
         losses = []
         for h, head in enumerate(() if neutral else heads):
             if usable is None:
@@ -286,8 +291,10 @@ class DynCIMLoss(nn.Module):
             else:  # zeros in, so that a row left out cannot have a NaN gradient
                 loss = self._per_sample(torch.where(usable[h].unsqueeze(1), head, 0.0), target)
                 losses.append(torch.where(usable[h], loss, 0.0))
-        classes, averages = heads[0].shape[1], self.state.averages()
-        coefficient = eager.weigh(found, present, criterion, classes, averages, memory, settings)
+        classes = heads[0].shape[1]
+        coefficient = eager.weigh(
+            found, present, criterion, classes, averages, memory, settings, expected
+        )
         if value is not None:
             return value
         return eager.combine(coefficient, torch.stack(losses), settings)
@@ -310,7 +317,7 @@ class DynCIMLoss(nn.Module):
             list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         )
 
-    def _settings(self, state: CurriculumState, held_out: float = 0.0) -> Settings:
+    def _settings(self, state: CurriculumState, share: float) -> Settings:
         return Settings(
             self.surprise_strength,
             self.label_noise,
@@ -320,7 +327,7 @@ class DynCIMLoss(nn.Module):
             state.decay,
             state.memory_decay,
             self.reduction,
-            held_out,
+            share,
         )
 
     def _is_neutral(self) -> bool:

@@ -372,11 +372,15 @@ def test_the_criterion_keeps_its_reduction_while_it_is_called(compiled: bool) ->
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_compiled_it_calls_any_criterion_without_its_reduction(reduction: str) -> None:
     fused, others, target = batch()
-    whole = DynCIMLoss(Focal(reduction), modalities=2)
+    given = {"unimodal": others, "index": torch.arange(12)}
+    whole = DynCIMLoss(Focal(reduction), modalities=2, num_samples=12, held_out=0.4)
     compiled = torch.compile(copy.deepcopy(whole), fullgraph=True, backend="aot_eager")
-    loss = compiled(fused, target, unimodal=others)
-    expected = whole(fused, target, unimodal=others)
+    loss = compiled(fused, target, **given)
+    expected = whole(fused, target, **given)
     assert_allclose(loss.detach(), expected.detach(), rtol=1e-5)
+    grads = [torch.autograd.grad(x, fused)[0] for x in (loss, expected)]
+    assert not grads[0][held_out(given["index"], 0.4)].any()
+    assert_allclose(grads[0], grads[1], rtol=1e-5, atol=1e-7)
     assert compiled.criterion.reduction == reduction
 
 
@@ -543,18 +547,70 @@ def test_of_few_samples_none_are_held_out_unless_asked_for() -> None:
 def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
     fused, others, target = batch()
     index = torch.arange(12)
-    soft = F.one_hot(target, CLASSES).float()
-    calls: list[tuple[dict[str, Any], dict[str, Any], Tensor]] = [
-        ({}, {"unimodal": others}, target),  # which sample is which is not told
-        ({}, {"index": index}, target),
-        ({}, {"index": index, "unimodal": others}, soft),
-        ({"held_out": 0.0}, {"index": index, "unimodal": others}, target),
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {"unimodal": others}),  # which sample is which is not told
+        ({}, {"index": index}),
+        ({"held_out": 0.0}, {"index": index, "unimodal": others}),
     ]
-    for options, arguments, labels in calls:
+    for options, arguments in calls:
         criterion = DynCIMLoss(
             nn.CrossEntropyLoss(), modalities=2, num_samples=120, reduction="none", **options
         )
-        assert (criterion(fused, labels, **arguments) > 0).all(), (options, arguments)
+        assert (criterion(fused, target, **arguments) > 0).all(), (options, arguments)
+
+
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+def test_whatever_form_a_loss_takes_what_is_held_out_tells_the_same(
+    options: dict[str, Any],
+) -> None:
+    """Of classes, of probabilities that are certain of them, and to a criterion of its own."""
+    options = without_ignored(options)
+    index, found = torch.arange(40), []
+    for make, soft in (
+        (nn.CrossEntropyLoss, False),
+        (nn.CrossEntropyLoss, True),
+        (Subclass, False),
+        (Subclass, True),
+    ):
+        criterion = DynCIMLoss(make(**options), modalities=2, num_samples=40, held_out=0.3)
+        losses = []
+        for seed in range(4):
+            fused, others, target = batch(size=40, seed=seed)
+            heads = [fused, *((3.0 * fused + x).detach().requires_grad_() for x in others)]
+            labels = F.one_hot(target, CLASSES).float() if soft else target
+            loss = criterion(fused, labels, unimodal=heads[1:], index=index).sum()
+            losses += [loss.detach(), *torch.autograd.grad(loss, heads)]
+            assert not losses[-1][held_out(index, 0.3)].any()
+        found.append((losses, buffers(criterion.state)))
+    (_, usual), *_ = found
+    assert usual["held_out_averages"].all()
+    # The mean of probabilities is over samples, of classes over their weights.
+    alike = [0, 2] if "weight" in options else [0, 1, 2, 3]
+    for k in alike[1:]:
+        for x, expected in zip(found[k][0], found[0][0], strict=True):
+            assert_allclose(x, expected, rtol=1e-4, atol=1e-6)
+    for _, kept in found[1:]:
+        for name, value in kept.items():
+            if name != "class_weight":  # how frequent classes are is left to cross-entropy
+                assert_allclose(value, usual[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_of_probabilities_the_likeliest_class_is_to_be_predicted() -> None:
+    """And the log-likelihood is what they expect it to be."""
+    index = torch.arange(40)
+    held = held_out(index, 0.3)
+    fused, others, _ = batch(size=40)
+    probs = randn(40, CLASSES, seed=5).softmax(dim=1)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=2, num_samples=40, held_out=0.3, label_noise=0.0
+    )
+    criterion(fused, probs, unimodal=others, index=index)
+    mass, hits, _, nll, *_ = criterion.state.held_out_averages
+    heads = torch.stack([x.detach() for x in (fused, *others)])
+    right = (heads.argmax(dim=2) == probs.argmax(dim=1))[:, held].float().mean(dim=1)
+    lost = -(probs * heads.log_softmax(dim=2)).sum(dim=2)[:, held].mean(dim=1)
+    assert_allclose(hits / mass, right, rtol=1e-5)
+    assert_allclose(nll / mass, lost, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ignored", [-1, 255])
@@ -611,21 +667,23 @@ def test_what_is_held_out_cannot_hurt(skip: bool) -> None:
 @pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "another criterion"])
 def test_the_rest_is_trained_on_as_without_what_is_held_out(
-    options: dict[str, Any], nonfinite: Any, masked: bool
+    options: dict[str, Any], nonfinite: Any, masked: bool, kind: str
 ) -> None:
     """Whose logits may hold anything."""
     fused, others, target = batch(size=40)
     index = torch.arange(40)
-    held = held_out(index, 0.3) & (target != options.get("ignore_index", -100))
+    held = held_out(index, 0.3)
+    if kind == "probabilities":
+        options, target = without_ignored(options), randn(40, CLASSES, seed=1).softmax(dim=1)
+    else:
+        held &= target != options.get("ignore_index", -100)
+    make = Subclass if kind == "another criterion" else nn.CrossEntropyLoss
     present = randn(40, 2) > -0.5 if masked else None
     whole, part = (
         DynCIMLoss(
-            nn.CrossEntropyLoss(**options),
-            modalities=2,
-            num_samples=40,
-            nonfinite=nonfinite,
-            held_out=share,
+            make(**options), modalities=2, num_samples=40, nonfinite=nonfinite, held_out=share
         )
         for share in (0.3, 0.0)
     )
@@ -677,14 +735,13 @@ def test_label_noise_follows_what_was_held_out_alone_once_anything_was() -> None
     index, state = torch.arange(120), CurriculumState(2, num_samples=120)
     others = [logits, logits]
     logits.requires_grad_()
-    criterion, generic = (
-        DynCIMLoss(nn.CrossEntropyLoss(), state=state),
-        DynCIMLoss(lambda x, y: F.cross_entropy(x, y, reduction="none"), state=state),
+    criterion, whole = (
+        DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=share) for share in (0.05, 0.0)
     )
     calls: list[Callable[[], Tensor]] = [
         lambda: criterion(logits, labels, unimodal=others),
         lambda: criterion(logits, labels, index=index),
-        lambda: generic(logits, labels, unimodal=others, index=index),
+        lambda: whole(logits, labels, unimodal=others, index=index),
     ]
     noise = []
     for call in calls:  # nothing is held out yet; a head alone contradicts nothing
@@ -811,7 +868,8 @@ def test_autocast_keeps_the_curriculum_in_float32() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"held_out": 0.4}, {"held_out": 0.4, "nonfinite": "skip"}, PLAIN], ids=str
 )
-def test_compiles_without_a_break(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiles_without_a_break(options: dict[str, Any], soft: bool) -> None:
     eager, traced = (
         DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120, **options)
         for _ in range(2)
@@ -823,6 +881,8 @@ def test_compiles_without_a_break(options: dict[str, Any]) -> None:
     compiled = torch.compile(lambda *args: step(traced, *args), fullgraph=True, backend="aot_eager")
     for seed in range(3):
         fused, others, target = batch(seed=seed)
+        if soft:
+            target = randn(12, CLASSES, seed=seed).softmax(dim=1)
         expected = step(eager, fused, *others, target)
         loss = compiled(fused, *others, target)
         assert_allclose(loss.item(), expected.item(), rtol=1e-6)

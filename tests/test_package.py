@@ -9,6 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def training_step(**options: Any) -> tuple[CurriculumState, Any]:
+def training_step(soft: bool = False, by: Any = None, **options: Any) -> Callable[[], Tensor]:
     state = CurriculumState(["a", "b"], num_samples=20)
-    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, **options)
+    criterion = DynCIMLoss(by or nn.CrossEntropyLoss(), state=state, **options)
     fusion = GatedFusion({"a": 3, "b": 4}, state=state, swap=0.3, dropout=0.3)
     head = nn.Linear(7, 5)
 
@@ -161,7 +162,7 @@ def training_step(**options: Any) -> tuple[CurriculumState, Any]:
         unimodal = {name: torch.randn(8, 5, requires_grad=True) for name in "ab"}
         present = torch.rand(8, 2) > 0.2
         fused, _, logits = fusion(features, unimodal=unimodal, present=present)
-        target = torch.randint(5, (8,))
+        target = torch.rand(8, 5) if soft else torch.randint(5, (8,))
         index = torch.randperm(20)[:8]
         loss = criterion(
             head(fused) + logits, target, unimodal=unimodal, present=present, index=index
@@ -169,12 +170,22 @@ def training_step(**options: Any) -> tuple[CurriculumState, Any]:
         loss.backward()
         return loss
 
-    return state, step
+    return step
 
 
-@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=str)
-def test_a_training_step_reads_nothing_on_the_host(options: dict[str, Any]) -> None:
-    _, step = training_step(**options)
+def by_itself(logits: Tensor, target: Tensor) -> Tensor:
+    """A criterion other than ``nn.CrossEntropyLoss``."""
+    return nn.functional.cross_entropy(logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "options", [{}, {"nonfinite": "skip"}, {"soft": True}, {"by": by_itself}], ids=str
+)
+def test_a_training_step_reads_nothing_on_the_host(
+    options: dict[str, Any], held_out: float
+) -> None:
+    step = training_step(held_out=held_out, **options)
     step()
     with NoHostReads():
         step()
@@ -196,8 +207,9 @@ def test_the_detector_detects() -> None:
                 read()
 
 
-def test_a_training_step_runs_without_data() -> None:
+@pytest.mark.parametrize("options", [{}, {"soft": True}, {"by": by_itself}], ids=str)
+def test_a_training_step_runs_without_data(options: dict[str, Any]) -> None:
     """Fake tensors hold no values: whatever branched on one would raise."""
     with FakeTensorMode():
-        _, step = training_step()
+        step = training_step(held_out=0.4, **options)
         assert step().shape == ()

@@ -70,6 +70,7 @@ __all__ = [
     "combine",
     "curriculum",
     "disturbance_rates",
+    "expect",
     "gate",
     "generalised",
     "gradients",
@@ -195,7 +196,7 @@ def curriculum(
         found = statistics(logits, present, criterion)
         classes, expected = logits[0].shape[1], None
         if settings.held_out > 0.0:
-            expected = _expected(logits, present, criterion, buffers.logit_weight)
+            expected = expect(logits, present, criterion, buffers.logit_weight)
         coefficient = weigh(found, present, criterion, classes, buffers, memory, settings, expected)
         keep_weight(criterion, classes, buffers.class_weight)
     with torch.no_grad():
@@ -203,7 +204,7 @@ def curriculum(
     return Curriculum(value, coefficient, found.normaliser)
 
 
-def _expected(
+def expect(
     logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion, weight: Tensor
 ) -> Tensor:
     """``expected_log_likelihood`` of all heads, ``[M + 1, B]``."""
@@ -327,7 +328,7 @@ def weigh(
     if held is not None:
         counted = weighed.expand_as(nll) if present is None else weighed & present
         heard = remembered & held
-        right = found.prediction == target
+        right = found.prediction == classes
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
         assert expected is not None  # noqa: S101

@@ -107,7 +107,7 @@ class Settings(NamedTuple):
     """Constants of a ``DynCIMLoss`` and its state.
 
     ``held_out`` is the share of the samples to keep out of training, told apart by the rows of
-    the memory: the call then has a memory, all heads and class indices.
+    the memory: the call then has a memory and all heads.
     """
 
     surprise_strength: float
