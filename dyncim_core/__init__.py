@@ -53,6 +53,7 @@ from dyncim_core.signals import (
     sample_weights,
     seen_noise,
     surprise,
+    target_entropy,
     volatility_weights,
 )
 from dyncim_core.state import CurriculumState, Suspects
@@ -105,6 +106,7 @@ __all__ = [
     "skill",
     "standing",
     "surprise",
+    "target_entropy",
     "trust",
     "volatility_weights",
     "witnesses",

@@ -61,6 +61,7 @@ __all__ = [
     "skill",
     "standing",
     "surprise",
+    "target_entropy",
     "trust",
     "volatility_weights",
     "witnesses",
@@ -216,6 +217,26 @@ def prediction_stability(entropy: ArrayLike, num_classes: int) -> Array:
         [0.5]
     """
     return np.clip(_in_log_classes(np.asarray(entropy)[0], num_classes), 0.0, 1.0)
+
+
+def target_entropy(target: ArrayLike) -> Array:
+    """Entropy of targets of class probabilities: the least NLL that any prediction can have.
+
+    ``-sum_c y_c log y_c`` over what is above 0. Definition chosen here.
+
+    Args:
+        target: ``[B, C]``, each row of which sums to 1.
+
+    Returns:
+        ``[B]`` in [0, log C], in nats.
+
+    Example:
+        >>> target_entropy([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]).round(4).tolist()
+        [0.6931, 0.0]
+    """
+    probs = np.asarray(target, dtype=np.float64)
+    some = np.where(probs > 0.0, probs, 1.0)
+    return np.asarray((some * -np.log(some)).sum(axis=1))
 
 
 def surprise(

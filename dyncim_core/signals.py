@@ -30,6 +30,7 @@ __all__ = [
     "sample_weights",
     "seen_noise",
     "surprise",
+    "target_entropy",
     "volatility_weights",
 ]
 
@@ -109,6 +110,27 @@ def prediction_stability(entropy: Tensor, num_classes: int) -> Tensor:
         tensor([0.5000])
     """
     return (entropy[0] * per_log_classes(num_classes)).clamp(0.0, 1.0)
+
+
+def target_entropy(target: Tensor) -> Tensor:
+    """Entropy of targets of class probabilities: the least NLL that any prediction can have.
+
+    ``-sum_c y_c log y_c``. What a head has still to learn is what its NLL has beyond it; with it
+    taken off both NLL and entropy, a target that is unsure itself is neither difficult nor
+    suspect where a head is just as unsure. Definition chosen here.
+
+    Args:
+        target: ``[B, C]``, each row of which sums to 1; what is below 0 counts as 0.
+
+    Returns:
+        ``[B]`` in [0, log C], in nats.
+
+    Example:
+        >>> target_entropy(torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
+        tensor([0.6931, 0.0000])
+    """
+    entropies: Tensor = torch.special.entr(target.clamp_min(0.0))
+    return entropies.sum(dim=1)
 
 
 def surprise(

@@ -76,7 +76,8 @@ class CurriculumState(KeepsDtype):
         modalities: Names of the modalities, or ``None``.
         num_samples, decay, memory_decay: As given.
         log_quality: ``[M + 1]``, minus the average NLL of each head, each sample by its weight, in
-            nats.
+            nats; of class probabilities what the NLL has beyond their own entropy
+            (``target_entropy``).
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
@@ -104,8 +105,8 @@ class CurriculumState(KeepsDtype):
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
         memory_nll, memory_visits, memory_weight: With ``num_samples``, of each sample and head,
-            ``[N, M + 1]``, the average NLL in nats and how often it was seen (int32); and the last
-            weight of each sample, ``[N]``.
+            ``[N, M + 1]``, the average NLL in nats, likewise, and how often it was seen (int32);
+            and the last weight of each sample, ``[N]``.
         nonfinite: int64 scalar, samples left out because their statistics are not finite.
 
     Raises:

@@ -596,7 +596,7 @@ def test_whatever_form_a_loss_takes_what_is_held_out_tells_the_same(
 
 
 def test_of_probabilities_the_likeliest_class_is_to_be_predicted() -> None:
-    """And the log-likelihood is what they expect it to be."""
+    """And heads lose what their log-likelihood lacks to the most that one can have."""
     index = torch.arange(40)
     held = held_out(index, 0.3)
     fused, others, _ = batch(size=40)
@@ -605,12 +605,33 @@ def test_of_probabilities_the_likeliest_class_is_to_be_predicted() -> None:
         nn.CrossEntropyLoss(), modalities=2, num_samples=40, held_out=0.3, label_noise=0.0
     )
     criterion(fused, probs, unimodal=others, index=index)
-    mass, hits, _, nll, *_ = criterion.state.held_out_averages
+    mass, hits, _, nll, expected, *_ = criterion.state.held_out_averages
     heads = torch.stack([x.detach() for x in (fused, *others)])
     right = (heads.argmax(dim=2) == probs.argmax(dim=1))[:, held].float().mean(dim=1)
-    lost = -(probs * heads.log_softmax(dim=2)).sum(dim=2)[:, held].mean(dim=1)
+    likely = (probs * heads.log_softmax(dim=2)).sum(dim=2)[:, held].mean(dim=1)
+    best = -ref.target_entropy(probs[held]).mean()
+    by_pool = ref.expected_log_likelihood(heads[:, held], np.ones(3)).mean(axis=1)
     assert_allclose(hits / mass, right, rtol=1e-5)
-    assert_allclose(nll / mass, lost, rtol=1e-5)
+    assert_allclose(nll / mass, best - likely, rtol=1e-4)
+    assert_allclose((nll + expected) / mass, by_pool - likely.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, Subclass])
+def test_who_is_as_unsure_as_its_targets_has_learnt_them(make: Any) -> None:
+    probs = randn(40, CLASSES, seed=5).softmax(dim=1)
+    unsure, index = probs.log().requires_grad_(), torch.arange(40)
+    wrong = [unsure.detach(), unsure.detach().roll(1, dims=0)]
+    criterion = DynCIMLoss(make(), modalities=2, num_samples=40, held_out=0.0, label_noise=1.0)
+    for _ in range(2):
+        criterion(unsure, probs, unimodal=[unsure.detach()] * 2, index=index)
+    state = criterion.state
+    assert_allclose(state.quality, 1.0, atol=1e-5)
+    assert_allclose(state.signal_mean, 0.0, atol=1e-5)
+    assert_allclose(state.memory_nll, 0.0, atol=1e-5)
+    assert_allclose(state.memory_weight, 1.0, atol=0.02)
+    criterion(unsure, probs, unimodal=wrong, index=index)
+    beyond = F.kl_div(wrong[1], probs, reduction="none").sum(dim=1)
+    assert_allclose(state.memory_nll[:, 2], 0.2 * beyond, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ignored", [-1, 255])
@@ -692,7 +713,8 @@ def test_the_rest_is_trained_on_as_without_what_is_held_out(
     for head, value in zip(heads, (math.nan, math.inf, 1e30), strict=True):
         head.data[held.nonzero()[:2]] = value
     loss = whole(fused, target, unimodal=others, index=index, present=present)
-    part.state.skill.copy_(whole.state.skill)  # which the others tell of
+    for name in ("skill", "held_out_averages"):  # which the others tell of
+        part.state.get_buffer(name).copy_(whole.state.get_buffer(name))
     expected = part(
         kept[0],
         target[~held],

@@ -16,8 +16,10 @@ from strategies import (
     Statistics,
     arrays,
     batch_sizes,
+    class_counts,
     heads,
     reals,
+    soft_targets,
     statistics,
     to_torch,
     upcast,
@@ -39,6 +41,7 @@ from dyncim_core.signals import (
     sample_weights,
     seen_noise,
     surprise,
+    target_entropy,
     volatility_weights,
 )
 
@@ -644,3 +647,25 @@ def test_noise_is_what_all_heads_contradict_or_the_fusion_learns_by_heart(
     assert seen_noise(contradicted, held / 2, held, alone[:1]) == contradicted  # no modality
     for learnt in (held, 0.0 * held):  # nothing by heart, or all
         assert seen_noise(contradicted, learnt, held, alone) == contradicted
+
+
+@all_dtypes
+@given(class_counts.flatmap(lambda c: soft_targets(4, c)))
+def test_target_entropy_agrees_with_the_reference(dtype: torch.dtype, probs: Array) -> None:
+    target = to_torch(probs, dtype)
+    agree(target_entropy(target), ref.target_entropy(upcast(target)), dtype)
+
+
+@given(st.integers(2, 6).flatmap(lambda c: st.tuples(soft_targets(4, c), soft_targets(4, c))))
+def test_no_prediction_is_likelier_than_the_target_itself(both: tuple[Array, Array]) -> None:
+    target, prediction = (to_torch(x) for x in both)
+    nll = -torch.xlogy(target, prediction).sum(dim=1)
+    own = target_entropy(target)
+    assert (nll >= own - 1e-12).all()
+    assert_allclose(-torch.xlogy(target, target).sum(dim=1), own, atol=1e-12)
+    assert (own <= math.log(target.shape[1]) + 1e-12).all()
+
+
+def test_what_is_below_0_in_a_target_counts_as_0() -> None:
+    found = target_entropy(torch.tensor([[1.0, -0.2, 0.0], [0.0, 0.0, 0.0]]))
+    assert_allclose(found, 0.0)

@@ -62,6 +62,7 @@ from dyncim_core.signals import (
     sample_weights,
     seen_noise,
     surprise,
+    target_entropy,
     volatility_weights,
 )
 
@@ -284,6 +285,10 @@ def weigh(
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
     nll = nll.clamp_max(_LARGEST_NLL)
+    if target.is_floating_point():
+        own = torch.where(finite, target_entropy(target), 0.0).to(nll.dtype)
+        nll, entropy = (nll - own).clamp_min(0.0), entropy - own
+        expected = None if expected is None else expected + own
     if memory is not None:
         if torch.compiler.is_compiling():  # where a negative index counts from the end
             rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)
