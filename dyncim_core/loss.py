@@ -14,7 +14,7 @@ from typing_extensions import override
 from dyncim_core import _checks
 from dyncim_core.heads import differentiable
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Criterion, Kernels, Memory, Settings
+from dyncim_core.kernels.interface import Buffers, Criterion, Kernels, Memory, Settings
 from dyncim_core.signals import held_out
 from dyncim_core.state import CurriculumState
 
@@ -46,7 +46,8 @@ class DynCIMLoss(nn.Module):
         criterion: ``torch.nn.CrossEntropyLoss``, which takes the fused path, or any
             callable ``(logits, target) -> loss`` over ``[B, C]`` logits that gives one
             loss per sample, ``[B]``, once its ``reduction`` (if it has one) is "none": a copy
-            of a module is called, for each head.
+            of a module is called, for each head. It sees samples that are held out or masked as
+            well, whose losses do not count.
         modalities: Names or number of the modalities, see ``CurriculumState``.
         num_samples: Size of the training set, to keep the per-sample memory that
             ``state.suspects`` ranks; then pass ``index=``.
@@ -174,8 +175,8 @@ class DynCIMLoss(nn.Module):
 
         Args:
             logits: Fused logits, floating-point ``[B, C]``.
-            target: Class indices, int64 ``[B]``, or probabilities, ``[B, C]``, as the
-                criterion takes them.
+            target: Class indices, int64 ``[B]``, or probabilities, ``[B, C]``, rows of which sum
+                to 1, as the criterion takes them.
             unimodal: Logits of each modality, ``[B, C]``, by name or by position; turns
                 the modality level on.
             present: Modalities that each sample has, bool ``[B, M]``; all when
@@ -245,7 +246,7 @@ class DynCIMLoss(nn.Module):
         remembers = memory is not None and unimodal is not None
         settings = self._settings(state, self.held_out if remembers else 0.0)
         if read is None:
-            return self._generic(heads, target, present, kernels, memory, settings)
+            return self._generic(heads, target, present, kernels, averages, memory, settings)
         plain = self._is_neutral() and unimodal is None
         if plain:  # the state moves, without a gradient
             heads = [logits.detach()]
@@ -265,6 +266,7 @@ class DynCIMLoss(nn.Module):
         target: Tensor,
         present: Tensor | None,
         kernels: Kernels,
+        averages: Buffers,
         memory: Memory | None,
         settings: Settings,
     ) -> Tensor:
@@ -275,15 +277,15 @@ class DynCIMLoss(nn.Module):
         _checks.check_class_weight(weight, heads[0])
         criterion = Criterion(target, weight, ignore_index=self._ignore_index())
         found = kernels.statistics(heads, present, criterion)
-        usable = present
-        if settings.skip_nonfinite:
+        usable, expected = present, None
+        if settings.skip_nonfinite or settings.held_out > 0.0:
             finite = (found.rows[1] + found.rows[2]).isfinite()
+            if memory is not None and settings.held_out > 0.0:
+                expected = eager.expect(heads, present, criterion, averages.logit_weight)
+                trained = ~held_out(memory.rows, settings.held_out)
+                heads = [torch.where(trained.unsqueeze(1), x, x.detach()) for x in heads]
+                finite = finite if settings.skip_nonfinite else finite | trained
             usable = finite if present is None else finite & present
-        averages, expected = self.state.averages(), None
-        if memory is not None and settings.held_out > 0.0:
-            trained = ~held_out(memory.rows, settings.held_out)
-            usable = trained.expand(len(heads), -1) if usable is None else usable & trained
-            expected = eager.expect(heads, present, criterion, averages.logit_weight)
         losses = []
         for h, head in enumerate(() if neutral else heads):
             if usable is None:

@@ -58,6 +58,7 @@ __all__ = [
     "reliability_gates",
     "sample_weights",
     "seen_noise",
+    "share_to_learn",
     "skill",
     "standing",
     "surprise",
@@ -222,7 +223,7 @@ def prediction_stability(entropy: ArrayLike, num_classes: int) -> Array:
 def target_entropy(target: ArrayLike) -> Array:
     """Entropy of targets of class probabilities: the least NLL that any prediction can have.
 
-    ``-sum_c y_c log y_c`` over what is above 0. Definition chosen here.
+    ``-sum_c y_c log y_c`` over what is in (0, 1). Definition chosen here.
 
     Args:
         target: ``[B, C]``, each row of which sums to 1.
@@ -235,8 +236,29 @@ def target_entropy(target: ArrayLike) -> Array:
         [0.6931, 0.0]
     """
     probs = np.asarray(target, dtype=np.float64)
-    some = np.where(probs > 0.0, probs, 1.0)
+    some = np.where((probs > 0.0) & (probs < 1.0), probs, 1.0)
     return np.asarray((some * -np.log(some)).sum(axis=1))
+
+
+def share_to_learn(entropy: float, num_classes: int) -> float:
+    """What targets leave to be learnt, as a share of what certain ones would.
+
+    ``max(0.01, 1 - entropy / log C)``. Definition chosen here.
+
+    Args:
+        entropy: Mean of the targets' entropies, in nats.
+        num_classes: Number of classes C.
+
+    Returns:
+        In [0.01, 1]; 1 when C = 1.
+
+    Example:
+        >>> share_to_learn(np.log(2.0), 4)
+        0.5
+    """
+    if num_classes == 1:
+        return 1.0
+    return max(0.01, 1.0 - float(entropy) / float(np.log(num_classes)))
 
 
 def surprise(

@@ -29,6 +29,7 @@ __all__ = [
     "relative_change",
     "sample_weights",
     "seen_noise",
+    "share_to_learn",
     "surprise",
     "target_entropy",
     "volatility_weights",
@@ -42,6 +43,8 @@ _32_BITS = 2**32 - 1
 _MIX = (0x3A805F, 14, 0x5D5F7413)
 # Differences in difficulty below float32 rounding are no differences.
 _SPREAD_FLOOR = 1e-4
+# Of what certain targets leave to be learnt.
+_LEAST_TO_LEARN = 0.01
 # What a contradiction counts that only one modality bears out.
 _OF_ONE = 0.05
 _CUBE_ROOT_OF_2 = 2.0 ** (1.0 / 3.0)
@@ -120,7 +123,7 @@ def target_entropy(target: Tensor) -> Tensor:
     suspect where a head is just as unsure. Definition chosen here.
 
     Args:
-        target: ``[B, C]``, each row of which sums to 1; what is below 0 counts as 0.
+        target: ``[B, C]``, each row of which sums to 1; what is outside of [0, 1] adds nothing.
 
     Returns:
         ``[B]`` in [0, log C], in nats.
@@ -129,8 +132,29 @@ def target_entropy(target: Tensor) -> Tensor:
         >>> target_entropy(torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]))
         tensor([0.6931, 0.0000])
     """
-    entropies: Tensor = torch.special.entr(target.clamp_min(0.0))
+    entropies: Tensor = torch.special.entr(target.clamp(0.0, 1.0))
     return entropies.sum(dim=1)
+
+
+def share_to_learn(entropy: Tensor, num_classes: int) -> Tensor:
+    """What targets leave to be learnt, as a share of what certain ones would.
+
+    ``1 - entropy / log C``, 0.01 at least: a head that tells nothing loses ``log C`` to certain
+    targets, but only this share of it beyond the entropy of others. ``DynCIMLoss`` divides what
+    heads lose by it, so that 0 and ``log C`` mean the same of either. Definition chosen here.
+
+    Args:
+        entropy: Mean ``target_entropy``, a scalar in [0, log C], in nats.
+        num_classes: Number of classes C.
+
+    Returns:
+        A scalar in [0.01, 1]; 1 when C = 1.
+
+    Example:
+        >>> share_to_learn(torch.tensor(0.6931), num_classes=4)
+        tensor(0.5000)
+    """
+    return (1.0 - entropy * per_log_classes(num_classes)).clamp_min(_LEAST_TO_LEARN)
 
 
 def surprise(

@@ -77,7 +77,7 @@ class CurriculumState(KeepsDtype):
         num_samples, decay, memory_decay: As given.
         log_quality: ``[M + 1]``, minus the average NLL of each head, each sample by its weight, in
             nats; of class probabilities what the NLL has beyond their own entropy
-            (``target_entropy``).
+            (``target_entropy``), over what they leave to be learnt (``share_to_learn``).
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.

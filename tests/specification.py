@@ -65,37 +65,49 @@ class Specification(SimpleNamespace):
         with np.errstate(invalid="ignore"):
             found = ref.head_statistics(logits, target, present=present, weight=weight, **options)
         mask = np.ones(found.nll.shape, dtype=bool) if present is None else present
-        counts = target != options["ignore_index"]
+        soft = target.ndim == 2
+        classes = target.argmax(axis=1) if soft else target
+        counts = np.ones(len(target), dtype=bool) if soft else target != options["ignore_index"]
         finite = np.isfinite(found.nll + found.entropy).all(axis=0)
         held = np.zeros_like(counts)
         if index is not None and settings.held_out > 0.0:
             held = counts & ref.held_out(index, settings.held_out)
         valid, heard = counts & finite & ~held, finite & held
-        lost = self._lost(found, logits, mask, heard, settings)
-        weights, signals = self._weigh(found, mask, valid, target % 1024, settings)
+        said = found.nll
+        self._share = 1.0
+        if soft:  # what goes beyond the target's own entropy, of what there is to learn
+            own = ref.target_entropy(target)
+            some = valid if valid.any() else finite
+            self._share = ref.share_to_learn(own[some].mean(), self._classes)
+            beyond = np.maximum(found.nll - own, 0.0)
+            found = found._replace(nll=beyond, entropy=found.entropy - own)
+        losses = found.nll / self._share
+        lost = self._lost(found, losses, said, logits, mask, heard, settings)
+        weights, signals = self._weigh(found, mask, valid, classes % 1024, settings)
         said = [np.where(finite, x, 0.0) for x in (found.nll, found.entropy)]
         asked = mask & ref.witnesses(self.skill)[:, None]
-        alone = ref.doubt(found.prediction, *said, np.where(counts, target, 0))
+        labels = target if soft else np.where(counts, target, 0)
+        alone = ref.doubt(found.prediction, *said, labels)
         doubted = ref.contradiction(found.prediction, alone, asked)
         if valid.any() and index is not None and settings.held_out > 0.0:
             rate = self._rate if self.seen[0] else 1.0
             self.doubted += rate * (alone[0, valid].mean() - self.doubted)
-        self._take_in(found.nll, mask & valid, weights, signals)
+        self._take_in(losses, mask & valid, weights, signals)
         if heard.any():
             samples = settings.held_out * SAMPLES
-            said = [found.prediction == target, *lost, np.broadcast_to(doubted, mask.shape), alone]
+            said = [found.prediction == classes, *lost, np.broadcast_to(doubted, mask.shape), alone]
             self._listen(mask & heard, found.prediction, said, samples)
         elif valid.any() and settings.held_out == 0.0 and self.held_out_averages[0, 0] == 0.0:
             self.label_noise += self._rate * (doubted[valid].mean() - self.label_noise)
-        np.add.at(self.class_seen, target[valid] % 1024, 1)
-        known = options["label_smoothing"] == 0.0 and self._classes <= 1024
+        np.add.at(self.class_seen, classes[valid] % 1024, 1)
+        known = options["label_smoothing"] == 0.0 and self._classes <= 1024 and not soft
         self.class_weight[:] = known
         if known and weight is not None:
             self.class_weight[: len(weight)] = weight
         self.step += 1
         self.nonfinite += (counts & ~finite).sum()
         if index is not None:
-            self._remember(index, found.nll, mask & (valid | heard), weights)
+            self._remember(index, losses, mask & (valid | heard), weights)
 
         kept = counts & ~held & (valid | (not settings.skip_nonfinite))
         ahead = ref.modality_coefficients(self.log_quality) * ref.loss_shares(self.skill)
@@ -108,7 +120,9 @@ class Specification(SimpleNamespace):
         trained = ~held & (valid | (not settings.skip_nonfinite))
         coefficient = factor[:, None] * np.where(trained, weights, 0.0) * mask
         if settings.reduction == "mean":
-            masses = np.ones(len(target)) if weight is None else weight[np.where(kept, target, 0)]
+            masses = np.ones(len(target))
+            if weight is not None and not soft:
+                masses = weight[np.where(kept, target, 0)]
             coefficient /= masses[kept].sum() or (counts & ~kept).sum()
         left_out = (coefficient == 0.0) & (settings.skip_nonfinite or settings.held_out > 0.0)
         with np.errstate(invalid="ignore"):
@@ -152,19 +166,24 @@ class Specification(SimpleNamespace):
         pressure = ref.noise_pressure(self.label_noise, shown[0])
         if settings.label_noise is not None:
             pressure = ref.noise_pressure(settings.label_noise)
-        usual = np.where(self.seen > 0, -self.log_quality, np.inf)[: len(nll)]
+        usual = np.where(self.seen > 0, -self.log_quality * self._share, np.inf)[: len(nll)]
         strength = settings.surprise_strength * float(pressure)
         return strength, ref.surprise(nll, entropy, present, shown**2, usual)
 
     def _lost(
         self,
         found: ref.HeadStatistics,
+        losses: Array,
+        whole: Array,
         logits: list[Array],
         mask: Array,
         heard: Array,
         settings: Settings,
     ) -> list[Array]:
-        """NLL, and what is expected, of samples held out, as far as their labels are believed."""
+        """Losses, and what is expected, of samples held out, as far as labels are believed.
+
+        Of what is expected, what weights follow is the difference to the whole NLL.
+        """
         nll, entropy = (np.where(heard, x, 0.0) for x in (found.nll, found.entropy))
         strength, surprise = self._surprise(nll, entropy, mask, settings)
         believed = np.exp(np.maximum(-strength * surprise, -8.0))
@@ -172,7 +191,8 @@ class Specification(SimpleNamespace):
         every = np.stack([x[heard] for x in logits])
         weight = self.logit_weight[: len(nll)]
         expected[:, heard] = ref.expected_log_likelihood(every, weight, mask[:, heard])
-        return [believed * x for x in (nll, expected)]
+        losses, whole = (np.where(heard & mask, x, 0.0) for x in (losses, whole))
+        return [believed * x for x in (losses, expected + whole - losses)]
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
         first, second = self.seen[0] == 0, self.seen[0] == 1
@@ -253,6 +273,18 @@ CASES: dict[str, dict[str, Any]] = {
     "weighted, more classes than are told apart": {"weighted": True, "classes": (0, 5, 1039)},
 }
 
+SOFT_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masked": {"masked": True},
+    "weighted": {"weighted": True, "smoothing": 0.1, "reduction": "sum"},
+    "skip": {"skip": True, "spoilt": "both", "masked": True},
+    "propagate, none": {"spoilt": "both", "reduction": "none"},
+    "held whole": {"share": 0.5, "whole": True},
+    "mixed": {"mixed": True},
+    "the fusion alone": {"alone": True},
+    "none held": {"share": 0.0},
+}
+
 # Of the fused head and each modality, down to where their losses count least.
 SKILLS = [
     [0.0, 0.0, 0.0],
@@ -314,6 +346,7 @@ def run(
     alone: bool = False,
     share: float = 0.3,
     noise: float | None = None,
+    soft: bool = False,
     classes: tuple[int, ...] = tuple(range(CLASSES)),
 ) -> list[tuple[str, Tensor, Array]]:
     """Six steps of a backend and of the specification: names, what was got and expected.
@@ -322,7 +355,8 @@ def run(
     or some of "both". ``mixed``: every other step holds nothing out, ``late`` the first one.
     ``whole``: batches of which all would be held out. ``worthless``: all others have a class
     of weight 0. ``alone``: modalities tell nothing, and the fusion has learnt half of the samples
-    trained on by heart. ``classes``: those that occur, up to the largest there is.
+    trained on by heart. ``soft``: two steps of three have class probabilities as targets.
+    ``classes``: those that occur, up to the largest there is.
     """
     generator = torch.Generator().manual_seed(0)
     state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
@@ -353,6 +387,10 @@ def run(
             target[~hashed], weight[0] = 0, 0.0
         if ignored:
             target[1::4] = -1
+        if soft and step % 3:
+            certain = torch.nn.functional.one_hot(target, number)
+            target = torch.rand(len(index), number, generator=generator) + 2.0 * certain
+            target = torch.where(index.unsqueeze(1) % 4 == 0, certain, target / target.sum(1, True))
         present = None
         if masked:
             present = torch.rand(1 + MODALITIES, len(index), generator=generator) < 0.7
@@ -390,7 +428,7 @@ def run(
         value, coefficient = truth(
             [x.double().numpy() for x in logits],
             None if present is None else present.numpy(),
-            target.numpy(),
+            target.double().numpy() if target.is_floating_point() else target.numpy(),
             None if weight is None else weight.double().numpy(),
             options,
             index.numpy() if holds or step != 3 else None,

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import batch, each_backend, needs_native, randn
 from numpy.testing import assert_allclose
-from specification import CASES, SKILLS, run, run_at_skills
+from specification import CASES, SKILLS, SOFT_CASES, run, run_at_skills
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -783,6 +783,14 @@ def test_a_run_is_that_of_the_specification(
         monkeypatch.setattr(module, "_WORTH_A_THREAD", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for name, actual, expected in run(module, torch.device("cpu"), **options):
+        assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("options", SOFT_CASES.values(), ids=SOFT_CASES)
+def test_a_run_over_class_probabilities_is_that_of_the_specification(
+    options: dict[str, Any],
+) -> None:
+    for name, actual, expected in run(eager, torch.device("cpu"), soft=True, **options):
         assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=name)
 
 

@@ -559,9 +559,10 @@ def test_everything_is_trained_on_where_nothing_can_be_held_out() -> None:
         assert (criterion(fused, target, **arguments) > 0).all(), (options, arguments)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
 def test_whatever_form_a_loss_takes_what_is_held_out_tells_the_same(
-    options: dict[str, Any],
+    options: dict[str, Any], masked: bool
 ) -> None:
     """Of classes, of probabilities that are certain of them, and to a criterion of its own."""
     options = without_ignored(options)
@@ -578,7 +579,11 @@ def test_whatever_form_a_loss_takes_what_is_held_out_tells_the_same(
             fused, others, target = batch(size=40, seed=seed)
             heads = [fused, *((3.0 * fused + x).detach().requires_grad_() for x in others)]
             labels = F.one_hot(target, CLASSES).float() if soft else target
-            loss = criterion(fused, labels, unimodal=heads[1:], index=index).sum()
+            present = randn(40, 2, seed=seed) > -0.5 if masked else None
+            if present is not None:
+                heads[2].data[~present[:, 1]] = math.nan
+            given = {"unimodal": heads[1:], "index": index, "present": present}
+            loss = criterion(fused, labels, **given).sum()
             losses += [loss.detach(), *torch.autograd.grad(loss, heads)]
             assert not losses[-1][held_out(index, 0.3)].any()
         found.append((losses, buffers(criterion.state)))
@@ -612,7 +617,8 @@ def test_of_probabilities_the_likeliest_class_is_to_be_predicted() -> None:
     best = -ref.target_entropy(probs[held]).mean()
     by_pool = ref.expected_log_likelihood(heads[:, held], np.ones(3)).mean(axis=1)
     assert_allclose(hits / mass, right, rtol=1e-5)
-    assert_allclose(nll / mass, best - likely, rtol=1e-4)
+    share = ref.share_to_learn(ref.target_entropy(probs[~held]).mean(), CLASSES)
+    assert_allclose(nll / mass, (best - likely) / share, rtol=1e-4)
     assert_allclose((nll + expected) / mass, by_pool - likely.numpy(), rtol=1e-4, atol=1e-6)
 
 
@@ -631,7 +637,87 @@ def test_who_is_as_unsure_as_its_targets_has_learnt_them(make: Any) -> None:
     assert_allclose(state.memory_weight, 1.0, atol=0.02)
     criterion(unsure, probs, unimodal=wrong, index=index)
     beyond = F.kl_div(wrong[1], probs, reduction="none").sum(dim=1)
-    assert_allclose(state.memory_nll[:, 2], 0.2 * beyond, rtol=1e-4, atol=1e-5)
+    share = 1.0 - ref.target_entropy(probs).mean() / math.log(CLASSES)
+    assert_allclose(state.memory_nll[:, 2], 0.2 * beyond / share, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unsure", [0.1, 0.5, 0.9])
+def test_who_tells_nothing_has_learnt_nothing_of_unsure_targets_either(unsure: float) -> None:
+    classes = torch.arange(40) % CLASSES
+    probs = (1.0 - unsure) * F.one_hot(classes, CLASSES) + unsure / CLASSES
+    logits = torch.zeros(40, CLASSES, requires_grad=True)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=40, held_out=0.3)
+    criterion(logits, probs, unimodal=[logits] * 2, index=torch.arange(40))
+    state = criterion.state
+    assert_allclose(state.log_quality, -math.log(CLASSES), rtol=1e-4)
+    assert_allclose(state.quality, 0.0, atol=1e-4)
+    assert state.summary()["redundancy"] < 1e-3
+    mass, _, _, nll, *_ = state.held_out_averages
+    assert_allclose(nll / mass, math.log(CLASSES), rtol=1e-4)
+
+
+def test_what_probabilities_lack_to_1_is_nothing_learnt_beyond_all() -> None:
+    probs, index = 0.1 * randn(40, CLASSES, seed=5).softmax(dim=1), torch.arange(40)
+    fused, others, _ = batch(size=40)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=40, held_out=0.3)
+    criterion(fused, probs, unimodal=others, index=index)
+    state = criterion.state
+    for signal in (state.signal_mean, state.quality):
+        assert ((signal >= 0.0) & (signal <= 1.0)).all()
+    assert (state.log_quality <= 0.0).all()
+    assert (state.memory_nll >= 0.0).all()
+
+
+@pytest.mark.parametrize("held", [0.0, 0.3])
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, Subclass])
+def test_a_target_that_is_no_number_does_not_get_into_the_state(make: Any, held: float) -> None:
+    index = torch.arange(40)
+    criterion = DynCIMLoss(
+        make(), modalities=2, num_samples=40, held_out=held, nonfinite="skip", label_noise=None
+    )
+    for step in range(3):
+        target = torch.arange(40) % CLASSES
+        probs = F.one_hot(target, CLASSES).float()
+        if step == 0:
+            probs[:2] = math.nan
+        seeming = 3.0 * F.one_hot((target + 1) % CLASSES, CLASSES)
+        heads = [(seeming + randn(40, CLASSES, seed=h)).requires_grad_() for h in range(3)]
+        loss = criterion(heads[0], probs, unimodal=heads[1:], index=index)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(x.isfinite().all() for x in criterion.state.buffers())
+        if step:
+            assert all(x.grad.isfinite().all() for x in heads)
+    assert criterion.state.nonfinite == 2
+
+
+class Cosine(nn.Module):
+    """Of no value at logits of 0, and with a parameter."""
+
+    reduction = "none"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        angle = logits / logits.norm(dim=1, keepdim=True)
+        return F.cross_entropy(self.scale * angle, target, reduction="none")
+
+
+def test_what_is_held_out_gives_a_criterion_of_its_own_no_gradient() -> None:
+    fused, others, target = batch(size=40)
+    index = torch.arange(40)
+    held = held_out(index, 0.3)
+    criterion = DynCIMLoss(
+        Cosine(), modalities=2, num_samples=40, held_out=0.3, reduction="sum", **PLAIN
+    )
+    criterion(fused, target, unimodal=others, index=index).backward()
+    rest = DynCIMLoss(Cosine(), modalities=2, reduction="sum", **PLAIN)
+    for name in ("skill", "held_out_averages"):
+        rest.state.get_buffer(name).copy_(criterion.state.get_buffer(name))
+    rest(fused[~held], target[~held], unimodal=[x[~held] for x in others]).backward()
+    assert_allclose(criterion.criterion.scale.grad, rest.criterion.scale.grad, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ignored", [-1, 255])

@@ -40,6 +40,7 @@ from dyncim_core.signals import (
     relative_change,
     sample_weights,
     seen_noise,
+    share_to_learn,
     surprise,
     target_entropy,
     volatility_weights,
@@ -666,6 +667,13 @@ def test_no_prediction_is_likelier_than_the_target_itself(both: tuple[Array, Arr
     assert (own <= math.log(target.shape[1]) + 1e-12).all()
 
 
-def test_what_is_below_0_in_a_target_counts_as_0() -> None:
-    found = target_entropy(torch.tensor([[1.0, -0.2, 0.0], [0.0, 0.0, 0.0]]))
+@given(reals(0, 3), st.integers(1, 20))
+def test_the_share_to_learn_agrees_with_the_reference(entropy: float, classes: int) -> None:
+    found = share_to_learn(torch.tensor(entropy, dtype=torch.float64), classes)
+    assert_allclose(found, ref.share_to_learn(entropy, classes), rtol=1e-12)
+    assert 0.01 <= found <= 1.0
+
+
+def test_what_is_not_in_the_unit_interval_adds_nothing_to_a_target() -> None:
+    found = target_entropy(torch.tensor([[1.2, -0.2, 0.0], [0.0, 0.0, 0.0], [1e37, 1.0, 0.0]]))
     assert_allclose(found, 0.0)

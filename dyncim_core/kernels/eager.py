@@ -61,6 +61,7 @@ from dyncim_core.signals import (
     relative_change,
     sample_weights,
     seen_noise,
+    share_to_learn,
     surprise,
     target_entropy,
     volatility_weights,
@@ -205,6 +206,7 @@ def curriculum(
     return Curriculum(value, coefficient, found.normaliser)
 
 
+@torch.no_grad()
 def expect(
     logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion, weight: Tensor
 ) -> Tensor:
@@ -284,11 +286,17 @@ def weigh(
     number, count = trained.sum(), weighed.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
-    nll = nll.clamp_max(_LARGEST_NLL)
+    nll = lost = nll.clamp_max(_LARGEST_NLL)
+    usual = -buffers.log_quality[: len(nll)]
     if target.is_floating_point():
-        own = torch.where(finite, target_entropy(target), 0.0).to(nll.dtype)
-        nll, entropy = (nll - own).clamp_min(0.0), entropy - own
-        expected = None if expected is None else expected + own
+        own = torch.where(finite, target_entropy(target.to(nll.dtype)), 0.0)
+        some = torch.where(count > 0, weighed, finite)
+        mean = torch.where(some, own, 0.0).sum() / some.sum().clamp_min(1)
+        share = share_to_learn(mean, num_classes)
+        whole, nll, entropy = nll, (nll - own).clamp_min(0.0), entropy - own
+        lost, usual = (nll / share).clamp_max(_LARGEST_NLL), usual * share.to(usual.dtype)
+        if expected is not None:  # by as much, so that weights follow the same slope
+            expected = expected + (whole - lost)
     if memory is not None:
         if torch.compiler.is_compiling():  # where a negative index counts from the end
             rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)
@@ -304,7 +312,7 @@ def weigh(
     )
     heads = len(nll)
     shown = trust(buffers.skill[:heads])
-    usual = torch.where(buffers.seen[:heads] > 0, -buffers.log_quality[:heads], torch.inf)
+    usual = torch.where(buffers.seen[:heads] > 0, usual, torch.inf)
     if settings.label_noise is None:
         pressure = noise_pressure(buffers.label_noise, shown[0])
     else:
@@ -327,6 +335,8 @@ def weigh(
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
     own_doubt = doubt(found.prediction, nll, entropy, target)
+    if target.is_floating_point():
+        own_doubt = torch.where(finite, own_doubt, 0.0)  # of a target that is no number
     contradicted = by_all = contradiction(found.prediction, own_doubt, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
@@ -337,16 +347,16 @@ def weigh(
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
         assert expected is not None  # noqa: S101
-        said = right, chance, nll, expected, by_all, own_doubt
+        said = right, chance, lost, expected, by_all, own_doubt
         contradicted = own_doubt[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
-        absent = nll.new_zeros(len(buffers.seen) - len(nll), nll.shape[1])
-        nll, counted = torch.cat([nll, absent]), torch.cat([counted, absent.bool()])
+        absent = lost.new_zeros(len(buffers.seen) - len(lost), lost.shape[1])
+        lost, counted = torch.cat([lost, absent]), torch.cat([counted, absent.bool()])
         remembered = counted
     each = weighed.to(signals.dtype)
     take_in(
-        nll,
+        lost,
         (signals * each).sum(dim=1),
         (contradicted * each).sum(),
         torch.where(counted, weights, 0.0),
@@ -362,7 +372,7 @@ def weigh(
         listen(heard, said, believed, samples, buffers, settings.decay)
     buffers.nonfinite.add_((counts ^ finite).sum())
     if memory is not None:
-        remember(memory, recalled, visits, nll, remembered, settings.memory_decay)
+        remember(memory, recalled, visits, lost, remembered, settings.memory_decay)
         memory.weight.index_copy_(0, memory.rows, weights.to(memory.weight.dtype))
 
     modalities = found.rows.shape[1] - 1
