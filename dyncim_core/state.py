@@ -70,7 +70,9 @@ class CurriculumState(KeepsDtype):
             ranks: ``8 M + 12`` bytes a sample.
         decay: Of the running averages over steps, in [0, 1); what logits count moves as fast, and
             swings below 0.9.
-        memory_decay: Of the running averages over visits to a sample, in [0, 1).
+        memory_decay: Of the running averages over visits to a sample, in [0, 1); until there are
+            ``1 / (1 - memory_decay)`` of them, the mean of all. Whatever looked wrong while a model
+            was learning does so for long, even if it is known by heart in the end.
 
     Attributes:
         modalities: Names of the modalities, or ``None``.
@@ -149,7 +151,7 @@ class CurriculumState(KeepsDtype):
         *,
         num_samples: int | None = None,
         decay: float = 0.95,
-        memory_decay: float = 0.8,
+        memory_decay: float = 0.95,
     ) -> None:
         super().__init__()
         _checks.check_range("decay", decay, 0.0, 1.0, high_excluded=True)
@@ -234,7 +236,7 @@ class CurriculumState(KeepsDtype):
         """Rank training samples by how wrong they look, from the per-sample memory.
 
         Without ``modality``, the score is the mean over heads of the average NLL, each
-        weighted by the square of its ``trust``: the samples whose label the model cannot come
+        weighted by the eighth power of its ``trust``: the samples whose label the model cannot come
         to agree with, even if a weak modality has learnt it by heart. Those held out are ranked as
         well. With one,
         it is that modality's NLL times the geometric mean of the probabilities that the others
@@ -274,7 +276,7 @@ class CurriculumState(KeepsDtype):
                 "suspects: expected samples that were trained on, got none; pass index= to the loss"
             )
         if position is None:
-            weight = torch.where(visited, trust(self.skill).square(), 0.0)
+            weight = torch.where(visited, trust(self.skill).pow(8), 0.0)
             ranked = visited.any(dim=1)
             score = (weight * nll).sum(dim=1) / weight.sum(dim=1)
         else:

@@ -240,7 +240,7 @@ class Specification(SimpleNamespace):
     def _remember(self, index: Array, nll: Array, counted: Array, weights: Array) -> None:
         for i, row in enumerate(index):
             for h in np.flatnonzero(counted[:, i]):
-                rate = self._memory_rate if self.memory_visits[row, h] else 1.0
+                rate = max(self._memory_rate, 1.0 / (self.memory_visits[row, h] + 1.0))
                 self.memory_nll[row, h] += rate * (nll[h, i] - self.memory_nll[row, h])
                 self.memory_visits[row, h] += 1
             self.memory_weight[row] = weights[i]
@@ -359,7 +359,7 @@ def run(
     ``classes``: those that occur, up to the largest there is.
     """
     generator = torch.Generator().manual_seed(0)
-    state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8)
+    state = CurriculumState(MODALITIES, num_samples=SAMPLES, decay=0.8, memory_decay=0.6)
     state = state.to(device)
     number = classes[-1] + 1
     truth = Specification(state.decay, state.memory_decay, number)

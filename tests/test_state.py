@@ -238,16 +238,32 @@ def test_a_label_that_fusion_learnt_by_heart_stays_suspect() -> None:
     assert_allclose(suspects.scores, [1.0, 0.35, 0.4 / 3], rtol=1e-6)
 
 
-def test_a_head_counts_for_suspicion_by_the_square_of_its_skill() -> None:
+def test_a_head_counts_for_suspicion_by_the_eighth_power_of_its_skill() -> None:
     state = CurriculumState(2, num_samples=2)
-    state.memory_nll.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 5.0]]))
+    state.memory_nll.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.05, 0.0, 5.0]]))
     state.memory_visits.fill_(1)
     assert state.suspects().indices.tolist() == [1, 0]
     state.skill.copy_(torch.tensor([0.8, 0.6, 0.0]))  # the last learns by heart
     suspects = state.suspects()
     assert suspects.indices.tolist() == [0, 1]
-    total = 0.64 + 0.36 + 0.0004
-    assert_allclose(suspects.scores, [0.36 / total, (0.32 + 0.002) / total], rtol=1e-6)
+    total = 0.8**8 + 0.6**8 + 0.02**8
+    expected = [0.6**8 / total, (0.05 * 0.8**8 + 5.0 * 0.02**8) / total]
+    assert_allclose(suspects.scores, expected, rtol=1e-6)
+
+
+def test_what_looked_wrong_for_long_is_not_forgotten_at_once() -> None:
+    """At first the memory is the mean of all visits, however soon a label is known by heart."""
+    target, index = torch.tensor([0, 1]), torch.arange(2)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), state=CurriculumState(1, num_samples=2, memory_decay=0.75)
+    )
+    mean = 0.0
+    for step in range(7):
+        logits = torch.tensor([[0.0, 4.0 - step], [0.0, 4.0]]).requires_grad_()
+        criterion(logits, target, unimodal=[logits], index=index)
+        lost = float(nn.functional.cross_entropy(logits.detach()[0], target[0]))
+        mean += max(1.0 / (step + 1), 0.25) * (lost - mean)
+        assert_allclose(criterion.state.memory_nll[0], [mean] * 2, rtol=1e-5)
 
 
 def test_samples_never_seen_come_last() -> None:

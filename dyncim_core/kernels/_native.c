@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 10 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 11 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -778,7 +778,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
                 float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
                 now = now < LARGEST_NLL ? now : LARGEST_NLL;
                 int32_t *visits = s->memory_visits + row * s->heads + h;
-                average(mean, now, *visits == 0, o->memory_decay);
+                double kept = *visits / (*visits + 1.0); /* at first, the mean of all visits */
+                average(mean, now, 0, kept < o->memory_decay ? kept : o->memory_decay);
                 *visits += 1;
             }
         s->memory_weight[row] = weight[i];

@@ -872,7 +872,8 @@ def _curriculum(
             mask = here & ((valid | heard) & exists)[None, :]
             visits = tl.load(memory.visits + cell, mask=mask, other=0)
             old = tl.load(memory.nll + cell, mask=mask, other=0.0).to(tl.float32)
-            averaged = tl.where(visits == 0, nll, nll + decays[1] * (old - nll))
+            kept = visits.to(tl.float32) / (visits + 1).to(tl.float32)  # the mean of all, at first
+            averaged = nll + tl.minimum(kept, decays[1]) * (old - nll)
             tl.store(memory.nll + cell, averaged, mask=mask)
             tl.store(memory.visits + cell, visits + 1, mask=mask)
             tl.store(memory.weight + row, weight, mask=exists)
