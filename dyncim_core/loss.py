@@ -67,8 +67,9 @@ class DynCIMLoss(nn.Module):
             fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample
             memory and, in a call, ``index=``, which tells the samples apart, and unimodal logits;
             in other calls, and with 0, everything is trained on, and is judged as well until
-            something is held out. Of class probabilities the likeliest is to be predicted. The loss
-            of what is held out is 0, as is that of a batch of nothing else.
+            something is held out. Of class probabilities the likeliest, or the first of several, is
+            to be predicted. The loss of what is held out is 0, as is that of a batch of nothing
+            else.
         pacing_strength: Strength of the easy-first pacing at zero competence, >= 0.
         unimodal_strength: Share gamma of the unimodal losses, >= 0.
         nonfinite: "propagate" leaves non-finite logits to the criterion; "skip" drops
@@ -277,7 +278,7 @@ class DynCIMLoss(nn.Module):
         _checks.check_class_weight(weight, heads[0])
         criterion = Criterion(target, weight, ignore_index=self._ignore_index())
         found = kernels.statistics(heads, present, criterion)
-        usable, expected = present, None
+        classes, usable, expected = heads[0].shape[1], present, None
         if settings.skip_nonfinite or settings.held_out > 0.0:
             finite = (found.rows[1] + found.rows[2]).isfinite()
             if memory is not None and settings.held_out > 0.0:
@@ -286,14 +287,17 @@ class DynCIMLoss(nn.Module):
                 heads = [torch.where(trained.unsqueeze(1), x, x.detach()) for x in heads]
                 finite = finite if settings.skip_nonfinite else finite | trained
             usable = finite if present is None else finite & present
-        losses = []
-        for h, head in enumerate(() if neutral else heads):
-            if usable is None:
-                losses.append(self._per_sample(head, target))
-            else:  # zeros in, so that a row left out cannot have a NaN gradient
-                loss = self._per_sample(torch.where(usable[h].unsqueeze(1), head, 0.0), target)
-                losses.append(torch.where(usable[h], loss, 0.0))
-        classes = heads[0].shape[1]
+            if target.is_floating_point():
+                target = torch.where(finite.all(dim=0).unsqueeze(1), target, 1.0 / classes)
+        if usable is not None:  # for rows left out a logit that is not 0, as over a norm 0 is NaN
+            filling = torch.arange(classes, device=target.device) == 0
+            heads = [
+                torch.where(rows.unsqueeze(1), x, filling.to(x.dtype))
+                for rows, x in zip(usable, heads, strict=True)
+            ]
+        losses = [] if neutral else [self._per_sample(x, target) for x in heads]
+        if usable is not None:
+            losses = [torch.where(rows, x, 0.0) for rows, x in zip(usable, losses, strict=True)]
         coefficient = eager.weigh(
             found, present, criterion, classes, averages, memory, settings, expected
         )

@@ -141,7 +141,9 @@ def share_to_learn(entropy: Tensor, num_classes: int) -> Tensor:
 
     ``1 - entropy / log C``, 0.01 at least: a head that tells nothing loses ``log C`` to certain
     targets, but only this share of it beyond the entropy of others. ``DynCIMLoss`` divides what
-    heads lose by it, so that 0 and ``log C`` mean the same of either. Definition chosen here.
+    heads lose by it, so that 0 and ``log C`` mean the same of either, unless targets are within a
+    hundredth of telling nothing. It takes the mean of the samples that a call trains on: of few
+    whose entropies are far apart, that is rough. Definition chosen here.
 
     Args:
         entropy: Mean ``target_entropy``, a scalar in [0, log C], in nats.

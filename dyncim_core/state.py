@@ -71,8 +71,8 @@ class CurriculumState(KeepsDtype):
         decay: Of the running averages over steps, in [0, 1); what logits count moves as fast, and
             swings below 0.9.
         memory_decay: Of the running averages over visits to a sample, in [0, 1); until there are
-            ``1 / (1 - memory_decay)`` of them, the mean of all. Whatever looked wrong while a model
-            was learning does so for long, even if it is known by heart in the end.
+            ``1 / (1 - memory_decay)`` of them, the mean of all. What looked wrong while a model was
+            learning looks so for long, even if it is known by heart in the end.
 
     Attributes:
         modalities: Names of the modalities, or ``None``.
@@ -107,8 +107,8 @@ class CurriculumState(KeepsDtype):
         step: int64 scalar, number of updates.
         seen: int64 ``[M + 1]``, number of updates with each head.
         memory_nll, memory_visits, memory_weight: With ``num_samples``, of each sample and head,
-            ``[N, M + 1]``, the average NLL in nats, likewise, and how often it was seen (int32);
-            and the last weight of each sample, ``[N]``.
+            ``[N, M + 1]``, the average NLL in nats, as in ``log_quality``, and how often it was
+            seen (int32); and the last weight of each sample, ``[N]``.
         nonfinite: int64 scalar, samples left out because their statistics are not finite.
 
     Raises:
@@ -238,10 +238,9 @@ class CurriculumState(KeepsDtype):
         Without ``modality``, the score is the mean over heads of the average NLL, each
         weighted by the eighth power of its ``trust``: the samples whose label the model cannot come
         to agree with, even if a weak modality has learnt it by heart. Those held out are ranked as
-        well. With one,
-        it is that modality's NLL times the geometric mean of the probabilities that the others
-        give the label: samples whose input of that modality, rather than the label, looks
-        corrupted. Definition chosen here.
+        well. With one, it is that modality's NLL times the geometric mean of the probabilities that
+        the others give the label, the exponential of minus their mean NLL: samples whose input of
+        that modality, rather than the label, looks corrupted. Definition chosen here.
 
         Args:
             k: How many; all when ``None``.

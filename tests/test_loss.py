@@ -705,19 +705,37 @@ class Cosine(nn.Module):
         return F.cross_entropy(self.scale * angle, target, reduction="none")
 
 
-def test_what_is_held_out_gives_a_criterion_of_its_own_no_gradient() -> None:
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_left_out_gives_a_criterion_of_its_own_no_gradient(
+    soft: bool, spoilt: bool, skip: bool
+) -> None:
+    """Held out, masked or, of all where those are skipped, else of held out ones, no number."""
     fused, others, target = batch(size=40)
-    index = torch.arange(40)
-    held = held_out(index, 0.3)
-    criterion = DynCIMLoss(
-        Cosine(), modalities=2, num_samples=40, held_out=0.3, reduction="sum", **PLAIN
-    )
-    criterion(fused, target, unimodal=others, index=index).backward()
-    rest = DynCIMLoss(Cosine(), modalities=2, reduction="sum", **PLAIN)
+    if soft:
+        target = randn(40, CLASSES, seed=7).softmax(dim=1)
+    index, present = torch.arange(40), randn(40, 2, seed=6) > -0.5
+    out = held_out(index, 0.3)
+    others[1].data[~present[:, 1]] = math.nan
+    if spoilt:
+        bad = torch.arange(40) % 2 == 0
+        bad &= ~out if skip else out
+        fused.data[bad] = math.nan
+        if soft:
+            target[bad] = math.nan
+        out |= bad
+    options: dict[str, Any] = {"reduction": "sum", "nonfinite": "skip" if skip else "propagate"}
+    criterion = DynCIMLoss(Cosine(), modalities=2, num_samples=40, held_out=0.3, **options, **PLAIN)
+    criterion(fused, target, unimodal=others, index=index, present=present).backward()
+    rest = DynCIMLoss(Cosine(), modalities=2, **options, **PLAIN)
     for name in ("skill", "held_out_averages"):
         rest.state.get_buffer(name).copy_(criterion.state.get_buffer(name))
-    rest(fused[~held], target[~held], unimodal=[x[~held] for x in others]).backward()
+    unimodal = [x[~out] for x in others]
+    rest(fused[~out], target[~out], unimodal=unimodal, present=present[~out]).backward()
     assert_allclose(criterion.criterion.scale.grad, rest.criterion.scale.grad, rtol=1e-4)
+    for x in (fused, *others):
+        assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("ignored", [-1, 255])

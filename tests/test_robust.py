@@ -130,6 +130,27 @@ def test_a_default_dtype_changes_nothing(backend: str, dtype: torch.dtype) -> No
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_default_dtype_changes_nothing_of_a_memory(dtype: torch.dtype, soft: bool) -> None:
+    logits, target = heads()
+    truth = F.one_hot(target, 5).float() if soft else target
+    found = []
+    for default in (torch.float32, dtype):
+        criterion = DynCIMLoss(
+            nn.CrossEntropyLoss(), modalities=2, num_samples=8, held_out=0.3, backend="eager"
+        )
+        torch.set_default_dtype(default)
+        try:
+            for _ in range(2):
+                criterion(logits[0], truth, unimodal=logits[1:], index=torch.arange(8))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(dict(criterion.state.named_buffers()))
+    for name, x in found[0].items():
+        assert torch.equal(found[1][name], x), name
+
+
 def test_state_of_another_dtype_is_taken_as_float32() -> None:
     state = CurriculumState(2, num_samples=4)
     saved = {

@@ -434,7 +434,8 @@ def remember(
 ) -> None:
     """Average the NLL, ``[M + 1, B]``, of what counts into the memory of the batch's samples."""
     current = nll.t().to(recalled.dtype)
-    rate = (visits + 1).reciprocal().clamp_min(1.0 - decay)  # at first, the mean of all visits
+    number = visits.to(recalled.dtype) + 1.0
+    rate = number.reciprocal().clamp_min(1.0 - decay)  # at first, the mean of all visits
     averaged = recalled.lerp(current, rate)
     memory.nll.index_copy_(0, memory.rows, torch.where(counted.t(), averaged, recalled))
     memory.visits.index_copy_(0, memory.rows, visits + counted.t())
