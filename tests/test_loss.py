@@ -733,9 +733,53 @@ def test_what_is_left_out_gives_a_criterion_of_its_own_no_gradient(
         rest.state.get_buffer(name).copy_(criterion.state.get_buffer(name))
     unimodal = [x[~out] for x in others]
     rest(fused[~out], target[~out], unimodal=unimodal, present=present[~out]).backward()
+    assert criterion.criterion.scale.grad.isfinite()
     assert_allclose(criterion.criterion.scale.grad, rest.criterion.scale.grad, rtol=1e-4)
     for x in (fused, *others):
         assert x.grad.isfinite().all()
+
+
+class Standardised(nn.Module):
+    """Each loss depends on all rows."""
+
+    reduction = "none"
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        apart = (logits - logits.mean(dim=0)) / logits.std(dim=0)
+        return F.cross_entropy(apart, target, reduction="none")
+
+
+def test_what_is_held_out_is_not_trained_on_through_other_rows_either() -> None:
+    fused, others, target = batch(size=40)
+    index = torch.arange(40)
+    criterion = DynCIMLoss(
+        Standardised(), modalities=2, num_samples=40, held_out=0.3, reduction="mean"
+    )
+    criterion(fused, target, unimodal=others, index=index).backward()
+    for x in (fused, *others):
+        assert torch.equal(x.grad.any(dim=1), ~held_out(index, 0.3))
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, Subclass])
+def test_what_is_no_number_is_left_to_the_criterion_but_for_what_is_held_out(make: Any) -> None:
+    index = torch.arange(40)
+    held = held_out(index, 0.3)
+    for bad in (held, ~held):
+        fused, others, target = batch(size=40)
+        fused.data[bad.nonzero()[0]] = math.nan
+        criterion = DynCIMLoss(make(), modalities=2, num_samples=40, held_out=0.3)
+        loss = criterion(fused, target, unimodal=others, index=index)
+        assert loss.isfinite() == bad[held].all()
+
+
+def test_absurd_logits_cost_no_more_of_unsure_targets() -> None:
+    probs = 0.001 * F.one_hot(torch.arange(40) % CLASSES, CLASSES) + 0.999 / CLASSES
+    fused, others, _ = batch(size=40)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=40, held_out=0.3)
+    heads = [3e37 * x for x in (fused, *others)]
+    criterion(heads[0], probs, unimodal=heads[1:], index=torch.arange(40))
+    assert criterion.state.memory_nll.max() == 1e30
+    assert all(x.isfinite().all() for x in criterion.state.buffers())
 
 
 @pytest.mark.parametrize("ignored", [-1, 255])
