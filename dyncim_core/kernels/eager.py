@@ -287,9 +287,11 @@ def weigh(
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
     nll = lost = nll.clamp_max(_LARGEST_NLL)
-    usual = -buffers.log_quality[: len(nll)]
+    heads = len(nll)
+    usual = -buffers.log_quality[:heads]
     if target.is_floating_point():
-        own = torch.where(finite, target_entropy(target.to(nll.dtype)), 0.0)
+        target = torch.where(finite.unsqueeze(1), target, 0.0).to(nll.dtype)
+        own = target_entropy(target)
         some = torch.where(count > 0, weighed, finite)
         mean = torch.where(some, own, 0.0).sum() / some.sum().clamp_min(1)
         share = share_to_learn(mean, num_classes)
@@ -310,7 +312,6 @@ def weigh(
             prediction_stability(entropy, num_classes),
         ]
     )
-    heads = len(nll)
     shown = trust(buffers.skill[:heads])
     usual = torch.where(buffers.seen[:heads] > 0, usual, torch.inf)
     if settings.label_noise is None:
@@ -335,8 +336,6 @@ def weigh(
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
     own_doubt = doubt(found.prediction, nll, entropy, target)
-    if target.is_floating_point():
-        own_doubt = torch.where(finite, own_doubt, 0.0)  # of a target that is no number
     contradicted = by_all = contradiction(found.prediction, own_doubt, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
