@@ -289,6 +289,24 @@ class CurriculumState(KeepsDtype):
         top = torch.where(ranked, score, -torch.inf).topk(int(k))
         return Suspects(top.indices, top.values)
 
+    @property
+    def temperature(self) -> Tensor:
+        """What to divide logits by where probabilities matter, a scalar in [0.5, 50].
+
+        ``1 / logit_weight[0]``: by ``logit_weight`` the logits of all heads add up to the likeliest
+        predictions of samples held out; ``GatedFusion`` takes the ratios to the fused head's, and
+        this is the scale that those leave open. It is for the sum of the fused head's logits and
+        the gated ones, moves no prediction, and is 1 as long as no sample was held out. To scale
+        logits by what was not trained on is temperature scaling (Guo et al., ICML 2017); this
+        definition is chosen here.
+
+        Example:
+            >>> state = CurriculumState(modalities=["audio", "image"])
+            >>> state.temperature
+            tensor(1.)
+        """
+        return self.logit_weight[0].reciprocal()
+
     def summary(self) -> dict[str, float]:
         """What the curriculum sees now, for any logger; reads the device once.
 

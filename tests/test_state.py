@@ -425,3 +425,27 @@ def test_a_checkpoint_may_hold_no_modalities() -> None:
     state.load_state_dict(CurriculumState().state_dict())
     state.load_state_dict({}, strict=False)
     assert state.modalities is None
+
+
+@pytest.mark.parametrize("too_sure", [0.6, 4.0])
+def test_temperature_makes_probabilities_of_logits(too_sure: float) -> None:
+    """Of logits too sure by a known factor, held against targets that are not trained on."""
+    generator = torch.Generator().manual_seed(0)
+    true = 2.0 * torch.randn(4000, CLASSES, generator=generator)
+    target = true.softmax(dim=1).multinomial(1, generator=generator).squeeze(1)
+    index = torch.arange(2000)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=1, num_samples=2000, held_out=0.5, surprise_strength=0
+    )
+    assert criterion.state.temperature == 1.0
+    logits = too_sure * true
+    nothing = torch.zeros(2000, CLASSES).requires_grad_()  # of a modality that tells nothing
+    for _ in range(300):
+        criterion(
+            logits[:2000].clone().requires_grad_(), target[:2000], unimodal=[nothing], index=index
+        )
+    scaled = logits[2000:] / criterion.state.temperature
+    as_is, least, found = (
+        nn.functional.cross_entropy(x, target[2000:]) for x in (logits[2000:], true[2000:], scaled)
+    )
+    assert found - least < 0.05 * (as_is - least)

@@ -38,7 +38,7 @@ from benchmarks.study.models import (
     Network,
     OneModality,
 )
-from benchmarks.study.results import Cell
+from benchmarks.study.results import Cell, gather
 from benchmarks.study.store import Store
 from benchmarks.study.train import EPOCH, run
 
@@ -905,6 +905,15 @@ class TestStore:
         row = Store(tmp_path).rows[self.config.key]
         assert (row["score"], row["curve"], row["data"]) == ("91.25", "90.0 91.2", FAST)
 
+    def test_rows_of_before_a_measure_was_added_lack_it(self, tmp_path: Path) -> None:
+        Store(tmp_path).add("smoke", self.config, {"score": 91.25})
+        file = tmp_path / "smoke.csv"
+        header, row = (line.split(",") for line in file.read_text().splitlines())
+        at = header.index("ece_scaled")
+        file.write_text("".join(",".join(x[:at] + x[at + 1 :]) + "\n" for x in (header, row)))
+        (found,) = Store(tmp_path).rows.values()
+        assert (found["score"], found["ece_scaled"]) == ("91.25", "")
+
     def test_an_interrupted_write_leaves_the_file_as_it_was(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1000,6 +1009,21 @@ def test_tables_are_markdown() -> None:
     assert report.table(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"
     assert report.table(("a",), []) == ""
     assert report.number(statistics.Estimate(1.25, 0.5, 3), sign=True) == "+1.2 ± 0.5"
+
+
+def test_calibration_is_told_with_and_without_the_temperature(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    configs = [Config(FAST, "clean", name, 0.0, 0, 1) for name in ("uniform", "dyncim")]
+    for config, measures in zip(
+        configs, ({"ece": 8.0}, {"ece": 12.0, "ece_scaled": 5.0}), strict=True
+    ):
+        store.add("smoke", config, {"score": 90.0, **measures})
+    text = report._calibration(gather(configs, store.rows))
+    assert text.splitlines() == [
+        "| ECE, % | uniform | dyncim | dyncim, over its temperature |",
+        "|---|---|---|---|",
+        f"| {FAST}, clean | 8.0 | 12.0 | 5.0 |",
+    ]
 
 
 def test_every_task_of_a_suite_is_known_throughout() -> None:

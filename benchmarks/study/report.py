@@ -186,16 +186,24 @@ def _convergence(found: Found) -> str:
 
 
 def _calibration(found: Found) -> str:
-    return _by_method(found, "ece", "ECE, %", digits=1)
+    by_task = {key: measure(runs, "ece") for key, runs in found.items()}
+    scaled = f"{OURS}, over its temperature"
+    for key, runs in found.items():
+        if values := measure(runs, "ece_scaled").get(OURS):
+            by_task[key][scaled] = values
+    return _by_method(by_task, "ECE, %", digits=1)
 
 
 def _cost(found: Found) -> str:
     clean = {key: runs for key, runs in found.items() if key[1] == "clean"}
-    return _by_method(clean, "ms_per_step", "ms", digits=2)
+    by_task = {key: measure(runs, "ms_per_step") for key, runs in clean.items()}
+    return _by_method(by_task, "ms", digits=2)
 
 
-def _by_method(found: Found, name: str, title: str, digits: int) -> str:
-    by_task = {key: values for key, runs in found.items() if (values := measure(runs, name))}
+def _by_method(
+    found: Mapping[tuple[str, str], Mapping[str, Scores]], title: str, digits: int
+) -> str:
+    by_task = {key: values for key, values in found.items() if values}
     methods = list(dict.fromkeys(m for x in by_task.values() for m in x if "/" not in m))
     lines = [
         (

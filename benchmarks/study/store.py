@@ -22,7 +22,7 @@ from .train import Measures
 Row = Mapping[str, str]
 
 _CONFIG = ("data", "condition", "method", "setting", "seed", "epochs")
-_MEASURES = ("score", "ece", "worst_probe", *TEST_CONDITIONS, "audit", "audit_other")
+_MEASURES = ("score", "ece", "ece_scaled", "worst_probe", *TEST_CONDITIONS, "audit", "audit_other")
 _REST = ("audit_other_by", "ms_per_step", "seconds", "probes", "curve", "label_noise")
 FIELDS = ("key", "study", *_CONFIG, *_MEASURES, *_REST, "commit", "torch", "numpy", "python")
 
@@ -50,7 +50,7 @@ class Store:
     def add(self, suite: str, config: Config, measures: Measures) -> None:
         """Store a finished run, with what it was run on."""
         values = {**asdict(config), **measures, **_environment()}
-        row = {"key": config.key, "study": str(STUDY)}
+        row = dict.fromkeys(FIELDS, "") | {"key": config.key, "study": str(STUDY)}
         row |= {name: _text(value) for name, value in values.items()}
         self.rows[config.key] = row
         rows = self._files.setdefault(suite, [])
@@ -70,8 +70,9 @@ def number(row: Row, measure: str) -> float:
 
 
 def _read(path: Path) -> list[Row]:
+    """Rows of before a measure was added lack it."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(file)]
 
 
 def _text(value: object) -> str:

@@ -66,8 +66,11 @@ def run(config: Config, spoken: Path = SPOKEN) -> Measures:
         **_probes(method.network, split),
     }
     if split.centres is None:
-        probabilities = _predict(method.network, split.test).fused.softmax(dim=1)
-        measures["ece"] = calibration_error(probabilities, split.test_truth)
+        logits = _predict(method.network, split.test).fused
+        measures["ece"] = calibration_error(logits.softmax(dim=1), split.test_truth)
+        if method.state is not None:
+            scaled = logits / method.state.temperature
+            measures["ece_scaled"] = calibration_error(scaled.softmax(dim=1), split.test_truth)
     if config.condition == "clean":
         for name in TEST_CONDITIONS:
             heads = _predict(method.network, *corrupt_test(name, split.test, config.seed))
