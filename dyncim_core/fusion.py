@@ -36,7 +36,8 @@ class FusionOutput(NamedTuple):
             samples held out teach, and less what is merely frequent (``log_prior``), to add to the
             logits of a head over ``fused``, which has that once; ``None`` without unimodal logits.
             It is detached: unimodal heads learn from their own losses. In training, with a state,
-            times ``1 - quality`` of the fused head, so that the head learns to do without them.
+            all count ``1 - quality`` of the fused head in place of that weight, so that the head
+            learns to do without them.
     """
 
     fused: Tensor
@@ -264,7 +265,7 @@ class GatedFusion(KeepsDtype):
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
         factor = self.logit_factor
         if learnt is not None:  # less and less, so that the head learns to do without
-            factor = torch.addcmul(factor, factor, learnt.quality[0], value=-1.0)
+            factor = 1.0 - learnt.quality[0].expand(len(factor))
         fused, total = _mixed(
             select(by, streams), streams, logits or (), gating.scale, factor, prior
         )

@@ -279,10 +279,11 @@ class DynCIMLoss(nn.Module):
         criterion = Criterion(target, weight, ignore_index=self._ignore_index())
         found = kernels.statistics(heads, present, criterion)
         classes, usable, expected = heads[0].shape[1], present, None
+        shared = eager.shared_by(averages)
         if settings.skip_nonfinite or settings.held_out > 0.0:
             finite = (found.rows[1] + found.rows[2]).isfinite()
             if memory is not None and settings.held_out > 0.0:
-                expected = eager.expect(heads, present, criterion, averages.logit_weight)
+                expected = eager.expect(heads, present, criterion, averages.logit_weight, shared)
                 trained = ~held_out(memory.rows, settings.held_out)
                 heads = [torch.where(trained.unsqueeze(1), x, x.detach()) for x in heads]
                 finite = finite if settings.skip_nonfinite else finite | trained
@@ -299,7 +300,7 @@ class DynCIMLoss(nn.Module):
         if usable is not None:
             losses = [torch.where(rows, x, 0.0) for rows, x in zip(usable, losses, strict=True)]
         coefficient = eager.weigh(
-            found, present, criterion, classes, averages, memory, settings, expected
+            found, present, criterion, classes, averages, memory, settings, shared, expected
         )
         if value is not None:
             return value

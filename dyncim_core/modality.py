@@ -26,6 +26,7 @@ __all__ = [
     "geometric_mean_ratio",
     "harmonic_mean_improvement_rate",
     "improvement_ratios",
+    "logit_slopes",
     "logit_weights",
     "loss_shares",
     "modality_coefficients",
@@ -301,48 +302,84 @@ def pooled_skill(skill: Tensor, samples: float) -> Tensor:
 
 
 def expected_log_likelihood(
-    logits: Tensor, weight: Tensor, present: Tensor | None = None
+    logits: Tensor, weight: Tensor, shared: Tensor, present: Tensor | None = None
 ) -> Tensor:
     """What a pool of all heads expects the log-likelihood of the target to be under each.
 
     ``sum_c p[c] log p_h[c]`` under the pool ``p ~ prod_h p_h^(w_h)``. The derivative of the pool's
     log-likelihood by ``w_h`` is what head h gives to the target, less this: a head whose targets
-    are likelier than the pool expects deserves more weight. Genest and Zidek (Statistical Science
-    1986) review such logarithmic opinion pools.
+    are likelier than the pool expects deserves more weight. The fused logits of training are those
+    of a head plus c times the modalities': ``log p_0`` is what that head says by itself, theirs
+    less c times the modalities'. Genest and Zidek (Statistical Science 1986) review such
+    logarithmic opinion pools.
 
     Args:
         logits: Of all heads, the fused one first, ``[M + 1, B, C]``.
         weight: Of each head, ``[M + 1]``, > 0.
+        shared: What the fused logits hold of the modalities', ``c``, a scalar in [0, 1].
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``. Absent ones
             are not in the pool, whatever they hold.
 
     Returns:
-        ``[M + 1, B]``, <= 0, in nats; 0 for an absent head.
+        ``[M + 1, B]``, in nats; 0 for an absent head.
 
     Example:
         >>> logits = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log()
-        >>> expected_log_likelihood(logits, torch.ones(2))
+        >>> expected_log_likelihood(logits, torch.ones(2), shared=torch.tensor(0.0))
         tensor([[-0.3251],
+                [-0.6931]])
+        >>> expected_log_likelihood(logits, torch.ones(2), shared=torch.tensor(1.0))
+        tensor([[ 0.3681],
                 [-0.6931]])
     """
     # Of a class ruled out, 0 times minus infinity would be no number; nor an average of such sums.
     log_probs = logits.log_softmax(dim=2).clamp_min(_LEAST_LOG_PROBABILITY)
     if present is not None:
         log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
+    _take_off(log_probs, shared, log_probs)
     pool = torch.einsum("h,hbc->bc", weight.to(log_probs.dtype), log_probs).softmax(dim=1)
     return torch.einsum("bc,hbc->hb", pool, log_probs)
 
 
-def logit_weights(
-    weight: Tensor,
-    skill: Tensor,
-    nll: Tensor,
-    expected: Tensor,
-    samples: float,
+def logit_slopes(
+    nll: Tensor, expected: Tensor, shared: Tensor, present: Tensor | None = None
 ) -> Tensor:
+    """How the pool's NLL of each sample changes with the weight of each head.
+
+    ``l_h + x_h``, ``l_0`` of what the head says by itself: the NLL of the fused logits less c times
+    the modalities'. Definition chosen here.
+
+    Args:
+        nll: Of the target under all heads, the fused one first, in nats, ``[M + 1, B]``, ``l``.
+        expected: ``expected_log_likelihood`` of the same, ``[M + 1, B]``, ``x``.
+        shared: What the fused logits hold of the modalities', ``c``, a scalar in [0, 1].
+        present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[M + 1, B]``; of absent heads anything.
+
+    Example:
+        >>> nll, expected = torch.tensor([[0.5], [1.5]]), torch.tensor([[-0.4], [-0.7]])
+        >>> logit_slopes(nll, expected, torch.tensor(0.5))
+        tensor([[-0.6500],
+                [ 0.8000]])
+    """
+    slopes = nll + expected
+    _take_off(slopes, shared, nll if present is None else torch.where(present, nll, 0.0))
+    return slopes
+
+
+def _take_off(ours: Tensor, shared: Tensor, theirs: Tensor) -> None:
+    """From the first row, so much of all others; in place, which autocast leaves as precise."""
+    ours, theirs = ours.flatten(1), theirs.flatten(1)
+    share = shared.to(ours.dtype).expand(1, len(theirs) - 1)
+    ours[:1].addmm_(share, theirs[1:], alpha=-1.0)
+
+
+def logit_weights(weight: Tensor, skill: Tensor, slope: Tensor, samples: float) -> Tensor:
     """What the weights move towards by which the logits of heads add up best on held-out samples.
 
-    ``(n (w_h + x_h - l_h) + 10 s_h) / (n + 10)``, in [0.02, 2]: up the gradient of the pool's
+    ``(n (w_h - g_h) + 10 s_h) / (n + 10)``, in [0.02, 2]: up the gradient of the pool's
     likelihood, and towards the skills as far as few samples are held out. Modalities
     that are surer than they are right, or of what fusion knows better, lose their weight. To learn
     on samples held out how predictors add up is stacking (Wolpert, Neural Networks 1992); this
@@ -351,27 +388,26 @@ def logit_weights(
     Args:
         weight: Of all heads so far, ``[M + 1]``.
         skill: Of all heads, ``[M + 1]`` in [0, 1], ``s``.
-        nll: Average NLL of held-out samples, ``[M + 1]``, in nats, ``l``.
-        expected: Average ``expected_log_likelihood`` of the same, minus ``x``.
+        slope: Average ``logit_slopes`` of held-out samples, ``[M + 1]``, ``g``.
         samples: How many are held out, ``n``, >= 0.
 
     Returns:
         ``[M + 1]`` in [0.02, 2].
 
     Example:
-        >>> skill, nll = torch.tensor([0.9, 0.5]), torch.tensor([0.5, 1.5])
-        >>> logit_weights(torch.ones(2), skill, nll, torch.tensor([-0.5, -0.7]), samples=20)
+        >>> skill, slope = torch.tensor([0.9, 0.5]), torch.tensor([0.0, 0.8])
+        >>> logit_weights(torch.ones(2), skill, slope, samples=20)
         tensor([0.9667, 0.3000])
     """
-    goal = torch.lerp(skill, weight - (nll + expected), own_share(samples, PRIOR_OF_WEIGHT))
+    goal = torch.lerp(skill, weight - slope, own_share(samples, PRIOR_OF_WEIGHT))
     return goal.clamp(_LEAST, _MOST)
 
 
 def relative_logit_weights(weight: Tensor) -> Tensor:
     """What the logits of each modality count next to the fused head's, ``min(2, w_m / w_0)``.
 
-    Only ratios count: whoever adds up logits has those of the fused head in full. What the latter
-    had of the former in training is not taken off. Definition chosen here.
+    Only ratios count: whoever adds up logits has those of the fused head in full. Definition chosen
+    here.
 
     Args:
         weight: Of all heads, ``[M + 1]``, > 0, see ``logit_weights``.

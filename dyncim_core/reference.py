@@ -39,6 +39,7 @@ __all__ = [
     "improvement_ratios",
     "log_prior",
     "log_weights",
+    "logit_slopes",
     "logit_weights",
     "loss_shares",
     "modality_coefficients",
@@ -808,22 +809,25 @@ def pooled_skill(skill: ArrayLike, samples: float) -> Array:
 
 
 def expected_log_likelihood(
-    logits: ArrayLike, weight: ArrayLike, present: ArrayLike | None = None
+    logits: ArrayLike, weight: ArrayLike, shared: float, present: ArrayLike | None = None
 ) -> Array:
     """What a pool of all heads expects the log-likelihood of the target to be under each.
 
-    ``sum_c p[c] log p_h[c]`` under ``p ~ prod_h p_h^(w_h)``. Definition chosen here.
+    ``sum_c p[c] log p_h[c]`` under ``p ~ prod_h p_h^(w_h)``, with ``log p_0`` of the fused head
+    less c times those of the modalities. Definition chosen here.
 
     Args:
         logits: ``[M + 1, B, C]``, fused head first.
         weight: ``[M + 1]``, > 0.
+        shared: What the fused logits hold of the modalities', ``c`` in [0, 1].
         present: Bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[M + 1, B]``, <= 0, in nats; 0 for an absent head.
+        ``[M + 1, B]``, in nats; 0 for an absent head.
 
     Example:
-        >>> expected_log_likelihood(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]), [1, 1]).round(4).tolist()
+        >>> logits = np.log([[[0.9, 0.1]], [[0.5, 0.5]]])
+        >>> expected_log_likelihood(logits, [1, 1], 0.0).round(4).tolist()
         [[-0.3251], [-0.6931]]
     """
     z, w = np.asarray(logits, dtype=np.float64), np.asarray(weight, dtype=np.float64)
@@ -834,39 +838,60 @@ def expected_log_likelihood(
         for i in range(batch):
             own = z[mask[:, i], i]
             log_probs = np.maximum(own - np.logaddexp.reduce(own, axis=1, keepdims=True), -1e30)
+            log_probs[0] -= shared * log_probs[1:].sum(axis=0)
             pooled = w[mask[:, i]] @ log_probs
             pool = np.exp(pooled - pooled.max())
             result[mask[:, i], i] = log_probs @ pool / pool.sum()
     return result
 
 
-def logit_weights(
-    weight: ArrayLike,
-    skill: ArrayLike,
-    nll: ArrayLike,
-    expected: ArrayLike,
-    samples: float,
+def logit_slopes(
+    nll: ArrayLike, expected: ArrayLike, shared: float, present: ArrayLike | None = None
 ) -> Array:
+    """How the pool's NLL of each sample changes with the weight of each head.
+
+    ``l_h + x_h``, ``l_0`` less c times those of the modalities. Definition chosen here.
+
+    Args:
+        nll: In nats, ``[M + 1, B]``, ``l``.
+        expected: ``expected_log_likelihood``, ``[M + 1, B]``, ``x``.
+        shared: What the fused logits hold of the modalities', ``c`` in [0, 1].
+        present: Bool ``[M + 1, B]``; all when ``None``.
+
+    Returns:
+        ``[M + 1, B]``; 0 for an absent head.
+
+    Example:
+        >>> logit_slopes([[0.5], [1.5]], [[-0.4], [-0.7]], 0.5).round(4).tolist()
+        [[-0.65], [0.8]]
+    """
+    lost, x = np.asarray(nll, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    here = np.ones(lost.shape, dtype=bool) if present is None else np.asarray(present)
+    lost = np.where(here, lost, 0.0)
+    lost[0] -= shared * lost[1:].sum(axis=0)
+    return np.where(here, lost + x, 0.0)
+
+
+def logit_weights(weight: ArrayLike, skill: ArrayLike, slope: ArrayLike, samples: float) -> Array:
     """What the weights of the heads' logits move towards.
 
-    ``(n (w_h + x_h - l_h) + 10 s_h) / (n + 10)``, in [0.02, 2]. Definition chosen here.
+    ``(n (w_h - g_h) + 10 s_h) / (n + 10)``, in [0.02, 2]. Definition chosen here.
 
     Args:
         weight: ``[M + 1]``.
         skill: ``[M + 1]`` in [0, 1].
-        nll: Average of held-out samples in nats, ``[M + 1]``, ``l``.
-        expected: Average ``expected_log_likelihood``, minus ``x``.
+        slope: Average ``logit_slopes`` of held-out samples, ``[M + 1]``, ``g``.
         samples: How many are held out, ``n``.
 
     Returns:
         ``[M + 1]``.
 
     Example:
-        >>> logit_weights([1, 1], [0.9, 0.5], [0.5, 1.5], [-0.5, -0.7], 20).round(4).tolist()
+        >>> logit_weights([1, 1], [0.9, 0.5], [0.0, 0.8], 20).round(4).tolist()
         [0.9667, 0.3]
     """
-    w, s, lost, x = (np.asarray(a, dtype=np.float64) for a in (weight, skill, nll, expected))
-    return np.clip((samples * (w - x - lost) + 10.0 * s) / (samples + 10.0), 0.02, 2.0)
+    w, s, g = (np.asarray(a, dtype=np.float64) for a in (weight, skill, slope))
+    return np.clip((samples * (w - g) + 10.0 * s) / (samples + 10.0), 0.02, 2.0)
 
 
 def relative_logit_weights(weight: ArrayLike) -> Array:

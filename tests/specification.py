@@ -71,8 +71,8 @@ class Specification(SimpleNamespace):
         finite = np.isfinite(found.nll + found.entropy).all(axis=0)
         held = np.zeros_like(counts)
         if index is not None and settings.held_out > 0.0:
-            held = counts & ref.held_out(index, settings.held_out)
-        valid, heard = counts & finite & ~held, finite & held
+            held = ref.held_out(index, settings.held_out)
+        valid, heard = counts & finite & ~held, counts & finite & held
         said = found.nll
         self._share = 1.0
         if soft:  # what goes beyond the target's own entropy, of what there is to learn
@@ -180,19 +180,17 @@ class Specification(SimpleNamespace):
         heard: Array,
         settings: Settings,
     ) -> list[Array]:
-        """Losses, and what is expected, of samples held out, as far as labels are believed.
-
-        Of what is expected, what weights follow is the difference to the whole NLL.
-        """
+        """Losses of samples held out, and slopes of the pool's, as far as labels are believed."""
         nll, entropy = (np.where(heard, x, 0.0) for x in (found.nll, found.entropy))
         strength, surprise = self._surprise(nll, entropy, mask, settings)
         believed = np.exp(np.maximum(-strength * surprise, -8.0))
         expected = np.zeros_like(nll)
         every = np.stack([x[heard] for x in logits])
-        weight = self.logit_weight[: len(nll)]
-        expected[:, heard] = ref.expected_log_likelihood(every, weight, mask[:, heard])
+        weight, shared = self.logit_weight[: len(nll)], 1.0 - float(self.quality[0])
+        expected[:, heard] = ref.expected_log_likelihood(every, weight, shared, mask[:, heard])
         losses, whole = (np.where(heard & mask, x, 0.0) for x in (losses, whole))
-        return [believed * x for x in (losses, expected + whole - losses)]
+        slopes = ref.logit_slopes(whole, expected, shared, heard & mask)
+        return [believed * x for x in (losses, slopes)]
 
     def _take_in(self, nll: Array, counted: Array, weights: Array, signals: Array) -> None:
         first, second = self.seen[0] == 0, self.seen[0] == 1
@@ -226,12 +224,11 @@ class Specification(SimpleNamespace):
         said = [np.ones(heard.shape), said[0], by_chance, *said[1:]]
         for average, x in zip(self.held_out_averages, said, strict=True):
             average += rate * (np.where(heard, x, 0.0).mean(axis=1) - average)
-        mass, hits, chance, nll, expected, doubt, alone = self.held_out_averages
+        mass, hits, chance, _, slope, doubt, alone = self.held_out_averages
         some = np.where(mass > 0, mass, 1.0)
         skill = ref.skill(hits / some, chance / some)
         self.skill = ref.pooled_skill(np.where(mass > 0, skill, skill[0]), samples)
-        means = nll / some, expected / some
-        goal = ref.logit_weights(self.logit_weight, self.skill, *means, samples)
+        goal = ref.logit_weights(self.logit_weight, self.skill, slope / some, samples)
         self.logit_weight += rate * (goal - self.logit_weight)
         self.logit_weight[mass == 0] = self.logit_weight[0]
         shown = doubt[0] / mass[0], self.doubted, alone[0] / mass[0]

@@ -24,6 +24,7 @@ from dyncim_core.modality import (
     geometric_mean_ratio,
     harmonic_mean_improvement_rate,
     improvement_ratios,
+    logit_slopes,
     logit_weights,
     loss_shares,
     modality_coefficients,
@@ -464,8 +465,10 @@ def test_skill_is_what_chance_does_not_explain(hits: Array, chance: float) -> No
         assert_allclose(skill(torch.ones(1), chance), 1.0)
 
 
-@given(st.integers(1, 4).flatmap(lambda h: arrays((h, 3, 5), reals(-9, 9))), st.data())
-def test_what_a_pool_expects_is_the_slope_of_its_likelihood(logits: Array, data: Any) -> None:
+@given(st.integers(1, 4).flatmap(lambda h: arrays((h, 3, 5), reals(-9, 9))), reals(0, 1), st.data())
+def test_what_a_pool_expects_is_the_slope_of_its_likelihood(
+    logits: Array, shared: float, data: Any
+) -> None:
     """The target's log-likelihood under a head, less what is expected, by the head's weight."""
     heads, batch = logits.shape[:2]
     weight = data.draw(arrays(heads, reals(0.03125, 2)))
@@ -473,31 +476,38 @@ def test_what_a_pool_expects_is_the_slope_of_its_likelihood(logits: Array, data:
     if mask is not None:
         logits = np.where(mask[..., None], logits, np.nan)
     present = None if mask is None else torch.from_numpy(mask)
-    w = to_torch(weight).requires_grad_()
-    found = expected_log_likelihood(to_torch(logits), w, present)
-    assert_allclose(
-        found.detach(), ref.expected_log_likelihood(logits, weight, mask), rtol=1e-9, atol=1e-12
-    )
-    assert (found <= 0).all()
+    w, part = to_torch(weight).requires_grad_(), to_torch(shared)
+    found = expected_log_likelihood(to_torch(logits), w, part, present).detach()
+    wanted = ref.expected_log_likelihood(logits, weight, shared, mask)
+    assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
     log_probs = to_torch(logits).log_softmax(dim=2)
     if present is not None:
         assert (found[~present] == 0).all()
         log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
     target = torch.arange(batch)
-    pooled = torch.einsum("h,hbc->bc", w, log_probs)
-    (slope,) = torch.autograd.grad(-F.cross_entropy(pooled, target, reduction="sum"), w)
-    actual = log_probs[:, target, target]
-    assert_allclose(slope, (actual - found.detach()).sum(dim=1), rtol=1e-7, atol=1e-9)
+    nll = -log_probs[:, target, target]
+    slopes = logit_slopes(nll, found, part, present)
+    if present is not None:
+        slopes = torch.where(present, slopes, 0.0)
+    wanted = ref.logit_slopes(nll.numpy(), wanted, shared, mask)
+    assert_allclose(slopes, wanted, rtol=1e-9, atol=1e-9)
+    head = log_probs[0] - part * log_probs[1:].sum(dim=0)
+    pooled = torch.einsum("h,hbc->bc", w, torch.cat([head.unsqueeze(0), log_probs[1:]]))
+    (slope,) = torch.autograd.grad(F.cross_entropy(pooled, target, reduction="sum"), w)
+    assert_allclose(slopes.sum(dim=1), slope, rtol=1e-7, atol=1e-9)
 
 
 def test_a_pool_takes_classes_ruled_out() -> None:
     logits = torch.tensor([[[0.0, 0.0, -math.inf]], [[0.0, -math.inf, 0.0]]])
-    for found in (ref.expected_log_likelihood, expected_log_likelihood):
-        assert_allclose(found(logits, torch.ones(2)), [[-math.log(2)]] * 2, rtol=1e-6)
-        apart = found(torch.stack([logits[0, :, 1:], logits[1, :, 1:]]), torch.ones(2))
+    for found, none in (
+        (ref.expected_log_likelihood, np.zeros(())),
+        (expected_log_likelihood, torch.zeros(())),
+    ):
+        assert_allclose(found(logits, torch.ones(2), none), [[-math.log(2)]] * 2, rtol=1e-6)
+        apart = found(torch.stack([logits[0, :, 1:], logits[1, :, 1:]]), torch.ones(2), none)
         assert_allclose(apart, [[-5e29]] * 2, rtol=1e-6)  # no class is left
-        large = found(torch.tensor([[[3e38, 0.0]]] * 3), torch.full((3,), 2.0))
+        large = found(torch.tensor([[[3e38, 0.0]]] * 3), torch.full((3,), 2.0), none)
         assert_allclose(large, [[0.0]] * 3)
 
 
@@ -511,9 +521,9 @@ def test_a_pool_takes_classes_ruled_out() -> None:
 def test_logits_weigh_what_the_samples_held_out_say(
     weight: Array, skills: Array, nll: Array, lost: Array, samples: float
 ) -> None:
-    arguments = [to_torch(x) for x in (weight, skills, nll, -lost)]
+    arguments = [to_torch(x) for x in (weight, skills, nll - lost)]
     found = logit_weights(*arguments, samples).numpy()
-    goal = ref.logit_weights(weight, skills, nll, -lost, samples)
+    goal = ref.logit_weights(weight, skills, nll - lost, samples)
     assert_allclose(found, goal, rtol=1e-9, atol=1e-12)
     assert ((found >= 0.02) & (found <= 2.0)).all()
     assert_allclose(logit_weights(*arguments, 0.0), np.maximum(skills, 0.02))  # nobody to ask
@@ -532,8 +542,8 @@ def test_the_weights_of_logits_find_the_best_pool() -> None:
     nll = -heads.log_softmax(dim=2)[:, torch.arange(20_000), target].mean(dim=1)
     weight, skills = torch.ones(3), torch.tensor([0.5, 0.5, 0.0])
     for _ in range(400):
-        expected = expected_log_likelihood(heads, weight).mean(dim=1)
-        weight.lerp_(logit_weights(weight, skills, nll, expected, 20_000), 0.05)
+        expected = expected_log_likelihood(heads, weight, torch.zeros(())).mean(dim=1)
+        weight.lerp_(logit_weights(weight, skills, nll + expected, 20_000), 0.05)
     assert_allclose(weight[0] + 3.0 * weight[1], 1.0, atol=0.05)  # together as sure as they may be
     assert weight[2] < 0.03
 

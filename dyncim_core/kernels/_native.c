@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 11 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 12 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -355,7 +355,7 @@ static void scale(int64_t heads, int64_t batch, int64_t classes, const float *gr
 }
 
 /* Averages of samples held out, of each head: the rows of held_out_averages. */
-enum { SEEN, HITS, CHANCE, NLL, EXPECTED, DOUBT, OWN_DOUBT, SAID };
+enum { SEEN, HITS, CHANCE, NLL, SLOPE, DOUBT, OWN_DOUBT, SAID };
 
 /* The running averages of a CurriculumState and its per-sample memory, updated in place. */
 typedef struct {
@@ -448,23 +448,28 @@ static int is_there(const Problem *p, int64_t h, int64_t i) {
     return !p->present || p->present[h * p->batch + i];
 }
 
-/* What the pool of all heads expects the log-likelihood of a sample's target to be under each that
- * is there. */
-static void expect(const Problem *p, const float *weight, const float *nll, int64_t i,
-                   float *pool, double *expected) {
+static float bounded(float nll) { return nll < LARGEST_NLL ? nll : LARGEST_NLL; }
+
+/* How the NLL of a sample under the pool of all heads that are there changes with their weights,
+ * where the fused logits hold a share of the modalities'. */
+static void find_slopes(const Problem *p, const float *weight, float shared, const float *nll,
+                        int64_t i, float *pool, double *slope) {
     int64_t y = p->target[i];
     memset(pool, 0, (size_t)p->classes * sizeof *pool);
     for (int64_t h = 0; h < p->heads; h++) {
         const float *x = p->logits[h] + i * p->stride[h];
+        float own = h ? weight[h] - shared * weight[0] : weight[0];
         if (is_there(p, h, i))
-            rows_of.add_logs(x, x[y], nll[h * p->batch + i], weight[h], p->classes, pool);
+            rows_of.add_logs(x, x[y], nll[h * p->batch + i], own, p->classes, pool);
     }
-    double total = rows_of.pool(pool, p->classes);
-    for (int64_t h = 0; h < p->heads; h++) {
+    double total = rows_of.pool(pool, p->classes), modalities = 0.0;
+    for (int64_t h = p->heads; h-- > 0;) {
         const float *x = p->logits[h] + i * p->stride[h], lost = nll[h * p->batch + i];
-        if (is_there(p, h, i))
-            expected[h] = rows_of.sum_of_logs(pool, x, x[y], lost, p->classes) / total;
+        if (!is_there(p, h, i)) continue;
+        slope[h] = bounded(lost) + rows_of.sum_of_logs(pool, x, x[y], lost, p->classes) / total;
+        if (h) modalities += slope[h];
     }
+    slope[0] -= shared * modalities;
 }
 
 /* What valid samples say, summed up. */
@@ -542,8 +547,8 @@ static void listen(const Problem *p, const Tally *heard, double samples, State *
         double mass = s->held_out[SEEN][h], weight = s->logit_weight[h];
         if (mass == 0.0) s->logit_weight[h] = s->logit_weight[0];
         if (heard->said[SEEN][h] == 0.0) continue;
-        double ahead = -(s->held_out[EXPECTED][h] + s->held_out[NLL][h]) / mass;
-        double goal = own_of_weight * (weight + ahead) + (1.0 - own_of_weight) * s->skill[h];
+        double uphill = weight - s->held_out[SLOPE][h] / mass;
+        double goal = own_of_weight * uphill + (1.0 - own_of_weight) * s->skill[h];
         average(s->logit_weight + h, clamp(goal, LEAST_WEIGHT, MOST_WEIGHT), 0, decay);
     }
     double contradicted = s->held_out[DOUBT][0] / (double)s->held_out[SEEN][0];
@@ -633,7 +638,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int k = 0; k < SIGNALS; k++)
         share[k] = volatility > 0.0 ? s->volatility[k] / volatility : 1.0 / SIGNALS;
     double noise = o->label_noise < 0.0 ? *s->label_noise : o->label_noise;
-    double kappa = o->pacing_strength * (1.0 - s->quality[0]);
+    float shared = 1.0f - s->quality[0]; /* what fused logits hold of gated ones in training */
+    double kappa = o->pacing_strength * shared;
 
     /* Signals of each sample; sums of those to be trained on, then of those to be held out. */
     Tally tally[2] = {{0}};
@@ -667,12 +673,12 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         }
         r = i % rows;
         int counts = y != p->ignore_index, finite = signals.finite[r];
-        held[i] = counts && holds_out && is_held_out(s->index[i], below);
+        held[i] = holds_out && is_held_out(s->index[i], below);
         trained[i] = counts && !held[i];
-        heard[i] = held[i] && finite;
+        heard[i] = counts && held[i] && finite;
         weighed[i] = trained[i] && finite;
         nonfinite += counts && !finite;
-        left_out += held[i] || (o->skip_nonfinite && counts && !finite);
+        left_out += counts && (held[i] || (o->skip_nonfinite && !finite));
         if (!counts || !finite) continue;
         double says[SIGNALS] = {
             signals.deviation[r],
@@ -693,17 +699,17 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         difficulty[i] = (float)hard;
         t->difficulty += difficulty[i];
         double believed = held[i] ? exp(clamp(log_weight[i], -LARGEST_LOG_WEIGHT, 0.0)) : 0.0;
-        double expected[MAX_HEADS];
-        if (held[i]) expect(p, s->logit_weight, nll, i, pool, expected);
+        double slope[MAX_HEADS];
+        if (held[i]) find_slopes(p, s->logit_weight, shared, nll, i, pool, slope);
         for (int64_t h = 0; held[i] && h < H; h++)
             if (is_there(p, h, i)) {
                 int64_t prediction = found->prediction[h * found->near + here];
-                float lost = nll[h * B + i] < LARGEST_NLL ? nll[h * B + i] : LARGEST_NLL;
+                float lost = bounded(nll[h * B + i]);
                 t->said[SEEN][h] += 1.0;
                 t->said[HITS][h] += prediction == y;
                 t->said[CHANCE][h] += (double)(s->class_seen[group_of(prediction)] + 1) / all;
                 t->said[NLL][h] += believed * lost;
-                t->said[EXPECTED][h] += believed * expected[h];
+                t->said[SLOPE][h] += believed * slope[h];
                 t->said[DOUBT][h] += doubt;
                 t->said[OWN_DOUBT][h] += doubt_of(found, lost, h, here, y);
             }
@@ -775,8 +781,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
         int64_t row = s->index[i];
         for (int64_t h = 0; h < H; h++)
             if ((weighed[i] || heard[i]) && is_there(p, h, i)) {
-                float *mean = s->memory_nll + row * s->heads + h, now = nll[h * B + i];
-                now = now < LARGEST_NLL ? now : LARGEST_NLL;
+                float *mean = s->memory_nll + row * s->heads + h, now = bounded(nll[h * B + i]);
                 int32_t *visits = s->memory_visits + row * s->heads + h;
                 double kept = *visits / (*visits + 1.0); /* at first, the mean of all visits */
                 average(mean, now, 0, kept < o->memory_decay ? kept : o->memory_decay);

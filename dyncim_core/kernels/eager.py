@@ -37,6 +37,7 @@ from dyncim_core.modality import (
     augmentation_rates,
     expected_log_likelihood,
     generalisation,
+    logit_slopes,
     logit_weights,
     loss_shares,
     modality_coefficients,
@@ -196,10 +197,12 @@ def curriculum(
     mode = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
     with mode():
         found = statistics(logits, present, criterion)
-        classes, expected = logits[0].shape[1], None
+        classes, shared, expected = logits[0].shape[1], shared_by(buffers), None
         if settings.held_out > 0.0:
-            expected = expect(logits, present, criterion, buffers.logit_weight)
-        coefficient = weigh(found, present, criterion, classes, buffers, memory, settings, expected)
+            expected = expect(logits, present, criterion, buffers.logit_weight, shared)
+        coefficient = weigh(
+            found, present, criterion, classes, buffers, memory, settings, shared, expected
+        )
         keep_weight(criterion, classes, buffers.class_weight)
     with torch.no_grad():
         value = combine(coefficient, found.rows[0], settings)
@@ -208,7 +211,11 @@ def curriculum(
 
 @torch.no_grad()
 def expect(
-    logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion, weight: Tensor
+    logits: Sequence[Tensor],
+    present: Tensor | None,
+    criterion: Criterion,
+    weight: Tensor,
+    shared: Tensor,
 ) -> Tensor:
     """``expected_log_likelihood`` of all heads, ``[M + 1, B]``."""
     dtype, found = accumulation_dtype(logits), []
@@ -216,8 +223,13 @@ def expect(
         for at, parts, _ in _blocks(logits, criterion):
             mask = None if present is None else present[:, at]
             every = torch.stack([x.to(dtype) for x in parts])
-            found.append(expected_log_likelihood(every, weight, mask))
+            found.append(expected_log_likelihood(every, weight, shared, mask))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def shared_by(buffers: Buffers) -> Tensor:
+    """What fused logits hold of gated ones in training, as ``GatedFusion`` adds them."""
+    return 1.0 - buffers.quality[0]
 
 
 def keep_weight(criterion: Criterion, num_classes: int, kept: Tensor) -> None:
@@ -245,7 +257,7 @@ class _Roles(NamedTuple):
 
     counts: Tensor  # its target is not ignored
     finite: Tensor  # and so are its statistics
-    held: Tensor | None  # not trained on, so that heads can be asked about it
+    held: Tensor | None  # not trained on, if it counts, so that heads can be asked about it
     trained: Tensor  # in the loss
     weighed: Tensor  # in the loss, and finite: what the state learns from
 
@@ -262,7 +274,7 @@ def _roles(
     finite = counts & (largest - largest == 0)  # in fewer operators than isfinite
     if memory is None or settings.held_out == 0.0:
         return _Roles(counts, finite, None, counts, finite)
-    held = counts & held_out(memory.rows, settings.held_out)
+    held = held_out(memory.rows, settings.held_out)
     return _Roles(counts, finite, held, counts > held, finite > held)
 
 
@@ -275,11 +287,13 @@ def weigh(
     buffers: Buffers,
     memory: Memory | None,
     settings: Settings,
+    shared: Tensor,
     expected: Tensor | None = None,
 ) -> Tensor:
     """Factor of every head's loss in the joint objective, ``[M + 1, B]``; updates the buffers.
 
-    ``expected`` log-likelihoods of all heads are for samples held out.
+    ``expected`` log-likelihoods of all heads are for samples held out; ``shared`` is what the fused
+    logits hold of gated ones.
     """
     target = criterion.target
     counts, finite, held, trained, weighed = _roles(found, criterion, memory, settings)
@@ -288,6 +302,7 @@ def weigh(
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
     nll = lost = nll.clamp_max(_LARGEST_NLL)
     heads = len(nll)
+    slopes = None if expected is None else logit_slopes(nll, expected, shared, present)
     usual = -buffers.log_quality[:heads]
     if target.is_floating_point():
         target = torch.where(finite.unsqueeze(1), target, 0.0).to(nll.dtype)
@@ -295,10 +310,8 @@ def weigh(
         some = torch.where(count > 0, weighed, finite)
         mean = torch.where(some, own, 0.0).sum() / some.sum().clamp_min(1)
         share = share_to_learn(mean, num_classes)
-        whole, nll, entropy = nll, (nll - own).clamp_min(0.0), entropy - own
+        nll, entropy = (nll - own).clamp_min(0.0), entropy - own
         lost, usual = (nll / share).clamp_max(_LARGEST_NLL), usual * share.to(usual.dtype)
-        if expected is not None:  # by as much, so that weights follow the same slope
-            expected = expected + (whole - lost)
     if memory is not None:
         if torch.compiler.is_compiling():  # where a negative index counts from the end
             rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)
@@ -322,7 +335,7 @@ def weigh(
         surprise(nll, entropy, present, shown.square(), usual),
         difficulty(signals, volatility_weights(buffers.volatility)),
         surprise_strength=settings.surprise_strength * pressure,
-        pacing_strength=settings.pacing_strength * (1.0 - buffers.quality[0]),
+        pacing_strength=settings.pacing_strength * shared,
         valid=weighed,
     )
     # Of class probabilities, the likeliest.
@@ -345,8 +358,8 @@ def weigh(
         right = found.prediction == classes
         chance = frequency(found.prediction, num_classes, buffers)
         believed = log_weight.exp()  # of those held out, for their surprise alone
-        assert expected is not None  # noqa: S101
-        said = right, chance, lost, expected, by_all, own_doubt
+        assert slopes is not None  # noqa: S101
+        said = right, chance, lost, slopes, by_all, own_doubt
         contradicted = own_doubt[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
@@ -386,9 +399,11 @@ def weigh(
             # the mean of cross-entropy is over class weights
             of_sample = criterion.weight.to(weights.dtype)[torch.where(trained, target, 0)]
             mass = torch.where(trained, of_sample, 0.0).sum()
-        left_out = counts ^ trained if settings.skip_nonfinite else held
-        if left_out is not None:  # of a batch left out as a whole, 0
-            mass = torch.where(mass != 0, mass, left_out.sum())
+        if settings.skip_nonfinite or held is not None:  # of a batch left out as a whole, 0
+            if mass is number:
+                mass = torch.maximum(number, counts.any())
+            else:
+                mass = torch.where(mass != 0, mass, (counts ^ trained).sum())
         weights = weights / mass
     if modalities:
         ahead = modality_coefficients(buffers.log_quality) * loss_shares(buffers.skill)
@@ -443,9 +458,9 @@ def remember(
 def frequency(prediction: Tensor, num_classes: int, buffers: Buffers) -> Tensor:
     """How frequent the predicted classes are among all samples trained on, each once more."""
     kind, groups = buffers.skill.dtype, min(num_classes, len(buffers.class_seen))
-    smoothed = buffers.class_seen[:groups] + 1
     if groups < num_classes:
         prediction = prediction % groups
+    smoothed = buffers.class_seen[:groups] + 1
     return smoothed[prediction].to(kind) / smoothed.sum().to(kind)
 
 
@@ -460,8 +475,8 @@ def listen(
     """Take in what heads say about samples that they were never trained on.
 
     ``heard``, ``[M + 1, B]``, tells which of them a head sees; ``said``, each ``[M + 1, B]`` or
-    ``[B]``, whether it is right and how often it would be by chance, its NLL and the expected
-    log-likelihood, which count as far as the label is ``believed``, ``[B]``, and how far the label
+    ``[B]``, whether it is right and how often it would be by chance, its NLL and the slope of the
+    pool's, which count as far as the label is ``believed``, ``[B]``, and how far the label
     is contradicted, by all heads and by each; ``samples``, how many there are in all.
     """
     kind = buffers.skill.dtype
@@ -473,13 +488,13 @@ def listen(
     averages = buffers.held_out_averages.lerp_(shares, rate)
     mass = averages[0]
     means = averages[1:] / mass.clamp_min(torch.finfo(kind).tiny)
-    hit_rate, chance, nll, expected, by_all, own = means.unbind()
+    hit_rate, chance, _, slope, by_all, own = means.unbind()
     # A modality never heard counts as equal to the fusion, which favours neither side.
     ever, known = mass > 0.0, skill(hit_rate, chance)
     known = pooled_skill(torch.where(ever, known, known[0]), samples)
     buffers.skill.lerp_(known, some[0])
     weight = buffers.logit_weight
-    moved = weight.lerp(logit_weights(weight, buffers.skill, nll, expected, samples), rate)
+    moved = weight.lerp(logit_weights(weight, buffers.skill, slope, samples), rate)
     torch.where(ever, moved, moved[0], out=weight)
     noise = seen_noise(by_all[0], buffers.doubted, own[0], known)
     buffers.label_noise.lerp_(noise, some[0])

@@ -65,17 +65,17 @@ class Buffers(NamedTuple):
 
     ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would by
-    chance, of its NLL and of what the pool of all heads expects its log-likelihood to be, in nats,
-    both by how far the label is believed, and of how far all heads together and the head by itself
-    contradict the label. Of class probabilities, the NLL, like ``log_quality`` and the memory, is
-    what it has beyond their own entropy, over ``share_to_learn``, and what is expected is moved by
-    as much. ``doubted`` is how far the fused head contradicts the labels of samples trained on.
-    ``skill`` and ``logit_weight``, ``[M + 1]``, follow from them, and so does ``label_noise`` from
-    the first sample held out on. Of class c, at ``c % K``: ``log_class_average`` ``[K]``, what
-    levels the weights of the classes, ``class_seen`` ``[K]``, the samples trained on, and
-    ``class_weight`` ``[K]``, the criterion's weights of the classes, 1 without; 0 where predictions
-    do not follow the frequency of the classes, as with label smoothing and for class probabilities,
-    and with more classes than K.
+    chance, of its NLL and of what the pool's changes by with the weight of its logits
+    (``logit_slopes``), in nats, both by how far the label is believed, and of how far all heads
+    together and the head by itself contradict the label. Of class probabilities, the NLL, like
+    ``log_quality`` and the memory, is what it has beyond their own entropy, over
+    ``share_to_learn``, but the slope is of all of it. ``doubted`` is how far the fused head
+    contradicts the labels of samples trained on. ``skill`` and ``logit_weight``, ``[M + 1]``,
+    follow from them, and so does ``label_noise`` from the first sample held out on. Of class c, at
+    ``c % K``: ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen``
+    ``[K]``, the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the
+    classes, 1 without; 0 where predictions do not follow the frequency of the classes, as with
+    label smoothing and for class probabilities, and with more classes than K.
     """
 
     log_quality: Tensor

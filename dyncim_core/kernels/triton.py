@@ -132,6 +132,7 @@ def curriculum(
                 memory.rows,
                 below,
                 buffers.logit_weight,
+                buffers.quality,
                 expected,
                 batch,
                 classes,
@@ -504,6 +505,7 @@ def _expect(
     index: tl.tensor,
     below: tl.tensor,
     weight: tl.tensor,
+    quality: tl.tensor,
     expected: tl.tensor,
     batch: tl.tensor,
     classes: tl.tensor,
@@ -522,6 +524,8 @@ def _expect(
     held = (i < batch) & (y != criterion.ignore_index) & (y >= 0) & (y < classes)
     held = held & _is_held_out(tl.load(index + i, mask=held, other=0), below)
     if tl.max(held.to(tl.int32), 0) > 0:
+        of_head = tl.load(weight).to(tl.float32)
+        of_shared = (1.0 - tl.load(quality).to(tl.float32)) * of_head
         zero = tl.zeros([group, lanes], tl.float32)
         top, total = zero + _LOWEST, zero
         there: tl.tuple = ()
@@ -541,7 +545,8 @@ def _expect(
                 x = _columns(logits[h], strides[h], i, there[h], start, classes, lanes)
                 own = tl.minimum(x - anchors[h][0] - anchors[h][1], 0.0)
                 logs += (tl.maximum(own, -_LARGEST_NLL),)
-                w = tl.load(weight + h).to(tl.float32)
+                # Of the head, those that fused logits hold of the modalities' taken off.
+                w = of_head if h == 0 else tl.load(weight + h).to(tl.float32) - of_shared
                 pooled += tl.where(there[h][:, None], w * logs[h], 0.0)
             peak = tl.maximum(top, pooled)
             scale = tl.exp(top - peak)
@@ -613,7 +618,8 @@ def _curriculum(
     if known_noise is not None:
         noise, credible = known_noise, 1.0
     rho = strengths[0] * tl.minimum(noise / 0.04, 1.0) * credible
-    kappa = strengths[1] * (1.0 - tl.load(buffers.quality).to(tl.float32))
+    shared = 1.0 - tl.load(buffers.quality).to(tl.float32)
+    kappa = strengths[1] * shared
     shares: tl.tuple = ()
     moved = 0.0
     for k in tl.static_range(3):
@@ -668,7 +674,11 @@ def _curriculum(
             of_class = tl.load(buffers.class_seen + prediction % groups, mask=asked_here, other=-1)
             believed = tl.exp(_log_weight(rho * surprise, 0.0))[None, :]
             entropy = tl.load(found.rows + 2 * count * batch + at, mask=here, other=0.0)
+            # As dyncim_core.modality.logit_slopes defines it.
             awaited = tl.load(expected + at, mask=asked_here, other=0.0)
+            slope = tl.where(asked_here, nll + awaited, 0.0)
+            of_others = tl.sum(tl.where((head > 0)[:, None], slope, 0.0), 0)[None, :]
+            slope -= tl.where((head == 0)[:, None], shared * of_others, 0.0)
             doubted = tl.where(agree & (fused != y), doubt, 0.0)[None, :]
             alone = 1.0 - tl.exp(-tl.maximum(nll - entropy, 0.0))
             alone = tl.where(prediction != y[None, :], alone, 0.0)
@@ -679,7 +689,7 @@ def _curriculum(
                 said[1] + (asked_here & (prediction == y[None, :])).to(tl.float32),
                 said[2] + (of_class + 1).to(tl.float32) / trained_on,
                 said[3] + tl.where(asked_here, believed * nll, 0.0),
-                said[4] + tl.where(asked_here, believed * awaited, 0.0),
+                said[4] + tl.where(asked_here, believed * slope, 0.0),
                 said[5] + tl.where(asked_here, doubted, 0.0),
                 said[6] + tl.where(asked_here, alone, 0.0),
             )
@@ -961,7 +971,7 @@ def _listen(
         moved += (averages[k] + rate * (tl.sum(said[k], 1) / batch - averages[k]),)
         at = buffers.held_out_averages + k * known + head
         tl.store(at, moved[k], mask=head < known)
-    mass, hits, chance, nll, expected, contradicted, alone = moved
+    mass, hits, chance, nll, slope, contradicted, alone = moved
     positive = tl.maximum(mass, 1e-30)
     error = tl.maximum(1.0 - chance / positive, _SMALLEST_ERROR)
     skill = tl.minimum((hits - chance) / positive / error, 1.0)
@@ -982,7 +992,7 @@ def _listen(
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
     # As dyncim_core.modality.logit_weights defines it.
-    goal = own[1] * (weight - (nll + expected) / positive) + (1.0 - own[1]) * skill
+    goal = own[1] * (weight - slope / positive) + (1.0 - own[1]) * skill
     goal = tl.minimum(tl.maximum(goal, _LEAST_WEIGHT), _MOST_WEIGHT)
     weight += rate * (goal - weight)
     of_fused = tl.sum(tl.where(head == 0, weight, 0.0), 0)
