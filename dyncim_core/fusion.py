@@ -13,9 +13,9 @@ from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
 from dyncim_core.gates import novelty_penalty
 from dyncim_core.kernels import check_backend, eager, select
-from dyncim_core.kernels.interface import Gate, Kept, Kernels, Learnt, with_memory
+from dyncim_core.kernels.interface import GROUPS, Gate, Kept, Kernels, Learnt, with_memory
 from dyncim_core.moments import FeatureMoments
-from dyncim_core.state import GROUPS, CurriculumState
+from dyncim_core.state import CurriculumState
 
 __all__ = ["FusionOutput", "GatedFusion"]
 

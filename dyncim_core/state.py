@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
-from dyncim_core.kernels.interface import HEARD, Buffers, Memory
+from dyncim_core.kernels.interface import GROUPS, HEARD, Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
     geometric_mean_ratio,
@@ -35,10 +35,6 @@ _PER_HEAD = (
     "held_out_averages",
 )
 _PER_SAMPLE_AND_HEAD = ("memory_nll", "memory_visits")
-
-
-# Classes that are told apart; more of them share.
-GROUPS = 1024
 
 
 class Suspects(NamedTuple):
@@ -350,10 +346,17 @@ class CurriculumState(KeepsDtype):
         names = self.modalities or ()
         if isinstance(modality, str) and modality in names:
             position = names.index(modality)
-        elif isinstance(modality, int) and 0 <= modality < len(names):
-            position = modality
+        elif (
+            isinstance(modality, Integral)
+            and not isinstance(modality, bool)
+            and 0 <= modality < len(names)
+        ):
+            position = int(modality)
         else:
-            raise ValueError(f"modality: expected one of {list(names)}, got {modality!r}")
+            raise ValueError(
+                f"modality: expected one of {list(names)}, or a position in [0, {len(names)}), got "
+                f"{modality!r}"
+            )
         if len(names) == 1:
             raise ValueError(
                 "modality: expected another modality to compare with, got the only one"

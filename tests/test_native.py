@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 import torch
 from inputs import randn
 from numpy.testing import assert_allclose
-from torch import Tensor
+from torch import Tensor, nn
 
-from dyncim_core import CurriculumState, held_out
+from dyncim_core import CurriculumState, DynCIMLoss, held_out
 from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import HEARD, Criterion, Gate, Kept, Learnt, Moments, Settings
 
@@ -445,3 +446,107 @@ def test_kept_buffers_of_another_length_are_refused(native: ModuleType) -> None:
     for short in (whole._replace(skill=torch.ones(2)), whole._replace(logit_factor=torch.ones(2))):
         with pytest.raises(ValueError, match="fusion: expected buffers of length 3, got"):
             native.gate(logits, short, learnt(3), None, None, None, gate)
+
+
+def test_counters_of_another_dtype_are_refused(native: ModuleType) -> None:
+    """Of as many bytes or not: C would take what is not there, or one number for another."""
+    logits, criterion = [randn(4, 3, seed=s) for s in range(2)], Criterion(torch.arange(4) % 3)
+    for name in ("seen", "step", "nonfinite", "class_seen"):
+        for dtype, kind in ((torch.float32, "int64"), (torch.int32, "int64")):
+            state = CurriculumState(1)
+            setattr(state, name, state.get_buffer(name).to(dtype))
+            with pytest.raises(TypeError, match=f"state: expected contiguous {kind} buffers, got"):
+                native.curriculum(logits, None, criterion, state.averages(), None, PLAIN)
+    learnt_of = learnt(3)._replace(class_seen=torch.zeros(1024, dtype=torch.int32))
+    three = [randn(4, 3, seed=s) for s in range(3)]
+    with pytest.raises(TypeError, match="state: expected contiguous int64 buffers"):
+        native.gate(
+            three, kept_of(3, skill=0.5), learnt_of, None, None, None, Gate(2.0, 0.05, 0.0, 0.0)
+        )
+
+
+def test_a_state_of_another_size_is_refused(native: ModuleType) -> None:
+    logits, criterion = [randn(4, 3, seed=s) for s in range(3)], Criterion(torch.arange(4) % 3)
+    averages = CurriculumState().averages()
+    with pytest.raises(ValueError, match="state: expected buffers of 3 heads, got 1"):
+        native.curriculum(logits, None, criterion, averages, None, PLAIN)
+    state, index = CurriculumState(2, num_samples=4), torch.arange(4)
+    state.memory_nll = torch.cat([state.memory_nll] * 2)
+    with pytest.raises(ValueError, match="state: expected buffers of length 24, got 12"):
+        native.curriculum(logits, None, criterion, state.averages(), state.memory(index), PLAIN)
+    state = CurriculumState(2)
+    state.class_seen = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="state: expected buffers of length 1024, got 3"):
+        native.curriculum(logits, None, criterion, state.averages(), None, PLAIN)
+    longer = kept_of(3, skill=0.5)._replace(log_prior=torch.zeros(4096))
+    with pytest.raises(ValueError, match=r"log_prior: expected shape \[1024\], got \[4096\]"):
+        native.gate(logits, longer, None, None, None, None, Gate(2.0, 0.05, 0.0, 0.0))
+    moments = Moments(torch.zeros(3), torch.zeros(3, 2), torch.zeros(3, 2, 2))
+    features = [torch.zeros(4, 2)] * 3
+    for short in (moments._replace(mass=torch.zeros(1)), moments._replace(scatter=torch.zeros(4))):
+        with pytest.raises(ValueError, match="moments: expected buffers of length"):
+            native.observe(features, [1] * 3, None, short, 100.0)
+    averages, other = CurriculumState(2).averages(), PLAIN._replace(reduction=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="reduction: expected a string"):
+        native.curriculum(logits, None, criterion, averages, None, other)
+
+
+def test_what_hooks_pack_is_unpacked(native: ModuleType) -> None:
+    """Logits saved in half of the memory, as hooks of the user's may."""
+    found = []
+    for hooks in (False, True):
+        # Where one head needs no gradient, none are made ahead.
+        leaves = [randn(8, 4).requires_grad_(), randn(8, 4, seed=1)]
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend="native")
+        pack = torch.bfloat16 if hooks else torch.float32
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, pack=pack: x.to(pack) if x.is_floating_point() else x, lambda x: x
+        ):
+            loss = criterion(leaves[0], torch.arange(8) % 4, unimodal=leaves[1:])
+        loss.backward()
+        found.append(leaves[0].grad)
+    assert_allclose(*found, atol=2e-3)
+
+
+def test_logits_that_grew_since_the_forward_are_refused(native: ModuleType) -> None:
+    leaves = [randn(8, 4).requires_grad_(), randn(8, 4, seed=1)]
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend="native")
+    loss = criterion(leaves[0], torch.arange(8) % 4, unimodal=leaves[1:])
+    leaves[1].data = randn(9, 4)
+    with pytest.raises(RuntimeError, match="logits: expected those of the forward"):
+        loss.backward()
+
+
+def test_large_batches_outlast_the_pool(
+    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the main thread has ended no thread starts: what is left is done in this one."""
+    logits, criterion = [randn(40, 4, seed=s) for s in range(3)], Criterion(torch.arange(40) % 4)
+    whole = native.statistics(logits, None, criterion).rows
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    ended = ThreadPoolExecutor(3)
+    ended.shutdown()
+    monkeypatch.setattr(native, "_pool", lambda threads: ended)
+    assert torch.equal(native.statistics(logits, None, criterion).rows, whole)
+
+
+def test_logits_without_memory_are_zeros(native: ModuleType) -> None:
+    criterion = Criterion(torch.arange(8) % 4)
+    nothing = torch._efficientzerotensor((8, 4))  # type: ignore[attr-defined]
+    found = [
+        native.statistics([x, randn(8, 4)], None, criterion).rows
+        for x in (nothing, torch.zeros(8, 4))
+    ]
+    assert torch.equal(*found)
+
+
+def test_any_byte_but_0_is_true(native: ModuleType) -> None:
+    logits, criterion = [randn(8, 4, seed=s) for s in range(2)], Criterion(torch.arange(8) % 4)
+    all_bits = torch.full((2, 8), 255, dtype=torch.uint8).view(torch.bool)
+    found = []
+    for present in (all_bits, torch.ones(2, 8, dtype=torch.bool)):
+        state = CurriculumState(1)
+        joint = native.curriculum(logits, present, criterion, state.averages(), None, PLAIN)
+        found.append(torch.cat([joint.value.view(1), state.signal_mean]))
+    assert torch.equal(*found)

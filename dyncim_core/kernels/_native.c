@@ -645,7 +645,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     Tally tally[2] = {{0}};
     int64_t nonfinite = 0, left_out = 0, rows = work ? work->rows : ROWS;
     double all = holds_out ? trained_on(p, s) : 0.0;
-    uint64_t below = (uint64_t)nearbyint(o->held_out * 4294967296.0);
+    uint64_t below = holds_out ? (uint64_t)nearbyint(o->held_out * 4294967296.0) : 0;
     Signals signals;
     uint8_t asked[MAX_HEADS];
     float head_weight[MAX_HEADS], usual[MAX_HEADS];
@@ -778,14 +778,15 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     for (int64_t c = 0; c < GROUPS; c++)
         s->class_weight[c] = known && p->weight && c < p->classes ? p->weight[c] : known;
     for (int64_t i = 0; s->samples && i < B; i++) {
-        int64_t row = s->index[i];
+        int64_t row = s->index[i]; /* was in range, unless another thread has changed it */
+        if (row < 0 || row >= s->samples) continue;
         for (int64_t h = 0; h < H; h++)
             if ((weighed[i] || heard[i]) && is_there(p, h, i)) {
                 float *mean = s->memory_nll + row * s->heads + h, now = bounded(nll[h * B + i]);
                 int32_t *visits = s->memory_visits + row * s->heads + h;
                 double kept = *visits / (*visits + 1.0); /* at first, the mean of all visits */
                 average(mean, now, 0, kept < o->memory_decay ? kept : o->memory_decay);
-                *visits += 1;
+                *visits += *visits < INT32_MAX;
             }
         s->memory_weight[row] = weight[i];
     }
@@ -1287,7 +1288,7 @@ static State state_from(int64_t heads, PyObject *buffers, PyObject *memory) {
 static Settings settings_from(PyObject *settings) {
     PyObject *of[9];
     for (int k = 0; k < 9; k++) of[k] = PyTuple_GetItem(settings, k);
-    Settings o;
+    Settings o = {0};
     o.surprise_strength = PyFloat_AsDouble(of[0]);
     o.label_noise = of[1] == Py_None ? -1.0 : PyFloat_AsDouble(of[1]);
     o.pacing_strength = PyFloat_AsDouble(of[2]);
@@ -1295,9 +1296,11 @@ static Settings settings_from(PyObject *settings) {
     o.skip_nonfinite = PyObject_IsTrue(of[4]);
     o.decay = PyFloat_AsDouble(of[5]);
     o.memory_decay = PyFloat_AsDouble(of[6]);
-    o.reduction = PyUnicode_CompareWithASCIIString(of[7], "mean") == 0   ? REDUCE_MEAN
-                  : PyUnicode_CompareWithASCIIString(of[7], "none") == 0 ? REDUCE_NONE
-                                                                         : REDUCE_SUM;
+    if (!PyUnicode_Check(of[7])) PyErr_SetString(PyExc_TypeError, "reduction: expected a string");
+    else
+        o.reduction = PyUnicode_CompareWithASCIIString(of[7], "mean") == 0   ? REDUCE_MEAN
+                      : PyUnicode_CompareWithASCIIString(of[7], "none") == 0 ? REDUCE_NONE
+                                                                             : REDUCE_SUM;
     o.held_out = PyFloat_AsDouble(of[8]);
     return o;
 }

@@ -466,9 +466,9 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             float ahead = x[r] > expected ? x[r] - expected : 0.0f;
             excess[r] += head_weight[h] * (ahead < LARGEST_NLL ? ahead : LARGEST_NLL);
             mass[r] += here[r] ? head_weight[h] : 0.0f;
-            number[r] += here[r];
+            number[r] += here[r] != 0;
             apart[r] += distance[h * near + r];
-            int32_t says = here[r] & asked[h];
+            int32_t says = (here[r] != 0) & asked[h];
             witnesses[r] += says;
             least[r] = says && beyond < least[r] ? beyond : least[r];
             differ[r] |= says && prediction[h * near + r] != prediction[r];

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "GROUPS",
     "HEARD",
     "Buffers",
     "Criterion",
@@ -29,6 +30,8 @@ __all__ = [
 
 # Rows of ``Buffers.held_out_averages``.
 HEARD = 7
+# Classes that are told apart; more of them share.
+GROUPS = 1024
 
 # What kernels save for their gradients, if anything: normalisers of the softmaxes; or what the
 # gradients are made in, which the first backward takes out of its box for good.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dyncim_core.kernels import _native, eager
 from dyncim_core.kernels.interface import (
+    GROUPS,
+    HEARD,
     Buffers,
     Criterion,
     Curriculum,
@@ -50,11 +52,9 @@ _WORTH_A_THREAD = 2**19
 # Logits whose gradients are made with the curriculum, while a cache holds them.
 AHEAD = 2**22
 
-# What is kept from step to step: averages, counters, visits.
-_KEPT = {torch.float32, torch.int64, torch.int32}
-
 _address = Tensor.data_ptr
 _dtype = attrgetter("dtype")
+_numel = Tensor.numel
 _is_contiguous = Tensor.is_contiguous
 _requires_grad = attrgetter("requires_grad")
 
@@ -79,7 +79,7 @@ def curriculum(
     On one thread the gradients are made ahead, for an incoming one of 1, from the exponentials
     at hand.
     """
-    _check_kept("state", *buffers, *(() if memory is None else memory[1:]))
+    _check_state(buffers, memory, len(logits))
     problem = _Problem(logits, present, criterion)
     heads, batch = len(logits), problem.batch
     empty = logits[0].new_empty  # sooner than _empty, and of the same dtype and device
@@ -142,6 +142,7 @@ def gradients(
             batch, classes = ahead[0].shape
             _native.scale(at, batch, classes, grad.data_ptr(), head_stride, sample_stride, guard)
             return [*ahead]
+    logits, criterion = _as_they_were(logits, criterion)
     problem = _Problem(logits, None, criterion)
     coefficient = None if coefficient is None else coefficient.contiguous()
     grads = [*problem.empty()]
@@ -164,6 +165,22 @@ def gradients(
     return grads
 
 
+def _as_they_were(
+    logits: Sequence[Tensor], criterion: Criterion
+) -> tuple[Sequence[Tensor], Criterion]:
+    """What was saved for the backward, which hooks may have packed in another dtype."""
+    target = criterion.target
+    if any(x.dtype != torch.float32 for x in logits):
+        logits = [x.float() for x in logits]
+    if target.dtype != torch.int64:
+        criterion = criterion._replace(target=target.long())
+    shapes = {x.shape for x in logits}
+    if len(shapes) != 1 or target.shape != logits[0].shape[:1]:
+        found = [list(x.shape) for x in (*logits, target)]
+        raise RuntimeError(f"logits: expected those of the forward and their target, got {found}")
+    return logits, criterion
+
+
 def gate(
     logits: Sequence[Tensor],
     kept: Kept,
@@ -184,15 +201,16 @@ def gate(
     if chance is not None and settings.swap:
         source = _empty(*shape, dtype=torch.int64)
     prior = kept.log_prior
-    _check_kept("fusion", kept.skill, kept.logit_factor, *(() if prior is None else (prior,)))
-    if not len(kept.skill) == len(kept.logit_factor) == len(logits):
-        lengths = len(kept.skill), len(kept.logit_factor)
-        raise ValueError(f"fusion: expected buffers of length {len(logits)}, got {lengths}")
+    count = len(logits)
+    _check_kept("fusion", kept[:2], (_FLOAT, _FLOAT), (count, count))
+    if prior is not None:
+        if len(prior) != GROUPS:
+            raise ValueError(f"log_prior: expected shape [{GROUPS}], got {list(prior.shape)}")
+        _check_kept("fusion", [prior], (_FLOAT,), (GROUPS,))
     if learnt is not None:
-        _check_kept("state", *learnt)
-        if prior is not None and len(prior) != len(learnt.class_seen):
-            expected, got = len(learnt.class_seen), list(prior.shape)
-            raise ValueError(f"log_prior: expected shape [{expected}], got {got}")
+        kinds = (_FLOAT, _FLOAT, _FLOAT, _INT, _FLOAT, _FLOAT)
+        heads = 1 + count
+        _check_kept("state", learnt, kinds, (heads, heads, heads, GROUPS, GROUPS, heads))
     _in_parts(
         _native.gate,
         problem,
@@ -225,9 +243,9 @@ def mix(
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _check_kept("logit_factor", logit_factor)
+    _check_kept("logit_factor", [logit_factor], (_FLOAT,), (len(scale),))
     if log_prior is not None:
-        _check_kept("log_prior", log_prior)
+        _check_kept("log_prior", [log_prior], (_FLOAT,), (len(log_prior),))
         if total is not None and len(log_prior) < total.shape[1]:
             got = list(log_prior.shape)
             raise ValueError(f"log_prior: expected {total.shape[1]} classes or more, got {got}")
@@ -310,7 +328,9 @@ def _watched(
     features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
 ) -> tuple[Any, ...]:
     """What ``observe`` and ``novelty`` have in common."""
-    _check_kept("moments", *moments)
+    count, width = len(features), moments.total.shape[-1]
+    sizes = count, count * width, count * width * width
+    _check_kept("moments", moments, (_FLOAT,) * 3, sizes)
     return (
         [*map(_address, features)],
         [(*x.shape, *x.stride(), step) for x, step in zip(features, steps, strict=True)],
@@ -320,11 +340,50 @@ def _watched(
     )
 
 
-def _check_kept(name: str, *buffers: Tensor) -> None:
+def _check_kept(
+    name: str, buffers: Sequence[Tensor], dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]
+) -> None:
     """Refuse what is kept from step to step unless it lies in memory as C takes it."""
-    if not (all(map(_is_contiguous, buffers)) and _KEPT.issuperset(map(_dtype, buffers))):
-        found = sorted({f"{x.dtype} with strides {x.stride()}" for x in buffers})
-        raise TypeError(f"{name}: expected contiguous float32 buffers, got {', '.join(found)}")
+    if (
+        tuple(map(_dtype, buffers)) == dtypes
+        and tuple(map(_numel, buffers)) == sizes
+        and all(map(_is_contiguous, buffers))
+    ):
+        return
+    for x, dtype, size in zip(buffers, dtypes, sizes, strict=True):
+        if x.dtype != dtype or not x.is_contiguous():
+            kind = str(dtype).removeprefix("torch.")
+            got = f"{x.dtype} with strides {x.stride()}"
+            raise TypeError(f"{name}: expected contiguous {kind} buffers, got {got}")
+        if x.numel() != size:
+            raise ValueError(f"{name}: expected buffers of length {size}, got {x.numel()}")
+
+
+_FLOAT, _INT = torch.float32, torch.int64
+_OF_STATE = (
+    *(_FLOAT, _FLOAT, _INT),  # log_quality, quality, seen
+    *(_FLOAT,) * 5,  # signal_mean to effective_share
+    *(_INT, _INT),  # step, nonfinite
+    *(_FLOAT,) * 4,  # held_out_averages to log_class_average
+    *(_INT, _FLOAT),  # class_seen, class_weight
+)
+
+
+@lru_cache
+def _sizes_of_state(heads: int) -> tuple[int, ...]:
+    each, groups = (heads,) * 3, (GROUPS,) * 3
+    return (*each, 3, 3, 1, 1, 1, 1, 1, HEARD * heads, heads, heads, *groups)
+
+
+def _check_state(buffers: Buffers, memory: Memory | None, heads: int) -> None:
+    known = len(buffers.seen)
+    if known < heads:
+        raise ValueError(f"state: expected buffers of {heads} heads, got {known}")
+    _check_kept("state", buffers, _OF_STATE, _sizes_of_state(known))
+    if memory is not None:
+        samples = len(memory.nll)
+        sizes = samples * known, samples * known, samples
+        _check_kept("state", memory[1:], (_FLOAT, torch.int32, _FLOAT), sizes)
 
 
 class _Problem:
@@ -351,10 +410,14 @@ class _Problem:
             present = present.contiguous()
         if weight is not None:
             weight = _contiguous(weight.to(torch.float32))
+        at = [*map(_address, logits)]
+        if 0 in at and batch * classes:
+            logits = [x.clone() for x in logits]
+            at = [*map(_address, logits)]
         self.logits, self.target, self.others = logits, target, (present, weight)
         self.ignore_index = ignore_index
         self.whole = (
-            [*map(_address, logits)],
+            at,
             strides,
             batch,
             classes,
@@ -410,9 +473,16 @@ def _in_parts(
     def work(span: tuple[int, int], _held: object = (problem, held)) -> str | None:
         return call(*problem.part(*span), *arguments)
 
-    pool = _pool(torch.get_num_threads())
-    calls = [pool.submit(work, span) for span in pairwise(ends)]
-    return next(filter(None, [part.result() for part in calls]), None)
+    spans, pool, calls = [*pairwise(ends)], _pool(torch.get_num_threads()), []
+    try:
+        for span in spans:
+            calls.append(pool.submit(work, span))  # noqa: PERF401 (those that start are waited for)
+    except RuntimeError:  # the main thread has ended, after which no other starts
+        rejected = [work(span) for span in spans[len(calls) :]]
+    else:
+        rejected = []
+    rejected += [part.result() for part in calls]
+    return next(filter(None, rejected), None)
 
 
 def _parts(problem: _Problem) -> int:
