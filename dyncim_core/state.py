@@ -354,8 +354,8 @@ class CurriculumState(KeepsDtype):
             position = int(modality)
         else:
             raise ValueError(
-                f"modality: expected one of {list(names)}, or a position in [0, {len(names)}), got "
-                f"{modality!r}"
+                f"modality: expected one of {list(names)}, got {modality!r}; a position is in "
+                f"[0, {len(names)})"
             )
         if len(names) == 1:
             raise ValueError(

@@ -418,6 +418,11 @@ def test_positions_do_not_count_from_the_end() -> None:
     state.memory_visits.fill_(1)
     with pytest.raises(ValueError, match=r"modality: expected one of .* got -1"):
         state.suspects(modality=-1)
+    with pytest.raises(
+        ValueError, match=r"modality: expected one of .* got True; a position is in"
+    ):
+        state.suspects(modality=True)
+    assert torch.equal(state.suspects(modality=int64(1)).scores, state.suspects(modality=1).scores)
 
 
 def test_a_checkpoint_may_hold_no_modalities() -> None:
