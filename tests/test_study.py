@@ -677,6 +677,17 @@ class TestData:
         assert hard(alone) > hard(joint) + 10  # starved
         assert hard(alone) > float(joint["score"])  # and it would have been better alone
 
+    def test_classes_overlap_in_every_modality_and_in_all(self) -> None:
+        split = prepare("overlap", "clean", 0)
+
+        def told(train: Tensor, test: Tensor) -> float:
+            return split.score(probe(train, split.truth, test, split.num_classes))
+
+        each = [told(split.train[name], split.test[name]) for name in split.modalities]
+        whole = [torch.cat(list(x.values()), dim=1) for x in (split.train, split.test)]
+        assert all(30 < score < 56 for score in each)
+        assert max(each) + 5 < told(*whole) < 70
+
     def test_modalities_tell_together_what_neither_does_alone(self) -> None:
         config = Config("together", "clean", "joint", 0.0, seed=300, epochs=20)
         joint, alone = run(config), run(replace(config, method="late"))

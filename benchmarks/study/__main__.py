@@ -29,6 +29,7 @@ SECONDS = {
     "digits": 4.0,
     "starving": 2.0,
     "dominated": 2.0,
+    "overlap": 2.0,
     "rare": 1.5,
     "question": 2.0,
     "reference": 1.5,

@@ -79,7 +79,7 @@ SUITES: dict[str, tuple[Block, ...]] = {
         Block((TRIPLE,), ("imbalanced-20",), ("dyncim/no-prior",), range(10)),
         Block(("diabetes",), ("symmetric-40",), PEERS, range(10)),
         Block((OTHERS[1], ALL), ("clean",), (CEILING,), range(10)),
-        Block(("dominated",), ("clean", "symmetric-20"), PEERS, range(10)),
+        Block(("dominated", "overlap"), ("clean", "symmetric-20"), PEERS, range(10)),
         Block(("rare",), ("clean",), PEERS, range(10)),
         Block(("question", "reference", "common"), ("clean", "symmetric-20"), PEERS, range(10)),
         Block(("common",), ("clean",), BY_HEART, range(10)),

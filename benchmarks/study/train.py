@@ -28,6 +28,7 @@ EPOCH = {
     "digits": 1000,
     "starving": 1000,
     "dominated": 1000,
+    "overlap": 4000,
     "rare": 1000,
     "question": 1000,
     "reference": 1000,
