@@ -87,9 +87,10 @@ class CurriculumState(KeepsDtype):
             samples trained on (``doubt``), on average, in calls that may hold samples out.
         skill: ``[M + 1]`` in [0, 1], what each head predicts beyond chance of the samples
             held out of training; 0 as long as there were none.
-        logit_weight: ``[M + 1]`` in [0.02, 2], by what the logits of all heads add up best on
-            samples held out, each as far as its label is believed (``logit_weights``); 1 as long
-            as there were none, and then the fused head's for a modality that none had yet.
+        logit_weight: ``[M + 1]`` in [0.02, 2], by what the logits of the head that ``GatedFusion``
+            feeds and of all modalities add up best on samples held out, each as far as its label
+            is believed (``logit_weights``); 1 as long as there were none, and then the fused
+            head's for a modality that none had yet.
         held_out_averages: ``[7, M + 1]``, what they, ``label_noise`` and the ``generalisation``
             that losses count by come from.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are

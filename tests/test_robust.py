@@ -862,3 +862,34 @@ def test_what_tells_nothing_by_itself_is_not_silenced(backend: str) -> None:
     assert right.float().mean() > 0.9
     assert criterion.state.label_noise < 0.02
     assert criterion.state.skill[2] < 0.25 * criterion.state.skill[1]  # by itself next to nothing
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_weights_of_logits_do_not_follow_what_training_does_by_them(seed: int) -> None:
+    """Classes that overlap: weights that moved gated logits in training ended at their bounds."""
+    torch.manual_seed(seed)
+    names, size = ["a", "b", "c"], 8000
+    target = torch.randint(2, (size,))
+    inputs = {name: torch.randn(2, 12)[target] + 6 * torch.randn(size, 12) for name in names}
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=names, num_samples=size, label_noise=0.0
+    )
+    fusion = GatedFusion(dict.fromkeys(names, 32), state=criterion.state)
+    encoders = nn.ModuleDict(
+        {n: nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32)) for n in names}
+    )
+    heads, head = nn.ModuleDict({n: nn.Linear(32, 2) for n in names}), nn.Linear(96, 2)
+    learnt = [p for module in (encoders, heads, head) for p in module.parameters()]
+    optimizer = torch.optim.Adam(learnt, 2e-3)
+    for index in torch.randperm(size).split(64):
+        features = {n: encoders[n](x[index]) for n, x in inputs.items()}
+        unimodal = {n: heads[n](x) for n, x in features.items()}
+        fused, _, gated = fusion(features, unimodal=unimodal)
+        loss = criterion(head(fused) + gated, target[index], unimodal=unimodal, index=index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = criterion.state
+    assert state.quality[0] > 0.1
+    assert state.logit_weight[0] > 0.2
+    assert (fusion.logit_factor < 2.0).any()
