@@ -856,7 +856,7 @@ def _curriculum(
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
         inside = i < batch
-        nll, here, _, valid, held, heard, _, difficulty, surprise, _ = _signals(
+        nll, here, _, valid, _, heard, _, difficulty, surprise, _ = _signals(
             found,
             present,
             criterion,
@@ -887,9 +887,10 @@ def _curriculum(
             tl.store(memory.nll + cell, averaged, mask=mask)
             tl.store(memory.visits + cell, visits + 1, mask=mask)
             tl.store(memory.weight + row, weight, mask=exists)
+            if below is not None:
+                weight = tl.where(_is_held_out(row, below), 0.0, weight)
         if skip:
             weight = tl.where(valid, weight, 0.0)
-        weight = tl.where(held, 0.0, weight)
         at = head[:, None] * batch + i[None, :]
         c = tl.where(here, factor[:, None] * weight[None, :], 0.0)
         tl.store(joint.coefficient + at, c, mask=(head < count)[:, None] & inside[None, :])
