@@ -43,7 +43,9 @@ __all__ = [
 
 _LEAST = 0.02  # or what is silenced could never learn to be heard
 _MOST = 2.0  # weight of logits
-_LEAST_LOG_PROBABILITY = -1e30
+# In the pool: of a class that is ruled out 0 times minus infinity would be no number, and what is
+# less than this would outweigh in an average all that is heard for a thousand calls.
+_LEAST_LOG_PROBABILITY = -100.0
 # What priors are worth, in samples.
 PRIOR_OF_SKILL, PRIOR_OF_WEIGHT = 20.0, 10.0
 _LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
@@ -309,9 +311,9 @@ def expected_log_likelihood(
     ``sum_c p[c] log p_h[c]`` under the pool ``p ~ prod_h p_h^(w_h)``. The derivative of the pool's
     log-likelihood by ``w_h`` is what head h gives to the target, less this: a head whose targets
     are likelier than the pool expects deserves more weight. The fused logits of training are those
-    of a head plus c times the modalities': ``log p_0`` is what that head says by itself, theirs
-    less c times the modalities'. Genest and Zidek (Statistical Science 1986) review such
-    logarithmic opinion pools.
+    of a head plus c times the modalities', but for gates, dropout and prior: ``log p_0`` is what
+    that head says by itself, theirs less c times the modalities'. -100 is the least of any. Genest
+    and Zidek (Statistical Science 1986) review such logarithmic opinion pools.
 
     Args:
         logits: Of all heads, the fused one first, ``[M + 1, B, C]``.
@@ -332,7 +334,6 @@ def expected_log_likelihood(
         tensor([[ 0.3681],
                 [-0.6931]])
     """
-    # Of a class ruled out, 0 times minus infinity would be no number; nor an average of such sums.
     log_probs = logits.log_softmax(dim=2).clamp_min(_LEAST_LOG_PROBABILITY)
     if present is not None:
         log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
@@ -372,8 +373,8 @@ def logit_slopes(
 def _take_off(ours: Tensor, shared: Tensor, theirs: Tensor) -> None:
     """From the first row, so much of all others; in place, which autocast leaves as precise."""
     ours, theirs = ours.flatten(1), theirs.flatten(1)
-    share = shared.to(ours.dtype).expand(1, len(theirs) - 1)
-    ours[:1].addmm_(share, theirs[1:], alpha=-1.0)
+    share = shared.detach().to(ours.dtype).expand(1, len(theirs) - 1)
+    ours[:1].addmm_(share, theirs[1:].to(ours.dtype), alpha=-1.0)
 
 
 def logit_weights(weight: Tensor, skill: Tensor, slope: Tensor, samples: float) -> Tensor:

@@ -814,7 +814,7 @@ def expected_log_likelihood(
     """What a pool of all heads expects the log-likelihood of the target to be under each.
 
     ``sum_c p[c] log p_h[c]`` under ``p ~ prod_h p_h^(w_h)``, with ``log p_0`` of the fused head
-    less c times those of the modalities. Definition chosen here.
+    less c times those of the modalities, each -100 at least. Definition chosen here.
 
     Args:
         logits: ``[M + 1, B, C]``, fused head first.
@@ -837,7 +837,7 @@ def expected_log_likelihood(
     with np.errstate(invalid="ignore"):
         for i in range(batch):
             own = z[mask[:, i], i]
-            log_probs = np.maximum(own - np.logaddexp.reduce(own, axis=1, keepdims=True), -1e30)
+            log_probs = np.maximum(own - np.logaddexp.reduce(own, axis=1, keepdims=True), -100.0)
             log_probs[0] -= shared * log_probs[1:].sum(axis=0)
             pooled = w[mask[:, i]] @ log_probs
             pool = np.exp(pooled - pooled.max())

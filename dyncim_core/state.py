@@ -293,9 +293,10 @@ class CurriculumState(KeepsDtype):
         ``1 / logit_weight[0]``: by ``logit_weight`` the logits of all heads add up to the likeliest
         predictions of samples held out; ``GatedFusion`` takes the ratios to the fused head's, 2 at
         most, and this is the scale that those leave open. It is for the sum of the fused head's
-        logits and the gated ones in inference, moves no prediction, and is 1 as long as no sample
-        was held out. Labels that look wrong count little for it. To scale logits by what was not
-        trained on is temperature scaling (Guo et al., ICML 2017); this definition is chosen here.
+        logits and the gated ones in inference, and means nothing where those are not added. It
+        moves no prediction, and is 1 as long as no sample was held out. Labels that look wrong
+        count little for it. To scale logits by what was not trained on is temperature scaling (Guo
+        et al., ICML 2017); this definition is chosen here.
 
         Example:
             >>> state = CurriculumState(modalities=["audio", "image"])

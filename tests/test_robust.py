@@ -893,3 +893,24 @@ def test_weights_of_logits_do_not_follow_what_training_does_by_them(seed: int) -
     assert state.quality[0] > 0.1
     assert state.logit_weight[0] > 0.2
     assert (fusion.logit_factor < 2.0).any()
+
+
+@each_backend
+def test_a_class_masked_in_all_heads_does_not_settle_their_weights(backend: str) -> None:
+    """What is taken off the fused logits would make of a class ruled out the likeliest."""
+    generator = torch.Generator().manual_seed(0)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(), modalities=3, num_samples=200, held_out=0.5, backend=backend
+    )
+    criterion.state.logit_weight.copy_(torch.tensor([1.0, 0.1, 0.1, 0.1]))
+    target = torch.randint(3, (200,), generator=generator)
+    for step in range(200):
+        heads = torch.randn(4, 200, 4, generator=generator)
+        heads[:, :, :3] += torch.nn.functional.one_hot(target, 3)
+        heads[:, :, 3] = -torch.inf
+        fused, *others = heads.requires_grad_().unbind()
+        criterion(fused, target, unimodal=others, index=torch.arange(200))
+        if step == 0:
+            assert criterion.state.held_out_averages[4].abs().max() < 100.0
+    weight = criterion.state.logit_weight
+    assert ((weight > 0.1) & (weight < 1.9)).all()

@@ -484,8 +484,15 @@ class TestDynCIM:
             fusion(features, unimodal, None).sum().backward()
         assert all(x.grad is None for x in unimodal.values())
         torch.testing.assert_close(attached(features, unimodal, None), fused)
+        gates = attached.train().gates
+        gates.dropout = 0.0
+        gates._state[0].logit_weight.copy_(torch.tensor([1.0, 0.25, 0.5, 0.75]))
         attached(features, unimodal, None).sum().backward()
-        assert all(x.grad is not None for x in unimodal.values())
+        part = 1.0 - gates._state[0].quality[0]  # as much as their values count in training
+        scale = gates(features, unimodal=unimodal).gates
+        scale = part * scale / scale.amax(dim=1, keepdim=True)
+        for m, x in enumerate(unimodal.values()):
+            torch.testing.assert_close(x.grad, scale[:, m : m + 1].expand(5, 4))
 
     def test_logits_in_training_are_withdrawn_but_for_an_ablation(self) -> None:
         features = {f"m{k}": torch.randn(5, 64) for k in range(3)}

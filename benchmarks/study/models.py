@@ -182,8 +182,8 @@ class LogitsThroughout(Gated):
         return logits
 
     def in_full(self, gates: Tensor, unimodal: dict[str, Tensor]) -> Tensor:
-        """Gated logits as they are in inference, attached."""
-        scale = (relative_gates(gates.t()) * self.gates.logit_factor.unsqueeze(1)).unsqueeze(2)
+        """Gated logits of training, none withdrawn yet, attached."""
+        scale = relative_gates(gates.t()).unsqueeze(2)
         own = torch.stack(list(unimodal.values()))
         assert self.gates.log_prior is not None
         return (scale * (own - self.gates.log_prior[: own.shape[2]])).sum(dim=0)

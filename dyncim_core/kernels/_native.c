@@ -26,6 +26,7 @@
 #define SIGNALS 3
 #define GROUPS 1024 /* of classes that are told apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
+#define LEAST_LOG -100.0f /* log-probability in the pool of all heads */
 #define OF_ONE 0.05f /* what a contradiction counts that only one modality bears out */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
@@ -99,11 +100,11 @@ typedef struct {
                           int64_t classes);
 } RowKernels;
 
-/* Log-probability of a class, from its logit and from the target's logit and NLL, which are finite;
- * of a class ruled out, what sums of are finite. */
+/* Log-probability of a class in the pool of all heads, from its logit and from the target's logit
+ * and NLL, which are finite. */
 static float log_probability(float x, float of_target, float lost) {
     float found = x - of_target - lost;
-    found = found > -LARGEST_NLL ? found : -LARGEST_NLL;
+    found = found > LEAST_LOG ? found : LEAST_LOG;
     return found < 0.0f ? found : 0.0f;
 }
 

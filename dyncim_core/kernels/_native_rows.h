@@ -591,7 +591,7 @@ static void FOR_TARGET(whiten)(const float *restrict factor, int64_t width, floa
 }
 
 static inline Floats FOR_TARGET(log_probability)(Floats x, float of_target, float lost) {
-    x = FOR_TARGET(larger)((Floats){0} - LARGEST_NLL, x - of_target - lost);
+    x = FOR_TARGET(larger)((Floats){0} + LEAST_LOG, x - of_target - lost);
     return FOR_TARGET(choose)(x < (Floats){0}, x, (Floats){0});
 }
 

@@ -68,7 +68,7 @@ class Buffers(NamedTuple):
 
     ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
     for those that are held out and that a head sees, of 1, of what it predicts, of what it would by
-    chance, of its NLL and of what the pool's changes by with the weight of its logits
+    chance, of its NLL and of the derivative of the pool's by the weight of its logits
     (``logit_slopes``), in nats, both by how far the label is believed, and of how far all heads
     together and the head by itself contradict the label. Of class probabilities, the NLL, like
     ``log_quality`` and the memory, is what it has beyond their own entropy, over
@@ -162,7 +162,7 @@ class Kept(NamedTuple):
     """What a ``GatedFusion`` keeps of what its state has learnt, updated in place.
 
     ``skill`` ``[M]``; ``logit_factor`` ``[M]``, see ``relative_logit_weights``; ``log_prior``
-    ``[K]`` with K >= C, if there is one.
+    ``[GROUPS]``, if there is one.
     """
 
     skill: Tensor

@@ -477,7 +477,9 @@ def _in_parts(
     try:
         for span in spans:
             calls.append(pool.submit(work, span))  # noqa: PERF401 (those that start are waited for)
-    except RuntimeError:  # the main thread has ended, after which no other starts
+    except RuntimeError as error:  # the main thread has ended, after which no other starts
+        if "shutdown" not in str(error):
+            raise
         rejected = [work(span) for span in spans[len(calls) :]]
     else:
         rejected = []

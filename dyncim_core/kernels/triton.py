@@ -274,6 +274,7 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
 
 
 _HEARD = tl.constexpr(HEARD)
+_LEAST_LOG_PROBABILITY = tl.constexpr(-100.0)
 _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and samples are finite
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
@@ -516,7 +517,7 @@ def _expect(
 
     As ``dyncim_core.modality.expected_log_likelihood`` defines it: an online softmax in every
     lane, joined at the end. Log-probabilities come from the target's logit and NLL, which are
-    finite; of classes ruled out they are what sums of are finite.
+    finite.
     """
     count: tl.constexpr = len(logits)
     i = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
@@ -544,7 +545,7 @@ def _expect(
             for h in tl.static_range(count):
                 x = _columns(logits[h], strides[h], i, there[h], start, classes, lanes)
                 own = tl.minimum(x - anchors[h][0] - anchors[h][1], 0.0)
-                logs += (tl.maximum(own, -_LARGEST_NLL),)
+                logs += (tl.maximum(own, _LEAST_LOG_PROBABILITY),)
                 # Of the head, those that fused logits hold of the modalities' taken off.
                 w = of_head if h == 0 else tl.load(weight + h).to(tl.float32) - of_shared
                 pooled += tl.where(there[h][:, None], w * logs[h], 0.0)
