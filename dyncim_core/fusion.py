@@ -265,7 +265,7 @@ class GatedFusion(KeepsDtype):
             logits = logits and [x[row] for x, row in zip(logits, rows, strict=True)]
         factor = self.logit_factor
         if learnt is not None:  # less and less, so that the head learns to do without
-            factor = 1.0 - learnt.quality[0].expand(len(factor))
+            factor = torch.ones_like(factor).sub_(learnt.quality[0])
         fused, total = _mixed(
             select(by, streams), streams, logits or (), gating.scale, factor, prior
         )

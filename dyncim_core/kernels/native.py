@@ -101,7 +101,7 @@ def curriculum(
     remembered = None
     if memory is not None:
         memory = memory._replace(rows=memory.rows.contiguous())
-        remembered = [len(memory.nll), *map(_address, memory)]
+        remembered = [memory.nll.shape[0], *map(_address, memory)]
     rejected = _native.curriculum(
         *problem.whole,
         rows_at,
@@ -204,13 +204,12 @@ def gate(
     count = len(logits)
     _check_kept("fusion", kept[:2], (_FLOAT, _FLOAT), (count, count))
     if prior is not None:
-        if len(prior) != GROUPS:
+        if prior.shape != _OF_GROUPS:
             raise ValueError(f"log_prior: expected shape [{GROUPS}], got {list(prior.shape)}")
-        _check_kept("fusion", [prior], (_FLOAT,), (GROUPS,))
+        _check_kept("fusion", (prior,), (_FLOAT,), _OF_GROUPS)
     if learnt is not None:
-        kinds = (_FLOAT, _FLOAT, _FLOAT, _INT, _FLOAT, _FLOAT)
         heads = 1 + count
-        _check_kept("state", learnt, kinds, (heads, heads, heads, GROUPS, GROUPS, heads))
+        _check_kept("state", learnt, _LEARNT, (heads, heads, heads, GROUPS, GROUPS, heads))
     _in_parts(
         _native.gate,
         problem,
@@ -243,10 +242,10 @@ def mix(
     fused = scale.new_empty((*streams[0].shape[:-1], sum(widths)))
     total = scale.new_empty(logits[0].shape) if logits else None
     streams, logits = [*map(_contiguous, streams)], [*map(_contiguous, logits)]
-    _check_kept("logit_factor", [logit_factor], (_FLOAT,), (len(scale),))
+    _check_kept("logit_factor", (logit_factor,), (_FLOAT,), scale.shape[:1])
     if log_prior is not None:
-        _check_kept("log_prior", [log_prior], (_FLOAT,), (len(log_prior),))
-        if total is not None and len(log_prior) < total.shape[1]:
+        _check_kept("log_prior", (log_prior,), (_FLOAT,), log_prior.shape)
+        if total is not None and log_prior.shape[0] < total.shape[1]:
             got = list(log_prior.shape)
             raise ValueError(f"log_prior: expected {total.shape[1]} classes or more, got {got}")
     _mix(streams, widths, fused, scale, logits, total, logit_factor, log_prior)
@@ -360,6 +359,8 @@ def _check_kept(
 
 
 _FLOAT, _INT = torch.float32, torch.int64
+_OF_GROUPS = (GROUPS,)
+_LEARNT = (_FLOAT, _FLOAT, _FLOAT, _INT, _FLOAT, _FLOAT)
 _OF_STATE = (
     *(_FLOAT, _FLOAT, _INT),  # log_quality, quality, seen
     *(_FLOAT,) * 5,  # signal_mean to effective_share
@@ -376,12 +377,12 @@ def _sizes_of_state(heads: int) -> tuple[int, ...]:
 
 
 def _check_state(buffers: Buffers, memory: Memory | None, heads: int) -> None:
-    known = len(buffers.seen)
+    known = buffers.seen.shape[0]
     if known < heads:
         raise ValueError(f"state: expected buffers of {heads} heads, got {known}")
     _check_kept("state", buffers, _OF_STATE, _sizes_of_state(known))
     if memory is not None:
-        samples = len(memory.nll)
+        samples = memory.nll.shape[0]
         sizes = samples * known, samples * known, samples
         _check_kept("state", memory[1:], (_FLOAT, torch.int32, _FLOAT), sizes)
 
