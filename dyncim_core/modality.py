@@ -336,7 +336,9 @@ def expected_log_likelihood(
     """
     log_probs = logits.log_softmax(dim=2).clamp_min(_LEAST_LOG_PROBABILITY)
     if present is not None:
-        log_probs = torch.where(present.unsqueeze(2), log_probs, 0.0)
+        log_probs = torch.where(
+            present.unsqueeze(2), log_probs, 0.0
+        ).contiguous()  # what follows is in place
     _take_off(log_probs, shared, log_probs)
     pool = torch.einsum("h,hbc->bc", weight.to(log_probs.dtype), log_probs).softmax(dim=1)
     return torch.einsum("bc,hbc->hb", pool, log_probs)

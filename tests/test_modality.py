@@ -498,6 +498,28 @@ def test_what_a_pool_expects_is_the_slope_of_its_likelihood(
     assert_allclose(slopes.sum(dim=1), slope, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_pool_takes_any_layout(order: tuple[int, int, int], masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    back = [order.index(k) for k in range(3)]
+    logits = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    logits = logits.permute(order).contiguous().permute(back)
+    present = None
+    if masked:  # as a user's mask [B, M + 1], transposed
+        present = torch.tensor([[True, k % 2 == 0, k < 2] for k in range(4)]).t()
+    weight, shared = torch.tensor([1.0, 0.4, 0.7]), torch.tensor(0.6)
+    mask = None if present is None else present.numpy()
+    found = expected_log_likelihood(logits, weight, shared, present)
+    wanted = ref.expected_log_likelihood(logits.numpy(), weight, float(shared), mask)
+    assert_allclose(found, wanted, rtol=1e-6)
+    slopes = logit_slopes(logits[..., 0].abs(), found, shared, present)
+    wanted = ref.logit_slopes(logits[..., 0].abs().numpy(), wanted, float(shared), mask)
+    if present is not None:
+        slopes = torch.where(present, slopes, 0.0)
+    assert_allclose(slopes, wanted, rtol=1e-6, atol=1e-12)
+
+
 def test_a_pool_takes_classes_ruled_out() -> None:
     logits = torch.tensor([[[0.0, 0.0, -math.inf]], [[0.0, -math.inf, 0.0]]])
     for found, none in (
