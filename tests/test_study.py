@@ -31,10 +31,14 @@ from benchmarks.study.measures import (
 )
 from benchmarks.study.methods import METHODS, Method, Problem, Rehearsal
 from benchmarks.study.models import (
+    WIDTH,
+    AttentionPool,
     Concatenation,
+    FamiliarLogits,
     Gated,
     GatedUnderShare,
     MeanOfLogits,
+    MeanOfProbabilities,
     Network,
     OneModality,
 )
@@ -152,6 +156,16 @@ class TestGradientBlending:
         held_out = torch.tensor([3.0, 3.0]), torch.tensor([2.0, 5.0])
         assert methods.blend_weights(train, held_out)[1] < 1e-5
 
+    def test_every_head_is_trained_nevertheless(self) -> None:
+        made = problem()
+        overfitting = Rehearsal(
+            (torch.ones(3), torch.zeros(3)), (torch.ones(3),) * 2, torch.ones(3)
+        )
+        held_out = torch.ones(3), torch.tensor([9.0, 0.5, 0.5])
+        overfitting = overfitting._replace(held_out=held_out)
+        method = methods.GBlend(replace(made, rehearse=lambda make, epochs: overfitting), 5.0)
+        assert method.weights[0] == pytest.approx(0.1 / 3)
+
 
 class TestMMPareto:
     @pytest.mark.parametrize("seed", range(20))
@@ -250,6 +264,30 @@ class TestLateAndSingle:
         fused = MeanOfLogits(("a", "b"), LINEAR)({}, unimodal, present)
         assert fused.tolist() == [[1, 2], [2, 0]]
 
+    def test_sum_rule_is_the_mean_of_the_probabilities(self) -> None:
+        unimodal = {"a": torch.tensor([[2.0, 0.0]] * 2), "b": torch.tensor([[0.0, 90.0]] * 2)}
+        present = torch.tensor([[True, True], [True, False]])
+        fused = MeanOfProbabilities(("a", "b"), LINEAR)({}, unimodal, present)
+        a, b = (x[0].softmax(dim=0) for x in unimodal.values())
+        torch.testing.assert_close(fused.softmax(dim=1), torch.stack([(a + b) / 2, a]))
+
+    def test_a_modality_unlike_training_loses_its_say(self) -> None:
+        fusion = FamiliarLogits(("a", "b"), LINEAR)
+        unimodal = {"a": torch.tensor([[2.0, 0.0]] * 2048), "b": torch.tensor([[0.0, 4.0]] * 2048)}
+        torch.manual_seed(0)
+        features = {name: torch.randn(2048, WIDTH) for name in unimodal}
+        fusion(features, unimodal, None)
+        fusion.eval()
+        mean = fusion(features, unimodal, None)
+        torch.testing.assert_close(mean[:8], torch.tensor([[1.0, 2.0]] * 8), rtol=0.05, atol=0.05)
+        far = fusion({**features, "b": 20 * features["b"]}, unimodal, None)
+        torch.testing.assert_close(far, torch.tensor([[2.0, 0.0]] * 2048), rtol=0.01, atol=0.01)
+
+    def test_generalised_cross_entropy_near_zero_is_late(self) -> None:
+        late = encoder_gradients(methods.Late(problem(), 0.0))
+        robust = encoder_gradients(methods.LateGce(problem(), 1e-6))
+        torch.testing.assert_close(robust, late, rtol=1e-3, atol=1e-5)
+
     def test_single_predicts_by_the_modality_best_on_held_out_data(self) -> None:
         network = methods.Single(problem(3), 0.0).network
         assert isinstance(network.fusion, OneModality)
@@ -258,10 +296,66 @@ class TestLateAndSingle:
         assert heads.fused is heads.unimodal["m2"]
 
 
-def test_aecf_trains_with_its_own_fusion() -> None:
-    pytest.importorskip("aecf", reason="aecf is not installed (pip install --no-deps aecf)")
-    method = METHODS["aecf"].build(problem(), 0.1)
-    assert all(gradient.abs().sum() > 0 for gradient in encoder_gradients(method))
+class TestStoppedEarly:
+    def test_what_is_held_out_trains_nothing(self) -> None:
+        method = methods.StoppedEarly(problem(samples=32), 0.0)
+        inputs, target, index = batch()
+        method.backward(inputs, target, index)
+        before = methods.flat(methods.gradients(method.network)).clone()
+        held = method.held_out[index]
+        assert int(held.sum()) == 3
+        method.network.zero_grad()
+        method.backward(inputs, torch.where(held, (target + 1) % 4, target), index)
+        assert torch.equal(methods.flat(methods.gradients(method.network)), before)
+
+    def test_it_ends_with_the_weights_that_predict_the_held_out_best(self) -> None:
+        method = methods.StoppedEarly(problem(samples=32), 0.0)
+        inputs, target, index = batch()
+        target = torch.where(method.held_out[index], (target + 1) % 4, target)  # against the rest
+        optimizer = torch.optim.Adam(method.network.parameters(), lr=1e-2)
+        least, best, last = math.inf, torch.empty(0), torch.empty(0)
+        for _ in range(60):
+            optimizer.zero_grad()
+            method.backward(inputs, target, index)
+            last = self.parameters(method)
+            if method.least < least:
+                least, best = method.least, last
+            optimizer.step()
+        method.finish()
+        assert torch.equal(self.parameters(method), best)
+        assert not torch.equal(best, last)  # it has learnt what the held out contradict
+
+    @staticmethod
+    def parameters(method: Method) -> Tensor:
+        return methods.flat([x.detach() for x in method.network.parameters()])
+
+
+class TestAecf:
+    @pytest.fixture
+    def method(self) -> Method:
+        pytest.importorskip("aecf", reason="aecf is not installed (pip install --no-deps aecf)")
+        return METHODS["aecf"].build(problem(3), 1.0)
+
+    def test_it_trains_with_its_own_fusion(self, method: Method) -> None:
+        assert all(gradient.abs().sum() > 0 for gradient in encoder_gradients(method))
+
+    def test_its_penalty_moves_the_attention(self, method: Method) -> None:
+        method.network(batch(3)[0])
+        fusion = method.network.fusion
+        assert isinstance(fusion, AttentionPool)
+        (gradient,) = torch.autograd.grad(fusion.penalty, fusion.attention.in_proj_weight)
+        assert gradient.abs().sum() > 0
+
+    def test_in_training_it_masks_modalities_of_some_samples(self, method: Method) -> None:
+        inputs = batch(3)[0]
+        torch.manual_seed(0)
+        first, second = (method.network(inputs).fused for _ in range(2))
+        assert not torch.equal(first, second)
+        method.network.eval()
+        whole = method.network(inputs).fused
+        assert torch.equal(whole, method.network(inputs).fused)
+        alike = torch.isclose(first, whole, atol=1e-6).all(dim=1)
+        assert 0 < int(alike.sum()) < len(whole)
 
 
 class TestDynCIM:
@@ -877,6 +971,16 @@ class TestBars:
         assert bar.met is False
         assert bar.cases.startswith("**no-gate +0.20")
         assert bars.bars({}, [])[-1].met is None
+
+    def test_what_lacks_a_method_is_not_compared(self) -> None:
+        few, all_ = self.cell(89.0), self.cell(91.0)
+        all_.scores["late"] = dict.fromkeys(range(3), 95.0)
+        assert bars.compared([few, all_]) == [all_]
+        assert bars.compared([few]) == [few]
+        alone = bars.bars({}, [all_])
+        together = bars.bars({}, [few, all_])
+        assert together[0].cases == alone[0].cases == "late is first over 1 conditions"
+        assert together[1].cases == alone[1].cases
 
     def test_mean_rank(self) -> None:
         order, count = bars.mean_ranks([self.cell(91.0), self.cell(92.0), self.cell(80.0)])

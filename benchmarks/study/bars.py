@@ -33,6 +33,13 @@ def peers(cell: Cell) -> dict[str, Mapping[int, float]]:
     return {name: scores for name, scores in cell.scores.items() if "/" not in name}
 
 
+def compared(found: Iterable[Cell]) -> list[Cell]:
+    """The cells that have every method that any of them has: the best of a few is no best."""
+    every = list(found)
+    names = {name for cell in every for name in peers(cell)}
+    return [cell for cell in every if names == set(peers(cell))]
+
+
 def lead(cell: Cell) -> tuple[str, Estimate] | None:
     """The best other method, by its mean, and the paired difference of DynCIM to it."""
     others = peers(cell)
@@ -45,12 +52,10 @@ def lead(cell: Cell) -> tuple[str, Estimate] | None:
 
 def mean_ranks(found: Iterable[Cell]) -> tuple[dict[str, float], int]:
     """Mean rank of each method over the cells that have them all, and how many have."""
-    every = [peers(cell) for cell in found]
-    names = {name for scores in every for name in scores}
-    ranked = [ranks(scores) for scores in every if names == set(scores)]
+    ranked = [ranks(peers(cell)) for cell in compared(found)]
     if not ranked:
         return {}, 0
-    means = {name: float(np.mean([r[name] for r in ranked])) for name in names}
+    means = {name: float(np.mean([r[name] for r in ranked])) for name in ranked[0]}
     return dict(sorted(means.items(), key=lambda item: item[1])), len(ranked)
 
 
@@ -58,7 +63,8 @@ def bars(found: Found, all_cells: list[Cell]) -> list[Bar]:
     """Every bar."""
     order, count = mean_ranks(all_cells)
     first = next(iter(order), None)
-    trained = [cell for cell in all_cells if not cell.tested]
+    whole = compared(all_cells)
+    trained = [cell for cell in whole if not cell.tested]
     clean = [cell for cell in trained if cell.condition == "clean"]
     most = {cell.data: highest(peers(cell)) for cell in clean if peers(cell)}
     ceilings = {
@@ -86,7 +92,7 @@ def bars(found: Found, all_cells: list[Cell]) -> list[Bar]:
         ),
         _leads(
             "swap and absent with three or more modalities: +3 over the best other",
-            (c for c in all_cells if c.tested and c.condition in MISSING and c.data.count("+") > 1),
+            (c for c in whole if c.tested and c.condition in MISSING and c.data.count("+") > 1),
             lambda gap: gap.mean >= 3,
             lambda cell: ceilings.get((cell.data, cell.condition)),
             "networks trained for what is present",

@@ -5,6 +5,7 @@ Ideas from the papers cited, code of our own. Tests hold each to a fact its pape
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .models import (
     AttachedLogits,
     AttentionPool,
     Concatenation,
+    FamiliarLogits,
     FeaturesAlone,
     Fusion,
     Gated,
@@ -30,6 +32,7 @@ from .models import (
     Heads,
     LogitsThroughout,
     MeanOfLogits,
+    MeanOfProbabilities,
     Network,
     OneModality,
     Overruled,
@@ -99,6 +102,9 @@ class Method:
         """Leave the gradients of one step in the parameters."""
         torch.autograd.backward(self.loss(self.network(inputs), target, index))
 
+    def finish(self) -> None:
+        """After the last step."""
+
 
 def head_losses(heads: Heads, target: Tensor) -> list[Tensor]:
     """Cross-entropy of each head, the fused first."""
@@ -133,6 +139,41 @@ class Joint(_Decayed):
         return F.cross_entropy(heads.fused, target)
 
 
+class StoppedEarly(Joint):
+    """Joint training that ends with the weights best on a tenth of the training set held out.
+
+    The usual early stopping, by cross-entropy on labels as they are. Each epoch, a sample held out
+    is judged when its batch comes.
+    """
+
+    def __init__(self, problem: Problem, decay: float) -> None:
+        super().__init__(problem, decay)
+        order = torch.randperm(problem.num_samples, generator=torch.Generator().manual_seed(0))
+        self.held_out = order < max(1, problem.num_samples // 10)
+        self.per_epoch = problem.steps // problem.epochs
+        self.step, self.total, self.number = 0, 0.0, 0
+        self.least, self.best = float("inf"), copy.deepcopy(self.network.state_dict())
+
+    @override
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """Of the fused head, over what is not held out."""
+        held = self.held_out[index]
+        losses = F.cross_entropy(heads.fused, target, reduction="none")
+        self.step += 1
+        self.total += float(losses.detach()[held].sum())
+        self.number += int(held.sum())
+        if self.step % self.per_epoch == 0 and self.number:
+            mean = self.total / self.number
+            if mean < self.least:
+                self.least, self.best = mean, copy.deepcopy(self.network.state_dict())
+            self.total, self.number = 0.0, 0
+        return torch.where(held, 0.0, losses).sum() / (~held).sum().clamp_min(1)
+
+    @override
+    def finish(self) -> None:
+        self.network.load_state_dict(self.best)
+
+
 class Late(_Decayed):
     """Each modality trained alone; the prediction is the mean of their logits."""
 
@@ -142,6 +183,41 @@ class Late(_Decayed):
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
         """No parameter is shared, so the sum trains each modality alone."""
         return torch.stack(head_losses(heads, target)[1:]).sum()
+
+
+class LateSum(Late):
+    """Each modality trained alone; the prediction is the mean of their probabilities.
+
+    The sum rule of Kittler, Hatef, Duin, Matas: "On Combining Classifiers", TPAMI 1998, which
+    errors of a single classifier harm less than a product.
+    """
+
+    fusion: Fusion = MeanOfProbabilities
+
+
+class LateNovelty(Late):
+    """``Late`` that trusts a modality less the further its features are from those of training.
+
+    By Mahalanobis distance, after Lee, Lee, Lee, Shin: "A Simple Unified Framework for Detecting
+    Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018.
+    """
+
+    fusion: Fusion = FamiliarLogits
+
+
+class LateGce(Late):
+    """Each modality trained alone, by generalised cross-entropy."""
+
+    def __init__(self, problem: Problem, q: float) -> None:
+        super().__init__(problem, decay=0.0)
+        self.q = q
+
+    @override
+    def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
+        """No parameter is shared, so the sum trains each modality alone."""
+        unimodal = heads.unimodal.values()
+        losses = [generalised_cross_entropy(x, target, self.q).mean() for x in unimodal]
+        return torch.stack(losses).sum()
 
 
 class Single(Late):
@@ -222,13 +298,15 @@ class GBlend(Method):
     """Gradient blending: losses weighted by generalisation over squared overfitting.
 
     Wang, Tran, Feiszli: "What Makes Training Multi-Modal Classification Networks Hard?",
-    CVPR 2020 (offline). The weights are estimated with ``epochs`` of uniform losses.
+    CVPR 2020 (offline). The weights are estimated with ``epochs`` of uniform losses; each is a
+    tenth of an equal share at least, or a head that only overfits would never be trained.
     """
 
     def __init__(self, problem: Problem, epochs: float) -> None:
         super().__init__(problem)
         found = problem.rehearse(Uniform, round(epochs))
-        self.weights = blend_weights(found.train, found.held_out)
+        weights = blend_weights(found.train, found.held_out)
+        self.weights = weights.clamp_min(0.1 / len(weights))
 
     @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:
@@ -617,7 +695,11 @@ CEILING = "uniform/specialists"
 METHODS: dict[str, Entry] = {
     "single": Entry(Single, *_DECAY),
     "late": Entry(Late, *_DECAY),
+    "late_sum": Entry(LateSum, *_DECAY),
+    "late_novelty": Entry(LateNovelty, *_DECAY),
+    "late_gce": Entry(LateGce, "q", (0.3, 0.7, 0.9)),
     "joint": Entry(Joint, *_DECAY),
+    "early": Entry(StoppedEarly, *_DECAY),
     "uniform": Entry(Uniform, "weight of each unimodal loss", (0.5, 1.0, 2.0)),
     CEILING: Entry(UniformSpecialists),
     "ogm_ge": Entry(OgmGe, "alpha", (0.1, 0.3, 0.8)),

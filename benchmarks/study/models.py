@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from dyncim_core import (
@@ -133,6 +134,42 @@ class MeanOfLogits(nn.Module):
         if present is None:
             return logits.mean(dim=1)
         return (logits * present.unsqueeze(2)).sum(dim=1) / present.sum(dim=1, keepdim=True)
+
+
+class MeanOfProbabilities(MeanOfLogits):
+    """Late fusion by the sum rule: the mean of the probabilities, as logits."""
+
+    @override
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        chances = {name: logits.softmax(dim=1) for name, logits in unimodal.items()}
+        tiny = torch.finfo(torch.float32).tiny
+        return super().forward(features, chances, present).clamp_min(tiny).log()
+
+
+class FamiliarLogits(nn.Module):
+    """Late fusion: modalities whose features are unlike those of training count less.
+
+    By their squared Mahalanobis distance, as ``GatedFusion`` does, which compares nothing else
+    here.
+    """
+
+    def __init__(self, modalities: tuple[str, ...], head: Head) -> None:
+        super().__init__()
+        widths = dict.fromkeys(modalities, WIDTH)
+        self.gates = GatedFusion(widths, disagreement_slope=0.0, dropout=0.0)
+
+    def forward(
+        self, features: dict[str, Tensor], unimodal: dict[str, Tensor], present: Tensor | None
+    ) -> Tensor:
+        """Fused logits."""
+        seen = {name: x.detach() for name, x in features.items()}
+        gates = self.gates(seen, unimodal=unimodal, present=present).gates
+        logits = torch.stack(list(unimodal.values()), dim=1)
+        fused: Tensor = (gates.unsqueeze(2) * logits).sum(dim=1)
+        return fused
 
 
 class OneModality(nn.Module):
@@ -299,6 +336,9 @@ class GatedUnderShare(Gated):
 class AttentionPool(nn.Module):
     """The fusion layer of the package ``aecf``, with a head.
 
+    Version 0.1.0 of the package detaches the entropy that its penalty is of, and leaves the
+    weights that its curriculum masks out of the output. Both are put right here.
+
     Attributes:
         penalty: The entropy penalty of the last batch, for the loss.
     """
@@ -307,7 +347,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         from aecf import create_fusion_pool  # optional: pip install --no-deps aecf
 
-        self.query, self.pool = create_fusion_pool(WIDTH, len(modalities))
+        self.query, pool = create_fusion_pool(WIDTH, len(modalities))
+        assert pool.curriculum_masking is not None  # create_fusion_pool makes one
+        self.attention, self.masking = pool.attention, pool.curriculum_masking
         self.head = head(WIDTH)
         self.penalty = torch.zeros(())
 
@@ -316,17 +358,20 @@ class AttentionPool(nn.Module):
     ) -> Tensor:
         """Fused logits."""
         stack = torch.stack(list(features.values()), dim=1)
-        pooled, info = self.pool(
-            self.query.expand(len(stack), -1, -1),
-            stack,
-            key_padding_mask=None if present is None else ~present,
-            return_info=True,
-        )
-        masking = self.pool.curriculum_masking
-        assert masking is not None  # create_fusion_pool makes one
-        self.penalty = masking.entropy_loss(info["entropy"])
+        missing = None if present is None else ~present
+        query = self.query.expand(len(stack), -1, -1)
+        _, weights = self.attention(query, stack, stack, key_padding_mask=missing)
+        masked, _ = self.masking(weights)
+        self.penalty = self.masking.entropy_loss(self.masking.compute_entropy(weights))
+        values = F.linear(stack, *self._values())
+        pooled = self.attention.out_proj(masked @ values)
         logits: Tensor = self.head(pooled.squeeze(1))
         return logits
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """What the attention projects the features with, for all of its heads."""
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        return weight[-WIDTH:], bias[-WIDTH:]
 
 
 def _head(width: int, *, num_classes: int, hidden: int) -> nn.Module:

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .bars import NOISY, OURS, lead
+from .bars import NOISY, OURS, compared, lead
 from .results import Cell, Runs, curve
 
 TESTED = ("noise-2", "swap-100", "absent-100")  # of the severities, for want of room
@@ -22,7 +22,7 @@ LINES = ("single", "late", "joint", "uniform", "ogm_ge", "mmpareto", OURS)
 
 def draw_leads(cells: list[Cell], path: Path) -> bool:
     """Difference of DynCIM to the best other method of each cell, with its interval."""
-    shown = [cell for cell in cells if not cell.tested or cell.condition in TESTED]
+    shown = [cell for cell in compared(cells) if not cell.tested or cell.condition in TESTED]
     found = [(cell, *pair) for cell in shown if (pair := lead(cell))]
     if not found:
         return False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bars import OURS, bars, lead, mean_ranks, worst_probe
+from .bars import OURS, bars, compared, lead, mean_ranks, worst_probe
 from .config import Config
 from .results import Cell, Runs, cells, epochs_to_baseline, gather, measure
 from .statistics import Estimate, Scores, difference, estimate
@@ -99,12 +99,14 @@ def _ranks(everything: list[Cell]) -> str:
 
 
 def _scores(everything: list[Cell]) -> Iterable[tuple[str, str]]:
+    """What lacks a method has no best other one."""
+    whole = compared(everything)
     for data in dict.fromkeys(cell.data for cell in everything):
         chosen = [cell for cell in everything if cell.data == data]
         methods = [m for m in dict.fromkeys(m for c in chosen for m in c.scores) if "/" not in m]
         lines = []
         for cell in chosen:
-            gap = lead(cell)
+            gap = lead(cell) if cell in whole else None
             last = "" if gap is None else f"{number(gap[1], sign=True)} ({gap[0]})"
             lines.append([cell.title, *_row(cell.scores, methods), last])
         yield data, table(("condition", *methods, f"{OURS} - best other"), lines)

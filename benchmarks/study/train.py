@@ -58,9 +58,10 @@ def run(config: Config, spoken: Path = SPOKEN) -> Measures:
         curve.append(split.score(_predict(method.network, split.test).fused.softmax(dim=1)))
         if method.state is not None:
             label_noise.append(method.state.summary().get("label_noise", math.nan))
+    method.finish()
 
     measures: Measures = {
-        "score": curve[-1],
+        "score": split.score(_predict(method.network, split.test).fused.softmax(dim=1)),
         "curve": _compact(curve),
         "label_noise": _compact(label_noise, digits=3),
         "ms_per_step": 1000.0 * training / problem.steps,
@@ -147,6 +148,7 @@ def _rehearse(
     before = losses(train), losses(rest)
     for _ in _fit(method, train, problem, seed, marks=1):
         pass
+    method.finish()
     after = losses(train), losses(rest)
     predicted = [x.argmax(dim=1) for x in _predict(method.network, rest.train).all()]
     hits = [
