@@ -32,7 +32,6 @@ from benchmarks.study.measures import (
 from benchmarks.study.methods import METHODS, Method, Problem, Rehearsal
 from benchmarks.study.models import (
     WIDTH,
-    AttentionPool,
     Concatenation,
     FamiliarLogits,
     Gated,
@@ -155,16 +154,6 @@ class TestGradientBlending:
         train = torch.tensor([3.0, 3.0]), torch.tensor([1.0, 0.5])
         held_out = torch.tensor([3.0, 3.0]), torch.tensor([2.0, 5.0])
         assert methods.blend_weights(train, held_out)[1] < 1e-5
-
-    def test_every_head_is_trained_nevertheless(self) -> None:
-        made = problem()
-        overfitting = Rehearsal(
-            (torch.ones(3), torch.zeros(3)), (torch.ones(3),) * 2, torch.ones(3)
-        )
-        held_out = torch.ones(3), torch.tensor([9.0, 0.5, 0.5])
-        overfitting = overfitting._replace(held_out=held_out)
-        method = methods.GBlend(replace(made, rehearse=lambda make, epochs: overfitting), 5.0)
-        assert method.weights[0] == pytest.approx(0.1 / 3)
 
 
 class TestMMPareto:
@@ -330,32 +319,10 @@ class TestStoppedEarly:
         return methods.flat([x.detach() for x in method.network.parameters()])
 
 
-class TestAecf:
-    @pytest.fixture
-    def method(self) -> Method:
-        pytest.importorskip("aecf", reason="aecf is not installed (pip install --no-deps aecf)")
-        return METHODS["aecf"].build(problem(3), 1.0)
-
-    def test_it_trains_with_its_own_fusion(self, method: Method) -> None:
-        assert all(gradient.abs().sum() > 0 for gradient in encoder_gradients(method))
-
-    def test_its_penalty_moves_the_attention(self, method: Method) -> None:
-        method.network(batch(3)[0])
-        fusion = method.network.fusion
-        assert isinstance(fusion, AttentionPool)
-        (gradient,) = torch.autograd.grad(fusion.penalty, fusion.attention.in_proj_weight)
-        assert gradient.abs().sum() > 0
-
-    def test_in_training_it_masks_modalities_of_some_samples(self, method: Method) -> None:
-        inputs = batch(3)[0]
-        torch.manual_seed(0)
-        first, second = (method.network(inputs).fused for _ in range(2))
-        assert not torch.equal(first, second)
-        method.network.eval()
-        whole = method.network(inputs).fused
-        assert torch.equal(whole, method.network(inputs).fused)
-        alike = torch.isclose(first, whole, atol=1e-6).all(dim=1)
-        assert 0 < int(alike.sum()) < len(whole)
+def test_aecf_trains_with_its_own_fusion() -> None:
+    pytest.importorskip("aecf", reason="aecf is not installed (pip install --no-deps aecf)")
+    method = METHODS["aecf"].build(problem(), 0.1)
+    assert all(gradient.abs().sum() > 0 for gradient in encoder_gradients(method))
 
 
 class TestDynCIM:

@@ -298,15 +298,14 @@ class GBlend(Method):
     """Gradient blending: losses weighted by generalisation over squared overfitting.
 
     Wang, Tran, Feiszli: "What Makes Training Multi-Modal Classification Networks Hard?",
-    CVPR 2020 (offline). The weights are estimated with ``epochs`` of uniform losses; each is a
-    tenth of an equal share at least, or a head that only overfits would never be trained.
+    CVPR 2020 (offline). The weights are estimated with ``epochs`` of uniform losses. A head whose
+    loss on what is held out grew gets next to none, and is hardly trained.
     """
 
     def __init__(self, problem: Problem, epochs: float) -> None:
         super().__init__(problem)
         found = problem.rehearse(Uniform, round(epochs))
-        weights = blend_weights(found.train, found.held_out)
-        self.weights = weights.clamp_min(0.1 / len(weights))
+        self.weights = blend_weights(found.train, found.held_out)
 
     @override
     def loss(self, heads: Heads, target: Tensor, index: Tensor) -> Tensor:

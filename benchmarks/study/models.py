@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from dyncim_core import (
@@ -336,8 +335,8 @@ class GatedUnderShare(Gated):
 class AttentionPool(nn.Module):
     """The fusion layer of the package ``aecf``, with a head.
 
-    Version 0.1.0 of the package detaches the entropy that its penalty is of, and leaves the
-    weights that its curriculum masks out of the output. Both are put right here.
+    As released (0.1.0): the entropy that its penalty is of comes detached, and the weights that its
+    curriculum masks do not reach the output, so that it is plain attention.
 
     Attributes:
         penalty: The entropy penalty of the last batch, for the loss.
@@ -347,9 +346,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         from aecf import create_fusion_pool  # optional: pip install --no-deps aecf
 
-        self.query, pool = create_fusion_pool(WIDTH, len(modalities))
-        assert pool.curriculum_masking is not None  # create_fusion_pool makes one
-        self.attention, self.masking = pool.attention, pool.curriculum_masking
+        self.query, self.pool = create_fusion_pool(WIDTH, len(modalities))
         self.head = head(WIDTH)
         self.penalty = torch.zeros(())
 
@@ -358,20 +355,17 @@ class AttentionPool(nn.Module):
     ) -> Tensor:
         """Fused logits."""
         stack = torch.stack(list(features.values()), dim=1)
-        missing = None if present is None else ~present
-        query = self.query.expand(len(stack), -1, -1)
-        _, weights = self.attention(query, stack, stack, key_padding_mask=missing)
-        masked, _ = self.masking(weights)
-        self.penalty = self.masking.entropy_loss(self.masking.compute_entropy(weights))
-        values = F.linear(stack, *self._values())
-        pooled = self.attention.out_proj(masked @ values)
+        pooled, info = self.pool(
+            self.query.expand(len(stack), -1, -1),
+            stack,
+            key_padding_mask=None if present is None else ~present,
+            return_info=True,
+        )
+        masking = self.pool.curriculum_masking
+        assert masking is not None  # create_fusion_pool makes one
+        self.penalty = masking.entropy_loss(info["entropy"])
         logits: Tensor = self.head(pooled.squeeze(1))
         return logits
-
-    def _values(self) -> tuple[Tensor, Tensor]:
-        """What the attention projects the features with, for all of its heads."""
-        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
-        return weight[-WIDTH:], bias[-WIDTH:]
 
 
 def _head(width: int, *, num_classes: int, hidden: int) -> nn.Module:

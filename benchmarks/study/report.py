@@ -36,6 +36,7 @@ def write(configs: Sequence[Config], rows: dict[str, Row], folder: Path, name: s
         _header(configs, rows, name),
         _section("Bars", _bars(found, everything)),
         _section("Mean rank", _ranks(everything)),
+        _section("DynCIM minus the best other method", _leads(everything)),
         *(_section(f"Scores: {data}", text) for data, text in _scores(everything)),
         _section("Ablation", _ablation(everything)),
         _section("Probes of the encoders", _probes(found)),
@@ -92,10 +93,45 @@ def _bars(found: Found, everything: list[Cell]) -> str:
 
 
 def _ranks(everything: list[Cell]) -> str:
-    order, count = mean_ranks(everything)
-    training, training_count = mean_ranks(cell for cell in everything if not cell.tested)
-    lines = [(name, f"{rank:.2f}", f"{training[name]:.2f}") for name, rank in order.items()]
-    return table(("method", f"all {count} conditions", f"the {training_count} of training"), lines)
+    """Over all conditions, and over those of each kind."""
+    groups: dict[str, list[Cell]] = {"all": everything}
+    for cell in everything:
+        groups.setdefault(kind(cell), []).append(cell)
+    ranked = {name: mean_ranks(group) for name, group in groups.items()}
+    header = [f"{name}, {count}" for name, (_, count) in ranked.items()]
+    lines = [
+        (method, *(f"{ranks[method]:.2f}" if ranks else "" for ranks, _ in ranked.values()))
+        for method in ranked["all"][0]
+    ]
+    return table(("mean rank over conditions", *header), lines)
+
+
+def kind(cell: Cell) -> str:
+    """What goes wrong, in a word or two."""
+    if cell.tested:
+        return f"{cell.condition.partition('-')[0]} at test"
+    if cell.condition == "clean":
+        return "clean"
+    noisy = cell.condition.startswith(("symmetric", "asymmetric"))
+    return "label noise" if noisy else "other training data"
+
+
+def _leads(everything: list[Cell]) -> str:
+    """DynCIM minus the best other method of each task, over the tasks of accuracy."""
+    groups: dict[str, list[Estimate]] = {}
+    for cell in compared(everything):
+        found = lead(cell)
+        if found is not None and cell.data != "diabetes":
+            groups.setdefault(cell.title, []).append(found[1])
+    lines = []
+    for title, gaps in groups.items():
+        means = [gap.mean for gap in gaps]
+        above, below = sum(gap.low > 0 for gap in gaps), sum(gap.high < 0 for gap in gaps)
+        middle = f"{np.median(means):+.1f}"
+        span = f"{min(means):+.1f} to {max(means):+.1f}"
+        lines.append((title, str(len(gaps)), middle, span, str(above), str(below)))
+    header = ("condition", "tasks", "median", "from, to", "interval above 0", "below 0")
+    return table(header, lines)
 
 
 def _scores(everything: list[Cell]) -> Iterable[tuple[str, str]]:
