@@ -62,6 +62,7 @@ __all__ = [
     "share_to_learn",
     "skill",
     "standing",
+    "sureness",
     "surprise",
     "target_entropy",
     "trust",
@@ -389,35 +390,61 @@ def doubt(prediction: ArrayLike, nll: ArrayLike, entropy: ArrayLike, target: Arr
     return np.asarray(surprised * (t.max(axis=1) - given))
 
 
-def contradiction(
-    prediction: ArrayLike, doubt: ArrayLike, present: ArrayLike | None = None
-) -> Array:
-    """How far all heads of a sample, two at least, contradict its target together.
+def sureness(entropy: ArrayLike, num_classes: int) -> Array:
+    """How sure each head is of what it predicts, ``clamp(1 - entropy / log C, 0, 1)``.
 
-    ``min_h doubt_h`` where all predict one class, else 0; a twentieth of that of two heads.
     Definition chosen here.
+
+    Args:
+        entropy: In nats, ``[H, B]``.
+        num_classes: C.
+
+    Returns:
+        ``[H, B]`` in [0, 1]; 1 when C = 1.
+
+    Example:
+        >>> sureness([[0.0, np.log(2.0)]], 4).tolist()
+        [[1.0, 0.5]]
+    """
+    largest = np.log(num_classes) if num_classes > 1 else np.inf
+    return np.clip(1.0 - np.asarray(entropy, dtype=np.float64) / largest, 0.0, 1.0)
+
+
+def contradiction(
+    prediction: ArrayLike,
+    doubt: ArrayLike,
+    sureness: ArrayLike,
+    present: ArrayLike | None = None,
+) -> Array:
+    """How far all heads of a sample, two at least, contradict its target beyond common errors.
+
+    ``min_h doubt_h - 0.12 min_h sureness_h`` where all predict one class, else 0; a fortieth of
+    that of two heads. Definition chosen here.
 
     Args:
         prediction: Predicted classes, int ``[H, B]``.
         doubt: ``[H, B]`` in [0, 1].
+        sureness: ``[H, B]`` in [0, 1].
         present: Bool ``[H, B]``.
 
     Returns:
-        ``[B]`` in [0, 1].
+        ``[B]`` in [-0.12, 1].
 
     Example:
         >>> prediction = [[1, 1, 0], [1, 1, 0], [1, 2, 0]]
-        >>> contradiction(prediction, [[0.75, 0.75, 0.0]] * 3).tolist()
-        [0.75, 0.0, 0.0]
+        >>> sure = np.full((3, 3), 0.5)
+        >>> contradiction(prediction, [[0.75, 0.75, 0.0]] * 3, sure).tolist()
+        [0.69, 0.0, -0.06]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
-    found = np.asarray(doubt, dtype=np.float64)
+    doubted, sure = np.asarray(doubt, dtype=np.float64), np.asarray(sureness, dtype=np.float64)
     result = np.zeros(classes.shape[1])
     for i in range(len(result)):
         votes = classes[mask[:, i], i]
         if len(votes) > 1 and len(set(votes)) == 1:
-            result[i] = found[mask[:, i], i].min() * (1.0 if len(votes) > 2 else 0.05)
+            beyond = doubted[mask[:, i], i].min() - 0.12 * sure[mask[:, i], i].min()
+            result[i] = beyond * (1.0 if len(votes) > 2 else 0.025)
     return result
 
 
@@ -447,37 +474,37 @@ def seen_noise(
 ) -> Array:
     """Label noise, that all heads contradict or the fused one alone learns by heart.
 
-    ``max(contradicted, 2 c max(0, 1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``. Definition chosen
-    here.
+    ``max(contradicted, c (1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``. Definition chosen here.
 
     Args:
-        contradicted: By all heads, of samples held out, in [0, 1].
+        contradicted: By all heads, of samples held out, in [-0.12, 1].
         trained: What the fused head doubts of those trained on, ``c`` in [0, 1].
         held_out: The same of those held out, ``c'``.
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        In [0, 1].
+        In [-0.12, 1].
 
     Example:
         >>> seen_noise([0.0, 0.3], 0.1, 0.2, [0.5, 0.0]).round(4).tolist()
-        [0.1, 0.3]
+        [0.05, 0.3]
     """
     s, c = np.asarray(skill, dtype=np.float64), np.asarray(trained, dtype=np.float64)
-    held = np.asarray(held_out, dtype=np.float64)
-    alone, best = 0.0, s[1:].max(initial=0.0)
-    if len(s) > 1 and c < held and best < s[0]:
-        alone = 2.0 * c * (1.0 - c / held) * (1.0 - best / s[0]) ** 3
-    return np.fmax(np.asarray(contradicted, dtype=np.float64), alone)
+    held, seen = np.asarray(held_out, dtype=np.float64), np.asarray(contradicted, dtype=np.float64)
+    best = s[1:].max(initial=0.0)
+    if len(s) == 1 or held == 0.0 or best == s[0] == 0.0:
+        return seen
+    ahead = max(0.0, 1.0 - best / s[0]) if s[0] > 0.0 else 0.0
+    return np.asarray(np.fmax(seen, c * (1.0 - c / held) * ahead**3))
 
 
-def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.04) -> Array:
+def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.02) -> Array:
     """How much of the surprise weighting acts.
 
-    ``min(1, label_noise / full_at) * min(1, 4 trust)``. Definition chosen here.
+    ``clamp(label_noise / full_at, 0, 1) * min(1, 4 trust)``. Definition chosen here.
 
     Args:
-        label_noise: Share of labels in doubt, in [0, 1].
+        label_noise: Share of labels in doubt, in [-0.12, 1].
         trust: In the fused head, in [0, 1].
         full_at: Share from which the weighting acts in full, > 0.
 
@@ -485,7 +512,7 @@ def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: floa
         Same shape, in [0, 1].
 
     Example:
-        >>> noise_pressure([0.0, 0.03, 0.3]).round(4).tolist()
+        >>> noise_pressure([-0.1, 0.015, 0.3]).round(4).tolist()
         [0.0, 0.75, 1.0]
     """
     share = np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)

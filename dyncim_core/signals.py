@@ -30,6 +30,7 @@ __all__ = [
     "sample_weights",
     "seen_noise",
     "share_to_learn",
+    "sureness",
     "surprise",
     "target_entropy",
     "volatility_weights",
@@ -46,8 +47,9 @@ _SPREAD_FLOOR = 1e-4
 # Of what certain targets leave to be learnt.
 _LEAST_TO_LEARN = 0.01
 # What a contradiction counts that only one modality bears out.
-_OF_ONE = 0.05
-_CUBE_ROOT_OF_2 = 2.0 ** (1.0 / 3.0)
+_OF_ONE = 0.025
+# Of what all heads are sure of together, what they may be wrong about together.
+_COMMON_ERROR = 0.12
 # Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
 # class of nothing but such labels comes back as its average follows.
 _LARGEST_LOG_WEIGHT = 8.0
@@ -279,38 +281,66 @@ def doubt(prediction: Tensor, nll: Tensor, entropy: Tensor, target: Tensor) -> T
     return surprised * (target.amax(dim=1) - target.gather(1, known).t())
 
 
-def contradiction(prediction: Tensor, doubt: Tensor, present: Tensor | None = None) -> Tensor:
-    """How far all heads of a sample together contradict its target.
+def sureness(entropy: Tensor, num_classes: int) -> Tensor:
+    """How sure each head is of what it predicts: ``clamp(1 - entropy / log C, 0, 1)``.
 
-    The least ``doubt`` of any head where all predict the same class, else 0; a twentieth of that
-    where the fused head and one modality are all.
+    Definition chosen here.
+
+    Args:
+        entropy: Of every head's prediction, in nats, ``[M + 1, B]``; of class probabilities less
+            their own.
+        num_classes: Number of classes C.
+
+    Returns:
+        Same shape, in [0, 1]; 1 when C = 1.
+
+    Example:
+        >>> sureness(torch.tensor([[0.6931, 0.0]]), num_classes=4)
+        tensor([[0.5000, 1.0000]])
+    """
+    return torch.rsub(entropy, 1.0, alpha=per_log_classes(num_classes)).clamp(0.0, 1.0)
+
+
+def contradiction(
+    prediction: Tensor, doubt: Tensor, sureness: Tensor, present: Tensor | None = None
+) -> Tensor:
+    """How far all heads of a sample together contradict its target, beyond errors in common.
+
+    The least ``doubt`` of any head, less 0.12 of the least ``sureness``, where all predict the same
+    class, else 0; a fortieth of that where the fused head and one modality are all.
 
     A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
     has all of them sure of another class. The share of such samples is what the run itself
-    shows of label noise. One modality alone is next to no evidence: what it does not know of
-    its label, another one that tells nothing by itself may explain, and a fusion repeats the
-    first until it has learnt to put the two together. The fused head alone agrees with nobody: 0
-    for a sample without any modality. Definition chosen here.
+    shows of label noise. But modalities that share something err about it together: only what goes
+    beyond an eighth or so of all that they are sure of together is taken for wrong labels. One
+    modality alone is next to no evidence: what it does not know of its label, another one that
+    tells nothing by itself may explain, and a fusion repeats the first until it has learnt to put
+    the two together. The fused head alone agrees with nobody: 0 for a sample without any modality.
+    Definition chosen here.
 
     Args:
         prediction: Predicted class of every head, int64 ``[M + 1, B]``.
         doubt: As the function of that name gives it, ``[M + 1, B]`` in [0, 1].
+        sureness: As the function of that name gives it, ``[M + 1, B]`` in [0, 1].
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[B]`` in [0, 1].
+        ``[B]`` in [-0.12, 1]; below 0 for what all are sure of and bear out.
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 2, 0]])
-        >>> contradiction(prediction, torch.tensor([[0.9, 0.9, 0.0]] * 3))
-        tensor([0.9000, 0.0000, 0.0000])
+        >>> doubted, sure = torch.tensor([[0.9, 0.9, 0.0]] * 3), torch.full((3, 3), 0.5)
+        >>> contradiction(prediction, doubted, sure)
+        tensor([ 0.8400,  0.0000, -0.0600])
     """
+    both = torch.stack([doubt, sureness])
     agree = torch.where(prediction[1:] == prediction[0], 1, -len(prediction))
     if present is not None:
-        agree, doubt = agree * present[1:], torch.where(present, doubt, 1.0)
-    least, modalities = doubt.amin(dim=0), agree.sum(dim=0)  # below 0 where one dissents
-    of_one = torch.where(modalities == 1, _OF_ONE * least, 0.0)
-    return torch.where(modalities > 1, least, of_one)
+        agree, both = agree * present[1:], torch.where(present, both, 1.0)
+    least, modalities = both.amin(dim=1), agree.sum(dim=0)  # below 0 where one dissents
+    beyond = torch.sub(least[0], least[1], alpha=_COMMON_ERROR)
+    of_one = torch.where(modalities == 1, _OF_ONE * beyond, 0.0)
+    return torch.where(modalities > 1, beyond, of_one)
 
 
 def held_out(index: Tensor, share: float) -> Tensor:
@@ -338,7 +368,7 @@ def held_out(index: Tensor, share: float) -> Tensor:
 def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: Tensor) -> Tensor:
     """Label noise that samples held out show: to all able heads, or to the fused one alone.
 
-    ``max(contradicted, 2 c max(0, 1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``, over modalities k.
+    ``max(contradicted, c (1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``, over modalities k.
     What a fusion doubts of samples held out, and no less of those that it is trained on, it may
     just not have learnt yet. What it doubts less and less of the latter alone, it learns by heart;
     once nothing of that is left there is nothing to see, as on clean data whose classes do not
@@ -347,32 +377,32 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
     cubed, since skills found on few samples are rough. Definition chosen here.
 
     Args:
-        contradicted: ``contradiction``, averaged over samples held out, a scalar in [0, 1].
+        contradicted: ``contradiction``, averaged over samples held out, a scalar in [-0.12, 1].
         trained: ``doubt`` of the fused head, averaged over samples trained on, ``c``, a scalar in
             [0, 1].
         held_out: The same over samples held out, ``c'``.
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        A scalar in [0, 1]; ``contradicted`` without a modality (M = 0).
+        A scalar in [-0.12, 1], below 0 where nothing is seen; ``contradicted`` without a modality
+        (M = 0).
 
     Example:
         >>> trained, held_out = torch.tensor(0.1), torch.tensor(0.2)
         >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.0]))
-        tensor(0.1000)
+        tensor(0.0500)
         >>> seen_noise(torch.tensor(0.01), trained, held_out, torch.tensor([0.5, 0.5]))
         tensor(0.0100)
     """
     if skill.shape[-1] == 1:
         return contradicted
-    # Times the cube root of 2, which its cube is twice of.
-    ahead = torch.rsub(skill[1:].amax() / skill[0], _CUBE_ROOT_OF_2, alpha=_CUBE_ROOT_OF_2)
+    ahead = torch.rsub(skill[1:].amax() / skill[0], 1.0)
     by_heart = torch.addcdiv(trained, trained.square(), held_out, value=-1.0)  # c (1 - c / c')
     return torch.fmax(contradicted, by_heart * ahead.clamp_min(0.0).pow(3))  # of 0 / 0, the former
 
 
 def noise_pressure(
-    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.04
+    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.02
 ) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
@@ -380,15 +410,15 @@ def noise_pressure(
     it has not learnt yet surprise it alike, and less is applied. Definition chosen here.
 
     Args:
-        label_noise: Mean ``contradiction``, in [0, 1].
+        label_noise: Mean ``contradiction``, in [-0.12, 1].
         trust: In the fused head, in [0, 1]; a number or a tensor that broadcasts.
         full_at: Share from which the weighting acts in full, > 0.
 
     Returns:
-        Same shape, in [0, 1]: ``min(1, label_noise / full_at) * min(1, 4 * trust)``.
+        Same shape, in [0, 1]: ``clamp(label_noise / full_at, 0, 1) * min(1, 4 * trust)``.
 
     Example:
-        >>> noise_pressure(torch.tensor([0.0, 0.02, 0.3]))
+        >>> noise_pressure(torch.tensor([-0.01, 0.01, 0.3]))
         tensor([0.0000, 0.5000, 1.0000])
     """
     credible = (4.0 * trust).clamp_max(1.0) if isinstance(trust, Tensor) else min(4.0 * trust, 1.0)

@@ -88,7 +88,8 @@ class Specification(SimpleNamespace):
         asked = mask & ref.witnesses(self.skill)[:, None]
         labels = target if soft else np.where(counts, target, 0)
         alone = ref.doubt(found.prediction, *said, labels)
-        doubted = ref.contradiction(found.prediction, alone, asked)
+        sure = ref.sureness(said[1], self._classes)
+        doubted = ref.contradiction(found.prediction, alone, sure, asked)
         if valid.any() and index is not None and settings.held_out > 0.0:
             rate = self._rate if self.seen[0] else 1.0
             self.doubted += rate * (alone[0, valid].mean() - self.doubted)

@@ -177,7 +177,8 @@ def test_difficulty() -> None:
 def contradicted(
     prediction: Any, nll: Any, entropy: Any, target: Any, present: Any = None
 ) -> ref.Array:
-    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), present)
+    sure = ref.sureness(entropy, 4)
+    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), sure, present)
 
 
 def test_contradiction() -> None:
@@ -189,15 +190,21 @@ def test_contradiction() -> None:
     nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
     calm = np.zeros((3, 5))
     found = contradicted(prediction, nll, calm, [0, 0, 0, 0, 0], present)
-    assert_allclose(found, [0.5, 0.0, 0.0, 0.5 / 20, 0.0], rtol=1e-14)
-    assert contradicted([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]).tolist() == [0]
+    assert_allclose(found, [0.38, -0.12, 0.0, 0.38 / 40, 0.0], rtol=1e-14)
+    assert_allclose(contradicted([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]), -0.12 / 40)
     assert contradicted([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
-    # As unsure as they are surprised.
-    assert contradicted([[1], [1]], [[1.0], [2.0]], [[1.5], [2.0]], [0]).tolist() == [0]
+    # As unsure as they are surprised; one of them knows half of what there is, one all.
+    half = np.log(2.0)
+    assert_allclose(contradicted([[1], [1]], [[half], [2.0]], [[half], [0.0]], [0]), -0.06 / 40)
     # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
     found = contradicted([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
-    assert_allclose(found, [0.15 / 20, 0.0, 0.0], rtol=1e-14)
+    assert_allclose(found, [(0.15 - 0.12) / 40, -0.12 / 40, 0.0], rtol=1e-12)
+
+
+def test_sureness() -> None:
+    assert_allclose(ref.sureness(np.log([[1.0, 2.0, 4.0]]), 4), [[1.0, 0.5, 0.0]], atol=1e-15)
+    assert ref.sureness([0.0], 1).tolist() == [1.0]
 
 
 def test_doubt() -> None:
@@ -215,18 +222,23 @@ def test_doubt() -> None:
 def test_seen_noise() -> None:
     # Of 0.4 held out: nothing left, a quarter, half, all, more; modalities tell nothing.
     found = [ref.seen_noise(0.05, c, 0.4, [0.8, 0.0, 0.0]) for c in (0.0, 0.1, 0.2, 0.4, 0.5)]
-    assert_allclose(found, [0.05, 0.15, 0.2, 0.05, 0.05], rtol=1e-14)
-    assert_allclose(ref.seen_noise(0.0, 0.2, 0.4, [0.8, 0.4, 0.1]), 0.2 / 8, rtol=1e-14)
-    for skill in ([0.8, 0.1, 0.9], [0.0, 0.0], [0.8]):
+    assert_allclose(found, [0.05, 0.075, 0.1, 0.05, 0.05], rtol=1e-14)
+    assert_allclose(ref.seen_noise(0.0, 0.2, 0.4, [0.8, 0.4, 0.1]), 0.1 / 8, rtol=1e-14)
+    for skill in ([0.8, 0.1, 0.9], [0.0, 0.0], [0.8], [0.0, 0.3]):
         assert ref.seen_noise(0.05, 0.2, 0.4, skill) == 0.05
+    # Nothing is seen: below 0, unless the fusion is asked, and answers 0.
+    assert ref.seen_noise(-0.1, 0.0, 0.0, [0.8, 0.0]) == -0.1
+    assert ref.seen_noise(-0.1, 0.2, 0.4, [0.0, 0.0]) == -0.1
+    assert ref.seen_noise(-0.1, 0.0, 0.4, [0.8, 0.0]) == 0.0
+    assert ref.seen_noise(-0.1, 0.2, 0.4, [0.0, 0.8]) == 0.0
     assert ref.seen_noise(0.5, 0.2, 0.4, [0.8, 0.0]) == 0.5
     assert ref.seen_noise(0.0, 0.0, 0.0, [0.8, 0.0]) == 0
 
 
 def test_noise_pressure() -> None:
-    assert_allclose(ref.noise_pressure([0.0, 0.01, 0.04, 0.6]), [0.0, 0.25, 1.0, 1.0], rtol=1e-14)
+    assert_allclose(ref.noise_pressure([-1, 0.0, 0.005, 0.02]), [0.0, 0.0, 0.25, 1.0], rtol=1e-14)
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
-    assert_allclose(ref.noise_pressure(0.02, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
+    assert_allclose(ref.noise_pressure(0.01, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
 
 
 def test_log_weights_fall_with_surprise() -> None:

@@ -41,6 +41,7 @@ from dyncim_core.signals import (
     sample_weights,
     seen_noise,
     share_to_learn,
+    sureness,
     surprise,
     target_entropy,
     volatility_weights,
@@ -310,7 +311,7 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     near_zero, moved = torch.tensor([0.0], dtype=torch.float64), torch.tensor([1e-3]).double()
     assert_allclose(relative_change(moved, near_zero), [1.0], rtol=1e-6)
     assert_allclose(relative_change(moved, near_zero), ref.relative_change([1e-3], [0.0]), 1e-6)
-    assert_allclose(noise_pressure(torch.tensor([0.02])), [0.5], rtol=1e-6)
+    assert_allclose(noise_pressure(torch.tensor([0.01])), [0.5], rtol=1e-6)
 
 
 def test_nothing_volatile_is_uniform() -> None:
@@ -477,16 +478,21 @@ def votes(draw: st.DrawFn) -> tuple[Array, Array, Array | None]:
     return prediction.astype(np.int64), label.astype(np.int64), present
 
 
+CONTRADICTED_CLASSES = 3
+
+
 def contradicted(
     prediction: Tensor, nll: Tensor, entropy: Tensor, target: Tensor, present: Tensor | None = None
 ) -> Tensor:
-    return contradiction(prediction, doubt(prediction, nll, entropy, target), present)
+    sure = sureness(entropy, CONTRADICTED_CLASSES)
+    return contradiction(prediction, doubt(prediction, nll, entropy, target), sure, present)
 
 
 def ref_contradicted(
     prediction: Array, nll: Array, entropy: Array, target: Array, present: Array | None = None
 ) -> Array:
-    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), present)
+    sure = ref.sureness(entropy, CONTRADICTED_CLASSES)
+    return ref.contradiction(prediction, ref.doubt(prediction, nll, entropy, target), sure, present)
 
 
 @given(votes(), arrays((4, 3), reals(0, 1)), st.data())
@@ -494,7 +500,7 @@ def test_contradiction_agrees_with_the_reference(
     case: tuple[Array, Array, Array | None], likely: Array, data: st.DataObject
 ) -> None:
     prediction, label, present = case
-    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, 8))) for _ in range(2))
+    nll, entropy = (data.draw(arrays(prediction.shape, reals(0, n))) for n in (8, 1))
     certain, unsure = np.eye(3)[label], likely / (likely.sum(axis=1, keepdims=True) + 1e-300)
     for target in (label, certain, unsure):
         actual = contradicted(
@@ -506,7 +512,7 @@ def test_contradiction_agrees_with_the_reference(
         )
         expected = ref_contradicted(prediction, nll, entropy, target, present)
         assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
-        assert ((actual >= 0) & (actual <= 1)).all()
+        assert ((actual >= -0.12) & (actual <= 1)).all()
         if target is not unsure:  # a class is one-hot
             alike = ref_contradicted(prediction, nll, entropy, label, present)
             assert_allclose(actual, alike, rtol=1e-12, atol=1e-15)
@@ -515,21 +521,23 @@ def test_contradiction_agrees_with_the_reference(
 @given(
     arrays((4, 3), st.integers(0, 2)),
     arrays((4, 3), reals(0, 8)),
+    arrays((4, 3), reals(0, 1)),
     arrays((3, 3), st.booleans()),
     st.randoms(),
 )
 def test_absent_votes_and_the_order_of_the_modalities_do_not_matter(
-    votes: Array, excess: Array, mask: Array, random: Any
+    votes: Array, excess: Array, entropies: Array, mask: Array, random: Any
 ) -> None:
     prediction, label = torch.from_numpy(votes).long(), torch.tensor([0, 1, 2])
-    nll, calm = to_torch(excess), torch.zeros(4, 3, dtype=torch.float64)
+    nll, calm = to_torch(excess), to_torch(entropies)
     present = torch.cat([torch.ones(1, 3, dtype=torch.bool), torch.from_numpy(mask).bool()])
     doubted = contradicted(prediction, nll, calm, label, present)
     garbage = torch.where(present, prediction, -1)
     spoilt = torch.where(present, nll, math.nan)
-    assert torch.equal(contradicted(garbage, spoilt, calm, label, present), doubted)
+    spoilt_calm = torch.where(present, calm, math.nan)
+    assert torch.equal(contradicted(garbage, spoilt, spoilt_calm, label, present), doubted)
     order = [0, *random.sample([1, 2, 3], 3)]
-    again = contradicted(prediction[order], nll[order], calm, label, present[order])
+    again = contradicted(prediction[order], nll[order], calm[order], label, present[order])
     assert torch.equal(again, doubted)
 
 
@@ -540,13 +548,41 @@ def test_the_least_surprised_head_limits_the_contradiction(
     prediction, label = torch.ones(3, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     calm = torch.zeros(3, 4, dtype=torch.float64)
     doubted = contradicted(prediction, to_torch(excess), calm, label)
-    assert_allclose(doubted, 1 - np.exp(-excess.min(axis=0)), rtol=1e-12, atol=1e-15)
+    assert_allclose(doubted, 0.88 - np.exp(-excess.min(axis=0)), rtol=1e-12, atol=1e-15)
     excess[head] = np.maximum(excess[head], excess.min(axis=0) + more)
     others = np.delete(excess, head, axis=0).min(axis=0)
     raised = contradicted(prediction, to_torch(excess), calm, label)
-    assert_allclose(raised, 1 - np.exp(-np.minimum(others, excess[head])), rtol=1e-12, atol=1e-15)
+    least = np.minimum(others, excess[head])
+    assert_allclose(raised, 0.88 - np.exp(-least), rtol=1e-12, atol=1e-15)
     excess[head] = 0.0  # as unsure as it is surprised
-    assert not contradicted(prediction, to_torch(excess), calm, label).any()
+    assert_allclose(contradicted(prediction, to_torch(excess), calm, label), -0.12, rtol=1e-12)
+
+
+@given(arrays((3, 4), reals(0, 1)), st.integers(0, 2))
+def test_the_least_sure_head_limits_what_all_may_be_wrong_about(
+    entropies: Array, head: int
+) -> None:
+    prediction, label = torch.ones(3, 4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    nothing = torch.zeros(3, 4, dtype=torch.float64)
+    found = contradicted(prediction, nothing, to_torch(entropies), label)
+    least = 1 - entropies.max(axis=0) / math.log(CONTRADICTED_CLASSES)
+    assert_allclose(found, -0.12 * least, rtol=1e-12, atol=1e-15)
+    entropies[head] = math.log(CONTRADICTED_CLASSES)  # that knows nothing
+    unsure = contradicted(prediction, nothing, to_torch(entropies), label)
+    assert_allclose(unsure, 0.0, atol=1e-15)
+    dissenting = torch.arange(3).eq(head).long().unsqueeze(1) + prediction
+    assert not contradicted(dissenting, nothing, nothing, label).any()
+
+
+@given(arrays((2, 3), reals(0, 8)), st.integers(1, 6))
+def test_sureness_agrees_with_the_reference(entropy: Array, classes: int) -> None:
+    found = sureness(to_torch(entropy), classes)
+    assert_allclose(found, ref.sureness(entropy, classes), rtol=1e-12, atol=1e-12)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert torch.equal(sureness(torch.tensor([0.0, -1.0]), classes), torch.ones(2))
+    if classes > 1:
+        undecided = torch.tensor([math.log(classes)], dtype=torch.float64)
+        assert_allclose(sureness(undecided, classes), 0.0, atol=1e-12)
 
 
 def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> None:
@@ -554,21 +590,22 @@ def test_agreement_on_a_wrong_class_is_a_contradiction_and_nothing_else_is() -> 
     prediction = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 2, 1]])
     sure = torch.full((3, 4), 2.0).log(), torch.zeros(3, 4)
     doubted = contradicted(prediction, *sure, torch.tensor([0, 0, 0, 0]))
-    assert_allclose(doubted, [0.5, 0.0, 0.0, 0.0], rtol=1e-6)
+    assert_allclose(doubted, [0.5 - 0.12, -0.12, 0.0, 0.0], rtol=1e-6)
 
 
 def test_one_head_alone_contradicts_nothing_and_one_modality_next_to_nothing() -> None:
     one, calm = torch.ones(1, 1), torch.zeros(1, 1)
     assert contradicted(torch.tensor([[1]]), one, calm, torch.tensor([0])).tolist() == [0]
-    for modalities, expected in ((1, 0.05), (2, 1.0)):
+    beyond = 1 - math.exp(-1) - 0.12
+    for modalities, expected in ((1, 0.025), (2, 1.0)):
         shape = 1 + modalities, 1
         found = torch.ones(shape).long(), torch.ones(shape), torch.zeros(shape), torch.tensor([0])
-        assert_allclose(contradicted(*found), [expected * (1 - math.exp(-1))], rtol=1e-6)
+        assert_allclose(contradicted(*found), [expected * beyond], rtol=1e-6)
         present = torch.ones(shape, dtype=torch.bool)
         assert_allclose(contradicted(*found, present), contradicted(*found))
         present[-1] = False
-        expected = 0.05 if modalities == 2 else 0.0
-        assert_allclose(contradicted(*found, present), [expected * (1 - math.exp(-1))], rtol=1e-6)
+        expected = 0.025 if modalities == 2 else 0.0
+        assert_allclose(contradicted(*found, present), [expected * beyond], rtol=1e-6)
     nothing = torch.tensor([[1], [1]]), torch.full((2, 1), math.nan), torch.zeros(2, 1)
     alone = torch.tensor([[True], [False]])
     assert contradicted(*nothing, torch.tensor([0]), alone).tolist() == [0]
@@ -594,7 +631,7 @@ def test_doubt_is_what_goes_beyond_the_head_s_own_uncertainty(
         assert doubt(absent, *given[1:], torch.from_numpy(target)).isfinite().all()
 
 
-@given(arrays(3, reals(0, 1)), reals(0, 1), reals(2**-6, 1))
+@given(arrays(3, reals(-0.125, 1)), reals(0, 1), reals(2**-6, 1))
 def test_noise_pressure_agrees_with_the_reference(
     noise: Array, trust: float, full_at: float
 ) -> None:
@@ -635,19 +672,20 @@ def test_held_out_none_and_all() -> None:
 def test_noise_is_what_all_heads_contradict_or_the_fusion_learns_by_heart(
     shares: Array, skills: Array
 ) -> None:
+    shares[0] = 1.12 * shares[0] - 0.12
     contradicted, trained, held = to_torch(shares)
     skill = to_torch(skills)
     noise = seen_noise(contradicted, trained, held, skill)
     assert_allclose(noise, ref.seen_noise(*shares, skills), rtol=1e-12, atol=1e-15)
-    assert contradicted <= noise <= max(contradicted, held) + 1e-12
+    assert contradicted <= noise <= max(contradicted, held / 4) + 1e-12
     repeated = torch.cat([skill, skill[:1]])  # a modality that knows as much
-    assert seen_noise(contradicted, trained, held, repeated) == contradicted
+    assert seen_noise(contradicted, trained, held, repeated) <= max(contradicted, 0.0)
     alone = torch.tensor([1.0, 0.0]).double()
     half_left = seen_noise(contradicted, held / 2, held, alone)
-    assert_allclose(half_left, max(contradicted, held / 2), rtol=1e-12)
+    assert_allclose(half_left, max(contradicted, held / 4) if held else contradicted, rtol=1e-12)
     assert seen_noise(contradicted, held / 2, held, alone[:1]) == contradicted  # no modality
     for learnt in (held, 0.0 * held):  # nothing by heart, or all
-        assert seen_noise(contradicted, learnt, held, alone) == contradicted
+        assert seen_noise(contradicted, learnt, held, alone) <= max(contradicted, 0.0)
 
 
 @all_dtypes

@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 12 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 13 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -27,7 +27,8 @@
 #define GROUPS 1024 /* of classes that are told apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LEAST_LOG -100.0f /* log-probability in the pool of all heads */
-#define OF_ONE 0.05f /* what a contradiction counts that only one modality bears out */
+#define OF_ONE 0.025f /* what a contradiction counts that only one modality bears out */
+#define COMMON_ERROR 0.12f /* of what all heads are sure of, what they may be wrong about */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
 #define BLOCK 512
@@ -66,6 +67,7 @@ typedef struct {
 typedef struct {
     float deviation[ROWS], consistency[ROWS], surprise[ROWS];
     float doubt[ROWS];                   /* of the target, by the head that doubts it least */
+    float common[ROWS];                  /* what heads that agree may be wrong about together */
     int32_t finite[ROWS], agree[ROWS];   /* statistics are; heads, two at least, do */
 } Signals;
 
@@ -84,7 +86,7 @@ typedef struct {
     void (*signals)(const float *nll, const uint8_t *present, int64_t plane, const float *entropy,
                     const float *distance, const int64_t *prediction, int64_t near,
                     const uint8_t *asked, const float *head_weight, const float *usual,
-                    int64_t heads, int64_t count, Signals *out);
+                    float per_log, int64_t heads, int64_t count, Signals *out);
     void (*weighted_sums)(const float *w, const float *x, int64_t count, double *sums);
     double (*coefficients)(const float *w, float factor, const float *loss, int guard,
                            int64_t count, float *coefficient, float *value);
@@ -509,9 +511,10 @@ static void find_witnesses(const float *skill, int64_t heads, uint8_t *asked) {
  * doubts of samples trained on and held out, as far as it knows more than any modality. */
 static double seen_noise(double contradicted, double trained, double held_out, const float *skill,
                          int64_t heads) {
-    double best = best_of(skill + 1, heads - 1), of_fused = 0.0;
-    if (held_out > trained && skill[0] > best)
-        of_fused = 2.0 * trained * (1.0 - trained / held_out) * pow(1.0 - best / skill[0], 3.0);
+    double best = best_of(skill + 1, heads - 1), ahead = 0.0;
+    if (heads == 1 || held_out == 0.0 || (best == 0.0 && skill[0] == 0.0f)) return contradicted;
+    if (skill[0] > best) ahead = 1.0 - best / skill[0];
+    double of_fused = trained * (1.0 - trained / held_out) * pow(ahead, 3.0);
     return of_fused > contradicted ? of_fused : contradicted;
 }
 
@@ -653,7 +656,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     find_witnesses(s->skill, H, asked);
     find_trust(s->skill, H, head_weight);
     double credible = o->label_noise < 0.0 ? clamp(4.0 * head_weight[0], 0.0, 1.0) : 1.0;
-    double rho = o->surprise_strength * clamp(noise / 0.04, 0.0, 1.0) * credible;
+    double rho = o->surprise_strength * clamp(noise / 0.02, 0.0, 1.0) * credible;
     for (int64_t h = 0; h < H; h++) {
         head_weight[h] *= head_weight[h];
         usual[h] = s->seen[h] ? -s->log_quality[h] : INFINITY;
@@ -669,7 +672,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             }
             rows_of.signals(nll + i, p->present ? p->present + i : NULL, B, found->entropy + here,
                             found->distance + here, found->prediction + here, found->near, asked,
-                            head_weight, usual, H, left, &signals);
+                            head_weight, usual, (float)per_log, H, left, &signals);
             from += left;
         }
         r = i % rows;
@@ -693,8 +696,8 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
             hard += share[k] * says[k];
         }
         t->count++;
-        int contradicts = signals.agree[r] && found->prediction[here] != y;
-        double doubt = contradicts ? signals.doubt[r] : 0.0;
+        double doubt = signals.agree[r] ? -signals.common[r] : 0.0;
+        if (signals.agree[r] && found->prediction[here] != y) doubt += signals.doubt[r];
         t->contradicted += doubt;
         log_weight[i] = (float)-rho * signals.surprise[r];
         difficulty[i] = (float)hard;

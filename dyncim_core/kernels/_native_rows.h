@@ -449,12 +449,13 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
                                 const float *entropy, const float *distance,
                                 const int64_t *prediction, int64_t near,
                                 const uint8_t *asked, const float *head_weight,
-                                const float *usual, int64_t heads, int64_t count, Signals *out) {
+                                const float *usual, float per_log, int64_t heads, int64_t count,
+                                Signals *out) {
     static const uint8_t all[ROWS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     float number[ROWS] = {0.0f}, surprisal[ROWS] = {0.0f}, excess[ROWS] = {0.0f};
-    float apart[ROWS] = {0.0f}, mass[ROWS] = {0.0f}, least[ROWS];
+    float apart[ROWS] = {0.0f}, mass[ROWS] = {0.0f}, least[ROWS], most[ROWS];
     int32_t finite[ROWS], differ[ROWS] = {0}, witnesses[ROWS] = {0};
-    for (int r = 0; r < ROWS; r++) finite[r] = 1, least[r] = INFINITY;
+    for (int r = 0; r < ROWS; r++) finite[r] = 1, least[r] = INFINITY, most[r] = -INFINITY;
     for (int64_t h = 0; h < heads; h++) {
         const uint8_t *here = present ? present + h * plane : all;
         const float *x = nll + h * plane, *calm = entropy + h * near;
@@ -471,6 +472,7 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
             int32_t says = (here[r] != 0) & asked[h];
             witnesses[r] += says;
             least[r] = says && beyond < least[r] ? beyond : least[r];
+            most[r] = says && calm[r] > most[r] ? calm[r] : most[r];
             differ[r] |= says && prediction[h * near + r] != prediction[r];
         }
     }
@@ -487,7 +489,9 @@ static void FOR_TARGET(signals)(const float *nll, const uint8_t *present, int64_
     FOR_TARGET(exp_row)(least, ROWS);
     for (int r = 0; r < ROWS; r++) {
         out->deviation[r] = 1.0f - surprisal[r];
-        out->doubt[r] = (1.0f - least[r]) * (witnesses[r] > 2 ? 1.0f : OF_ONE);
+        float counts = witnesses[r] > 2 ? 1.0f : OF_ONE;
+        out->doubt[r] = (1.0f - least[r]) * counts;
+        out->common[r] = (1.0f - most[r] * per_log) * COMMON_ERROR * counts;
     }
 }
 

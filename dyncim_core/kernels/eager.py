@@ -63,6 +63,7 @@ from dyncim_core.signals import (
     sample_weights,
     seen_noise,
     share_to_learn,
+    sureness,
     surprise,
     target_entropy,
     volatility_weights,
@@ -349,7 +350,8 @@ def weigh(
         asked = witnesses(buffers.skill).unsqueeze(1)
         asked = asked.expand_as(nll) if present is None else asked & present
     own_doubt = doubt(found.prediction, nll, entropy, target)
-    contradicted = by_all = contradiction(found.prediction, own_doubt, asked)
+    sure = sureness(entropy, num_classes)
+    contradicted = by_all = contradiction(found.prediction, own_doubt, sure, asked)
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:

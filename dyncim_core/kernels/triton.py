@@ -279,7 +279,8 @@ _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and sam
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust
-_OF_ONE = tl.constexpr(0.05)  # what a contradiction counts that only one modality bears out
+_OF_ONE = tl.constexpr(0.025)  # what a contradiction counts that only one modality bears out
+_COMMON_ERROR = tl.constexpr(0.12)  # of what all heads are sure of, what they may be wrong about
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LEAST_QUALITY = tl.constexpr(0.1)
@@ -618,7 +619,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise, credible = known_noise, 1.0
-    rho = strengths[0] * tl.minimum(noise / 0.04, 1.0) * credible
+    rho = strengths[0] * tl.minimum(tl.maximum(noise / 0.02, 0.0), 1.0) * credible
     shared = 1.0 - tl.load(buffers.quality).to(tl.float32)
     kappa = strengths[1] * shared
     shares: tl.tuple = ()
@@ -636,7 +637,7 @@ def _curriculum(
     signals: tl.tuple = (zero, zero, zero)
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
-        nll, here, kept, valid, held, heard, signal, difficulty, surprise, doubt = _signals(
+        nll, here, kept, valid, held, heard, signal, difficulty, surprise, told = _signals(
             found,
             present,
             criterion,
@@ -667,7 +668,9 @@ def _curriculum(
         prediction = tl.load(found.prediction + at, mask=here, other=0)
         fused = tl.load(found.prediction + i, mask=i < batch, other=0)
         differ = others & (prediction != fused[None, :])
-        doubt = tl.where(tl.sum(others.to(tl.int32), 0) > 1, doubt, _OF_ONE * doubt)
+        # As dyncim_core.signals.contradiction defines it.
+        beyond = tl.where(fused != y, told[0], 0.0) - _COMMON_ERROR * told[1]
+        beyond = tl.where(tl.sum(others.to(tl.int32), 0) > 1, beyond, _OF_ONE * beyond)
         agree = (tl.sum(differ.to(tl.int32), 0) == 0) & (tl.sum(others.to(tl.int32), 0) > 0)
         if below is not None:
             left_out += held.to(tl.float32)
@@ -680,7 +683,7 @@ def _curriculum(
             slope = tl.where(asked_here, nll + awaited, 0.0)
             of_others = tl.sum(tl.where((head > 0)[:, None], slope, 0.0), 0)[None, :]
             slope -= tl.where((head == 0)[:, None], shared * of_others, 0.0)
-            doubted = tl.where(agree & (fused != y), doubt, 0.0)[None, :]
+            doubted = tl.where(agree, beyond, 0.0)[None, :]
             alone = 1.0 - tl.exp(-tl.maximum(nll - entropy, 0.0))
             alone = tl.where(prediction != y[None, :], alone, 0.0)
             of_fused = tl.sum(tl.where((head == 0)[:, None], alone, 0.0), 0)
@@ -695,7 +698,7 @@ def _curriculum(
                 said[6] + tl.where(asked_here, alone, 0.0),
             )
         else:
-            contradicted += tl.where(valid & agree & (fused != y), doubt, 0.0)
+            contradicted += tl.where(valid & agree, beyond, 0.0)
         if skip:
             left_out += (kept & (valid == 0)).to(tl.float32)
         heavy = zero + 1.0
@@ -987,10 +990,12 @@ def _listen(
     noise = tl.sum(tl.where(head == 0, contradicted / positive, 0.0), 0)
     # As dyncim_core.signals.seen_noise defines it.
     alone = tl.sum(tl.where(head == 0, alone / positive, 0.0), 0)
-    by_heart = tl.maximum(1.0 - doubted / tl.maximum(alone, 1e-30), 0.0)
+    by_heart = doubted * (1.0 - doubted / tl.where(alone > 0, alone, 1.0))
     best = tl.max(tl.where((head > 0) & (head < known), skill, 0.0), 0)
     ahead = tl.maximum(fused - best, 0.0) / tl.where(fused > 0, fused, 1.0)
-    noise = tl.maximum(noise, 2.0 * doubted * by_heart * ahead * ahead * ahead)
+    of_fused = tl.maximum(noise, by_heart * ahead * ahead * ahead)
+    tells = (alone > 0) & ((fused > 0) | (best > 0)) & (known > 1)
+    noise = tl.where(tells, of_fused, noise)
     noise = tl.where(some, noise, tl.load(buffers.label_noise))
     tl.store(buffers.label_noise, noise)
     # As dyncim_core.modality.logit_weights defines it.
@@ -1061,11 +1066,15 @@ def _signals(
     for k in tl.static_range(3):
         difficulty += tl.where(moved > 0, shares[k] / moved, 1.0 / 3) * signals[k]
     excess = tl.maximum(nll - entropy, 0.0)
-    doubt = 1.0 - tl.exp(-tl.min(tl.where(here & asked[:, None], excess, float("inf")), 0))
+    asked_here = here & asked[:, None]
+    told = (
+        1.0 - tl.exp(-tl.min(tl.where(asked_here, excess, float("inf")), 0)),
+        1.0 - per_log * tl.max(tl.where(asked_here, entropy, float("-inf")), 0),
+    )
     mass = tl.sum(tl.where(here, head_weight[:, None], 0.0), 0)
     excess = tl.maximum(nll - tl.minimum(entropy, usual[:, None]), 0.0)
     surprise = tl.sum(head_weight[:, None] * excess, 0) / tl.where(mass > 0, mass, 1.0)
-    return nll, here, kept, valid, held, heard, signals, difficulty, surprise, doubt
+    return nll, here, kept, valid, held, heard, signals, difficulty, surprise, told
 
 
 @_jit
