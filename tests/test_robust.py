@@ -685,7 +685,7 @@ def test_label_noise_is_what_all_able_modalities_contradict(backend: str) -> Non
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(1000)
     target = index % 4
-    wrong = torch.rand(1000, generator=generator) < 0.4
+    wrong = torch.rand(1000, generator=generator) < 0.3
     given = torch.where(wrong, (target + 1) % 4, target)
     right = 6.0 * F.one_hot(target, 4).float()
     guess, other = 6.0 * F.one_hot(torch.randint(4, (2, 1000), generator=generator), 4).float()

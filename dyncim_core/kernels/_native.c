@@ -28,7 +28,7 @@
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LEAST_LOG -100.0f /* log-probability in the pool of all heads */
 #define OF_ONE 0.025f /* what a contradiction counts that only one modality bears out */
-#define COMMON_ERROR 0.12f /* of what all heads are sure of, what they may be wrong about */
+#define COMMON_ERROR 0.06f /* of what all heads are sure of, what they may be wrong about */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
 #define BLOCK 512
