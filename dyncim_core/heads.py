@@ -89,7 +89,7 @@ def head_statistics(
     _checks.check_present(present, (len(logits), logits[0].shape[0]), logits[0].device)
     _checks.check_class_weight(weight, logits[0])
     kernels = select(check_backend(backend), logits, target, (present, weight))
-    criterion = Criterion(target, weight, ignore_index, label_smoothing)
+    criterion = Criterion(target, weight, int(ignore_index), float(label_smoothing))
     found = kernels.statistics(logits, present, criterion)
     loss, nll, entropy, distance = found.rows
     present_or_all = None if present is None else present.to(loss.dtype)

@@ -228,7 +228,8 @@ class DynCIMLoss(nn.Module):
             smoothing = criterion.label_smoothing
             if not 0.0 <= smoothing <= 1.0:
                 raise ValueError(f"label_smoothing: expected a value in [0, 1], got {smoothing}")
-            read = Criterion(target, weight, criterion.ignore_index, smoothing)
+            # Numbers of NumPy are none to a compiler of kernels.
+            read = Criterion(target, weight, int(criterion.ignore_index), float(smoothing))
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")

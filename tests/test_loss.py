@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -444,6 +445,19 @@ def test_label_noise_turns_the_surprise_on() -> None:
     for label in range(CLASSES):  # what is taken from them goes to others of their class
         assert_allclose(weights[labels == label].mean(), 1.0, rtol=1e-2)
     assert set(criterion.state.suspects(12).indices.tolist()) == set(range(12))
+
+
+def test_kernels_get_numbers_that_compilers_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    kernels = types.SimpleNamespace(curriculum=lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr("dyncim_core.loss.select", lambda *arguments: kernels)
+    criterion = DynCIMLoss(
+        nn.CrossEntropyLoss(ignore_index=np.int64(-1), label_smoothing=np.float64(0.1))
+    )
+    with pytest.raises(AttributeError):  # there are no kernels
+        criterion(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]))
+    assert [type(x) for x in given[2][2:]] == [int, float]
+    assert given[2][2:] == (-1, 0.1)
 
 
 def test_a_head_without_skill_makes_no_label_look_wrong() -> None:

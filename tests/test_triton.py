@@ -29,7 +29,9 @@ from dyncim_core.kernels import eager
 from dyncim_core.kernels.interface import Criterion, Gate, Kept, Learnt, Settings
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+if ON_GPU:  # or nothing would be compiled
+    os.environ.pop("TRITON_INTERPRET", None)
+elif os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", minversion="3.3")
 from dyncim_core.kernels import triton as kernel  # noqa: E402
@@ -655,7 +657,54 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Any) -> None:
     subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
 
 
+@pytest.mark.usefixtures("chosen")
+def test_negated_views_keep_their_sign() -> None:
+    """Their memory holds the other."""
+    heads = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in range(3)]
+    target, weight = torch.arange(6, device=DEVICE) % 5, torch.rand(5, device=DEVICE)
+    found = []
+    for backend, class_weight in (("triton", torch._neg_view(-weight)), ("eager", weight)):
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(class_weight), modalities=2, backend=backend).to(
+            DEVICE
+        )
+        loss = criterion(heads[0], target, unimodal=heads[1:])
+        factor = torch.complex(torch.zeros_like(loss), torch.ones_like(loss)).conj().imag
+        assert factor.is_neg()
+        found.append((loss.detach(), *torch.autograd.grad(loss, heads, factor)))
+    for x, y in zip(*found, strict=True):
+        close(x, y)
+
+
+@pytest.mark.usefixtures("chosen")
+def test_logits_without_memory_are_given_some() -> None:
+    found = []
+    for backend, empty in (("triton", torch._efficientzerotensor), ("eager", torch.zeros)):
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=1, backend=backend).to(DEVICE)
+        fused = torch.ones(4, 3, device=DEVICE, requires_grad=True)
+        target = torch.arange(4, device=DEVICE) % 3
+        found.append(criterion(fused, target, unimodal=[empty((4, 3), device=DEVICE)]).detach())
+    close(*found)
+
+
+@pytest.mark.usefixtures("chosen")
+def test_buffers_that_lie_otherwise_are_refused() -> None:
+    heads = [torch.randn(6, 5, device=DEVICE, requires_grad=True) for _ in range(3)]
+    target = torch.arange(6, device=DEVICE) % 5
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, backend="triton").to(DEVICE)
+    averages = criterion.state.held_out_averages
+    averages.data = torch.zeros(averages.shape[::-1], device=DEVICE).t()
+    with pytest.raises(
+        TypeError, match=r"state: expected contiguous buffers, got strides \(1, 7\)"
+    ):
+        criterion(heads[0], target, unimodal=heads[1:])
+    criterion.state.seen.data = criterion.state.seen[:2].clone()
+    with pytest.raises(ValueError, match=r"state: expected buffers of 3 heads, got 2"):
+        criterion(heads[0], target, unimodal=heads[1:])
+    assert criterion.state.step == 0
+
+
 @on_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's own
 def test_a_step_is_captured_in_a_graph_and_reads_nothing_on_the_host() -> None:
     torch.manual_seed(0)
     criterion = DynCIMLoss(
@@ -667,7 +716,8 @@ def test_a_step_is_captured_in_a_graph_and_reads_nothing_on_the_host() -> None:
 
     def step() -> tuple[Tensor, ...]:
         loss = criterion(heads[0], target, unimodal=heads[1:], index=index)
-        return (loss, *torch.autograd.grad(loss, heads))
+        # Detached: what is left of its graph would tie a capture to the stream it was made on.
+        return (loss.detach(), *torch.autograd.grad(loss, heads))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -12,7 +12,7 @@ eager.py holds the same formulas in PyTorch, reference.py in NumPy; tests compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import log
 from typing import Any
 
@@ -36,6 +36,7 @@ from dyncim_core.kernels.interface import (
     Normaliser,
     Settings,
     Statistics,
+    with_memory,
 )
 from dyncim_core.modality import PRIOR_OF_SKILL, PRIOR_OF_WEIGHT
 
@@ -86,7 +87,7 @@ def statistics(
             found,
             batch,
             classes,
-            smooth=criterion.label_smoothing > 0,
+            smooth=bool(criterion.label_smoothing > 0),
             unrolled=max(1, min(_UNROLLED, 32 // len(logits))),
             **tile,
         )
@@ -102,6 +103,7 @@ def curriculum(
     settings: Settings,
 ) -> Curriculum:
     """Weigh the samples by what the state knows; then take the batch into the state."""
+    _check_kept(buffers, memory, len(buffers.seen), len(logits))
     found = statistics(logits, present, criterion)
     batch, classes = logits[0].shape
     joint = Curriculum(
@@ -178,6 +180,7 @@ def gradients(
     guard: bool,
 ) -> list[Tensor]:
     """``d/d logits`` of ``sum(grad * coefficient * loss)``."""
+    grad = grad.resolve_neg()
     logits, strides = _addressable(logits)
     batch, classes = logits[0].shape
     grads = tuple(x.new_empty((batch, classes)) for x in logits)
@@ -196,7 +199,7 @@ def gradients(
             _contiguous(criterion),
             batch,
             classes,
-            smooth=criterion.label_smoothing > 0,
+            smooth=bool(criterion.label_smoothing > 0),
             guard=guard,
             group=group,
             block=block,
@@ -248,17 +251,27 @@ def gate(
 
 
 def _addressable(logits: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Logits whose columns are next to each other, and the strides of their rows."""
-    found = tuple(x if x.stride(1) == 1 else x.contiguous() for x in logits)
+    """Logits with memory whose columns are next to each other, and the strides of their rows."""
+    found = tuple(with_memory(x if x.stride(1) == 1 else x.contiguous()) for x in logits)
     return found, tuple(x.stride(0) for x in found)
 
 
 def _contiguous(criterion: Criterion) -> Criterion:
+    """The same in memory as it reads; hooks may have packed a saved target in another dtype."""
     weight = criterion.weight
     return criterion._replace(
-        target=criterion.target.contiguous(),
-        weight=None if weight is None else weight.contiguous(),
+        target=criterion.target.long().contiguous(),
+        weight=None if weight is None else weight.resolve_neg().contiguous(),
     )
+
+
+def _check_kept(buffers: Iterable[Tensor], memory: Memory | None, known: int, heads: int) -> None:
+    """Refuse what is kept from step to step unless it lies in memory as the kernels take it."""
+    if known < heads:
+        raise ValueError(f"state: expected buffers of {heads} heads, got {known}")
+    for x in (*buffers, *(memory or ())[1:]):
+        if not x.is_contiguous():
+            raise TypeError(f"state: expected contiguous buffers, got strides {x.stride()}")
 
 
 def _tile(batch: int, classes: int) -> dict[str, Any]:
@@ -735,8 +748,9 @@ def _curriculum(
         log_weight = _log_weight(rho * surprise, kappa * (difficulty - centre))
         # In whole numbers, whose sum does not depend on which thread comes first.
         units = (tl.exp(log_weight - average) * _UNITS + 0.5).to(tl.int64)
-        tl.atomic_add(of_classes + group, 1, mask=valid)
-        tl.atomic_add(of_classes + groups + group, units, mask=valid)
+        # Of integers, and before a barrier: in any order, which a GPU need not enforce.
+        tl.atomic_add(of_classes + group, 1, mask=valid, sem="relaxed")
+        tl.atomic_add(of_classes + groups + group, units, mask=valid, sem="relaxed")
     tl.debug_barrier()  # after it, all is added up
     _level(buffers, of_classes, decays[2], groups)
     tl.debug_barrier()
