@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import shutil
 from typing import Any
@@ -332,23 +333,30 @@ def test_compiles_without_a_break(training: bool) -> None:
     assert_allclose(actual.gates.sum(dim=1).detach(), 1.0, rtol=1e-5)
 
 
-def test_the_fusion_of_inference_is_exported_for_any_batch() -> None:
+def test_the_fusion_of_inference_is_exported_saved_and_loaded_for_any_batch() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fusion = GatedFusion(WIDTHS)
 
         def forward(self, features: dict[str, Tensor], unimodal: dict[str, Tensor]) -> Any:
-            return self.fusion(features, unimodal=unimodal)
+            fused, gates, logits = self.fusion(features, unimodal=unimodal)
+            return fused, gates, logits
 
-    model = Model().eval()
+    model = Model()
+    model(*inputs(64))  # of training, so that there is novelty
+    model.eval()
     shapes = {name: {0: torch.export.Dim("batch", min=2)} for name in NAMES}
     exported = torch.export.export(
         model, inputs(4), dynamic_shapes={"features": shapes, "unimodal": shapes}
     )
-    found = exported.module()(*inputs(7, seed=1))
-    for x, y in zip(found, model(*inputs(7, seed=1)), strict=True):
-        assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    expected = model(*inputs(7, seed=1))
+    for program in (exported, torch.export.load(file)):
+        for x, y in zip(program.module()(*inputs(7, seed=1)), expected, strict=True):
+            assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_follows_the_state_that_it_is_told_to() -> None:

@@ -1327,6 +1327,46 @@ def test_batch_sizes_do_not_compile_anew() -> None:
     assert state.step == 5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_sizes_compile_to_the_same(training: bool) -> None:
+    """Of ``dynamic=True``, torch's decompositions take forms that static sizes never see."""
+    found = []
+    for dynamic in (False, True):
+        state = CurriculumState(2, num_samples=120)
+        criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state, held_out=0.4)
+        fusion = GatedFusion([3, 3], state=state, dropout=0.0)
+
+        def step(
+            a: Tensor,
+            b: Tensor,
+            target: Tensor,
+            index: Tensor,
+            criterion: DynCIMLoss = criterion,
+            fusion: GatedFusion = fusion,
+        ) -> Tensor:
+            fused, _, logits = fusion([a, b], unimodal=[a, b])
+            return criterion(fused[:, :3] + logits, target, unimodal=[a, b], index=index)
+
+        # All of inductor but what writes code.
+        backend = "aot_eager_decomp_partition"
+        call = torch.compile(step, dynamic=True, fullgraph=True, backend=backend)
+        for size in (24, 20, 16):
+            target, index = torch.arange(size) % 3, torch.arange(size)
+            shift = 2.0 * F.one_hot(target, 3)
+            a, b = (shift + randn(size, 3, seed=k) for k in range(2))
+            for part in (criterion, fusion):
+                part.train(training or size > 16)
+            loss = (call if dynamic else step)(a.requires_grad_(), b, target, index)
+            (grad,) = torch.autograd.grad(loss, a)
+            kept = [x.clone() for x in (*state.buffers(), *fusion.buffers())]
+            found.append((loss.detach(), grad, *kept))
+    assert state.label_noise != 0.0
+    for plain, symbolic in zip(found[:3], found[3:], strict=True):
+        for x, y in zip(plain, symbolic, strict=True):
+            assert_allclose(y, x, rtol=1e-5, atol=1e-6)
+
+
 class Smooth(nn.CrossEntropyLoss):
     """A cross-entropy with a forward of its own, which takes the path of any criterion."""
 

@@ -595,9 +595,11 @@ def gate(
     return Gating(gates, relative_gates(gates), source)
 
 
-@torch.no_grad()
 def take_up(learnt: Learnt | None, kept: Kept) -> None:
-    """Keep what the state knows now, if there is one."""
+    """Keep what the state knows now, if there is one; called under ``no_grad``.
+
+    Once more in here, and torch could not load an exported program again.
+    """
     if learnt is None:
         return
     kept.skill.copy_(learnt.skill[1:])
@@ -606,7 +608,6 @@ def take_up(learnt: Learnt | None, kept: Kept) -> None:
         kept.log_prior.copy_(log_prior(_class_mass(learnt)))
 
 
-@torch.no_grad()
 def disturbance_rates(learnt: Learnt | None, skill: Tensor) -> Tensor:
     """How often a modality is hit if picked, ``[M]``, as a share of swap and dropout."""
     rates = augmentation_rates(skill)
@@ -898,7 +899,6 @@ def _scaled(streams: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     ]
 
 
-@torch.no_grad()
 def observe(
     features: Sequence[Tensor],
     steps: Sequence[int],
@@ -929,11 +929,13 @@ def observe(
     moments.scatter.mul_(1.0 - rate.unsqueeze(2)).baddbmm_(x.mT, x)
 
 
-@torch.no_grad()
 def novelty(
     features: Sequence[Tensor], steps: Sequence[int], moments: Moments, window: float
 ) -> Tensor:
-    """How far features lie from those seen in training, see ``gates.novelty``."""
+    """How far features lie from those seen in training, see ``gates.novelty``.
+
+    Called under ``no_grad``, which is not repeated here, as in ``take_up``.
+    """
     means, covariances = moments.mean(), moments.covariance()
     watched = [x[..., ::step] for x, step in zip(features, steps, strict=True)]
     together = 1
