@@ -311,9 +311,9 @@ class CurriculumState(KeepsDtype):
 
         Returns:
             Floats by name: ``step``, ``nonfinite``, ``label_noise``, ``effective_share``,
-            ``quality/fused``, ``skill/fused``, ``logit_weight/fused``, and for each signal
-            ``signal/NAME`` and ``signal_weight/NAME``; with modalities also ``gmr``, ``hmir``,
-            ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
+            ``temperature``, ``quality/fused``, ``skill/fused``, ``logit_weight/fused``, and for
+            each signal ``signal/NAME`` and ``signal_weight/NAME``; with modalities also ``gmr``,
+            ``hmir``, ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
             ``skill/NAME``, ``logit_weight/NAME`` and ``modality_weight/NAME``.
 
         Example:
@@ -325,6 +325,7 @@ class CurriculumState(KeepsDtype):
             "nonfinite": self.nonfinite,
             "label_noise": self.label_noise.clamp_min(0.0),
             "effective_share": self.effective_share,
+            "temperature": self.temperature,
         }
         signal_weights = volatility_weights(self.volatility)
         for k, name in enumerate(SIGNALS):

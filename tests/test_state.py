@@ -275,7 +275,7 @@ def test_samples_never_seen_come_last() -> None:
 
 def test_summary_names_every_quantity() -> None:
     summary = trained(3).state.summary()
-    expected = {"step", "nonfinite", "label_noise", "effective_share"}
+    expected = {"step", "nonfinite", "label_noise", "effective_share", "temperature"}
     expected |= {"gmr", "hmir", "balance_factor", "redundancy"}
     expected |= {"quality/fused", "skill/fused", "logit_weight/fused"}
     expected |= {
@@ -287,6 +287,7 @@ def test_summary_names_every_quantity() -> None:
     expected |= {f"{kind}/{name}" for kind in ("signal", "signal_weight") for name in signals}
     assert set(summary) == expected
     assert summary["step"] == 3.0
+    assert summary["temperature"] == pytest.approx(1.0 / summary["logit_weight/fused"])
     assert_allclose(sum(summary[f"signal_weight/{name}"] for name in signals), 1.0, rtol=1e-6)
     assert_allclose(summary["modality_weight/a"] + summary["modality_weight/b"], 1.0, rtol=1e-6)
     assert "gmr" not in CurriculumState().summary()
