@@ -57,12 +57,11 @@ class DynCIMLoss(nn.Module):
             nat. Above 1, predictions run to certainty where classes overlap. Of noise that the run
             shows, it acts in part as long as the fused head's ``trust`` is below 0.25.
         label_noise: Share of wrong labels in [0, 1], where it is known; the weighting acts in
-            full from 0.02 on. When ``None``, the run shows it: ``state.label_noise`` averages
-            how far all heads contradict a label together, beyond what they err about in common,
-            once a sample was held out of such ones
-            alone. That takes two modalities with skill; what one alone contradicts counts a
-            fortieth, so that much noise acts in part; what the fused head alone contradicts
-            counts as it learns it by heart, and as far as it knows more than any modality.
+            full from 0.01 on. When ``None``, it is estimated (``state.label_noise``): how far all
+            able heads contradict labels together, beyond the errors they share. Once samples are
+            held out, only those are asked. With one able modality an eightieth counts, so that much
+            noise acts in part. What the fused head alone doubts counts as far as it learns it by
+            heart and knows more than any modality (``seen_noise``).
         held_out: Share of the training set, in [0, 0.5], that is not trained on, so that its
             labels are judged by heads that cannot know them by heart. When ``None``, 0.05, or 0 of
             fewer than 120 samples, of which so few tell next to nothing. It takes a per-sample

@@ -418,7 +418,7 @@ def contradiction(
 ) -> Array:
     """How far all heads of a sample, two at least, contradict its target beyond common errors.
 
-    ``min_h doubt_h - 0.06 min_h sureness_h`` where all predict one class, else 0; a fortieth of
+    ``min_h doubt_h - 0.07 min_h sureness_h`` where all predict one class, else 0; an eightieth of
     that of two heads. Definition chosen here.
 
     Args:
@@ -428,13 +428,13 @@ def contradiction(
         present: Bool ``[H, B]``.
 
     Returns:
-        ``[B]`` in [-0.06, 1].
+        ``[B]`` in [-0.07, 1].
 
     Example:
         >>> prediction = [[1, 1, 0], [1, 1, 0], [1, 2, 0]]
         >>> sure = np.full((3, 3), 0.5)
         >>> contradiction(prediction, [[0.75, 0.75, 0.0]] * 3, sure).tolist()
-        [0.72, 0.0, -0.03]
+        [0.715, 0.0, -0.035]
     """
     classes = np.asarray(prediction)
     mask = _mask(present, classes.shape)
@@ -443,8 +443,8 @@ def contradiction(
     for i in range(len(result)):
         votes = classes[mask[:, i], i]
         if len(votes) > 1 and len(set(votes)) == 1:
-            beyond = doubted[mask[:, i], i].min() - 0.06 * sure[mask[:, i], i].min()
-            result[i] = beyond * (1.0 if len(votes) > 2 else 0.025)
+            beyond = doubted[mask[:, i], i].min() - 0.07 * sure[mask[:, i], i].min()
+            result[i] = beyond * (1.0 if len(votes) > 2 else 0.0125)
     return result
 
 
@@ -477,13 +477,13 @@ def seen_noise(
     ``max(contradicted, c (1 - c / c') max(0, 1 - max_k s_k / s_0)^3)``. Definition chosen here.
 
     Args:
-        contradicted: By all heads, of samples held out, in [-0.06, 1].
+        contradicted: By all heads, of samples held out, in [-0.07, 1].
         trained: What the fused head doubts of those trained on, ``c`` in [0, 1].
         held_out: The same of those held out, ``c'``.
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        In [-0.06, 1].
+        In [-0.07, 1].
 
     Example:
         >>> seen_noise([0.0, 0.3], 0.1, 0.2, [0.5, 0.0]).round(4).tolist()
@@ -498,13 +498,13 @@ def seen_noise(
     return np.asarray(np.fmax(seen, c * (1.0 - c / held) * ahead**3))
 
 
-def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.02) -> Array:
+def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: float = 0.01) -> Array:
     """How much of the surprise weighting acts.
 
     ``clamp(label_noise / full_at, 0, 1) * min(1, 4 trust)``. Definition chosen here.
 
     Args:
-        label_noise: Share of labels in doubt, in [-0.06, 1].
+        label_noise: Share of labels in doubt, in [-0.07, 1].
         trust: In the fused head, in [0, 1].
         full_at: Share from which the weighting acts in full, > 0.
 
@@ -512,7 +512,7 @@ def noise_pressure(label_noise: ArrayLike, trust: ArrayLike = 1.0, full_at: floa
         Same shape, in [0, 1].
 
     Example:
-        >>> noise_pressure([-0.1, 0.015, 0.3]).round(4).tolist()
+        >>> noise_pressure([-0.1, 0.0075, 0.3]).round(4).tolist()
         [0.0, 0.75, 1.0]
     """
     share = np.clip(np.asarray(label_noise, dtype=np.float64) / full_at, 0.0, 1.0)

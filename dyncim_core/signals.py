@@ -47,9 +47,9 @@ _SPREAD_FLOOR = 1e-4
 # Of what certain targets leave to be learnt.
 _LEAST_TO_LEARN = 0.01
 # What a contradiction counts that only one modality bears out.
-_OF_ONE = 0.025
+_OF_ONE = 0.0125
 # Of what all heads are sure of together, what they may be wrong about together.
-_COMMON_ERROR = 0.06
+_COMMON_ERROR = 0.07
 # Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
 # class of nothing but such labels comes back as its average follows.
 _LARGEST_LOG_WEIGHT = 8.0
@@ -306,13 +306,13 @@ def contradiction(
 ) -> Tensor:
     """How far all heads of a sample together contradict its target, beyond errors in common.
 
-    The least ``doubt`` of any head, less 0.06 of the least ``sureness``, where all predict the same
-    class, else 0; a fortieth of that where the fused head and one modality are all.
+    The least ``doubt`` of any head, less 0.07 of the least ``sureness``, where all predict the same
+    class, else 0; an eightieth of that where the fused head and one modality are all.
 
     A hard sample confuses some heads, in different ways, or leaves some unsure; a wrong label
     has all of them sure of another class. The share of such samples is what the run itself
     shows of label noise. But modalities that share something err about it together: only what goes
-    beyond a sixteenth or so of all that they are sure of together is taken for wrong labels. One
+    beyond a fourteenth of all that they are sure of together is taken for wrong labels. One
     modality alone is next to no evidence: what it does not know of its label, another one that
     tells nothing by itself may explain, and a fusion repeats the first until it has learnt to put
     the two together. The fused head alone agrees with nobody: 0 for a sample without any modality.
@@ -325,13 +325,13 @@ def contradiction(
         present: Heads that each sample has, bool ``[M + 1, B]``; all when ``None``.
 
     Returns:
-        ``[B]`` in [-0.06, 1]; below 0 for what all are sure of and bear out.
+        ``[B]`` in [-0.07, 1]; below 0 for what all are sure of and bear out.
 
     Example:
         >>> prediction = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 2, 0]])
         >>> doubted, sure = torch.tensor([[0.9, 0.9, 0.0]] * 3), torch.full((3, 3), 0.5)
         >>> contradiction(prediction, doubted, sure)
-        tensor([ 0.8700,  0.0000, -0.0300])
+        tensor([ 0.8650,  0.0000, -0.0350])
     """
     both = torch.stack([doubt, sureness])
     agree = torch.where(prediction[1:] == prediction[0], 1, -len(prediction))
@@ -377,14 +377,14 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
     cubed, since skills found on few samples are rough. Definition chosen here.
 
     Args:
-        contradicted: ``contradiction``, averaged over samples held out, a scalar in [-0.06, 1].
+        contradicted: ``contradiction``, averaged over samples held out, a scalar in [-0.07, 1].
         trained: ``doubt`` of the fused head, averaged over samples trained on, ``c``, a scalar in
             [0, 1].
         held_out: The same over samples held out, ``c'``.
         skill: Of all heads, ``[M + 1]`` in [0, 1].
 
     Returns:
-        A scalar in [-0.06, 1], below 0 where nothing is seen; ``contradicted`` without a modality
+        A scalar in [-0.07, 1], below 0 where nothing is seen; ``contradicted`` without a modality
         (M = 0).
 
     Example:
@@ -402,7 +402,7 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
 
 
 def noise_pressure(
-    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.02
+    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.01
 ) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
@@ -410,7 +410,7 @@ def noise_pressure(
     it has not learnt yet surprise it alike, and less is applied. Definition chosen here.
 
     Args:
-        label_noise: Mean ``contradiction``, in [-0.06, 1].
+        label_noise: Mean ``contradiction``, in [-0.07, 1].
         trust: In the fused head, in [0, 1]; a number or a tensor that broadcasts.
         full_at: Share from which the weighting acts in full, > 0.
 
@@ -418,7 +418,7 @@ def noise_pressure(
         Same shape, in [0, 1]: ``clamp(label_noise / full_at, 0, 1) * min(1, 4 * trust)``.
 
     Example:
-        >>> noise_pressure(torch.tensor([-0.01, 0.01, 0.3]))
+        >>> noise_pressure(torch.tensor([-0.01, 0.005, 0.3]))
         tensor([0.0000, 0.5000, 1.0000])
     """
     credible = (4.0 * trust).clamp_max(1.0) if isinstance(trust, Tensor) else min(4.0 * trust, 1.0)

@@ -79,10 +79,10 @@ class CurriculumState(KeepsDtype):
         quality: ``[M + 1]`` in [0, 1], share of ``log C`` that each head has learnt.
         signal_mean: ``[3]`` in [0, 1], average of each sample-level signal.
         volatility: ``[3]``, average relative change of each signal.
-        label_noise: Scalar in [-0.06, 1], how far all heads contradict the labels, on average,
+        label_noise: Scalar in [-0.07, 1], how far all heads contradict the labels, on average,
             beyond what they err about together (``contradiction``); 0 or less where nothing is
-            seen. Once there were any, of samples held out, by able heads alone (``witnesses``), a
-            fortieth where that is one modality, or what the fused head alone sees, if that is more
+            seen. Once there were any, of samples held out, by able heads alone (``witnesses``), an
+            eightieth where that is one modality, or what the fused head alone sees, if that is more
             (``seen_noise``); before, of those trained on.
         doubted: Scalar in [0, 1], how far the fused head by itself contradicts the labels of
             samples trained on (``doubt``), on average, in calls that may hold samples out.

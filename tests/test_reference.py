@@ -190,16 +190,16 @@ def test_contradiction() -> None:
     nll = np.log([[4.0] * 5, [2.0] * 5, [8.0, 8.0, 8.0, 1.0, 1.0]])
     calm = np.zeros((3, 5))
     found = contradicted(prediction, nll, calm, [0, 0, 0, 0, 0], present)
-    assert_allclose(found, [0.44, -0.06, 0.0, 0.44 / 40, 0.0], rtol=1e-14)
-    assert_allclose(contradicted([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]), -0.06 / 40)
+    assert_allclose(found, [0.43, -0.07, 0.0, 0.43 / 80, 0.0], rtol=1e-14)
+    assert_allclose(contradicted([[1], [1]], [[1.0], [2.0]], [[0.0], [0.0]], [1]), -0.07 / 80)
     assert contradicted([[1]], [[1.0]], [[0.0]], [0]).tolist() == [0]
     # As unsure as they are surprised; one of them knows half of what there is, one all.
     half = np.log(2.0)
-    assert_allclose(contradicted([[1], [1]], [[half], [2.0]], [[half], [0.0]], [0]), -0.03 / 40)
+    assert_allclose(contradicted([[1], [1]], [[half], [2.0]], [[half], [0.0]], [0]), -0.035 / 80)
     # Probabilities: by half of 0.6 - 0.3, by nothing, by nobody, who disagree.
     unsure = [[0.6, 0.3, 0.1]] * 3
     found = contradicted([[1, 0, 1], [1, 0, 2]], nll[:2, :3], calm[:2, :3], unsure)
-    assert_allclose(found, [(0.15 - 0.06) / 40, -0.06 / 40, 0.0], rtol=1e-12)
+    assert_allclose(found, [(0.15 - 0.07) / 80, -0.07 / 80, 0.0], rtol=1e-12)
 
 
 def test_sureness() -> None:
@@ -236,9 +236,9 @@ def test_seen_noise() -> None:
 
 
 def test_noise_pressure() -> None:
-    assert_allclose(ref.noise_pressure([-1, 0.0, 0.005, 0.02]), [0.0, 0.0, 0.25, 1.0], rtol=1e-14)
+    assert_allclose(ref.noise_pressure([-1, 0.0, 0.0025, 0.01]), [0.0, 0.0, 0.25, 1.0], rtol=1e-14)
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
-    assert_allclose(ref.noise_pressure(0.01, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
+    assert_allclose(ref.noise_pressure(0.005, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
 
 
 def test_log_weights_fall_with_surprise() -> None:

@@ -680,7 +680,7 @@ def test_a_forward_mode_gradient_is_refused_before_the_state_moves(
 def test_label_noise_is_what_all_able_modalities_contradict(backend: str) -> None:
     """One that knows nothing agrees with nobody, whatever the label: it is not asked.
 
-    One that is able alone shows a fortieth of it; where none is, all must agree.
+    One that is able alone shows an eightieth of it; where none is, all must agree.
     """
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(1000)
@@ -735,7 +735,7 @@ def test_label_noise_is_what_the_fusion_learns_by_heart_where_only_it_knows(back
                     unimodal = [x[rows] for x in others]
                     criterion(fused, given[rows], unimodal=unimodal, index=index[rows])
             found[by_heart, known] = float(state.label_noise)
-    assert found[0.5, "nothing"] > 0.06  # beyond 0.02, from which it acts in full
+    assert found[0.5, "nothing"] > 0.06  # beyond 0.01, from which it acts in full
     assert found[0.0, "nothing"] < 0.03  # not 0: those held out of late differ a little
     assert found[1.0, "nothing"] < 0.03
     assert all(found[share, "most"] < 0.03 for share in (0.0, 0.5, 1.0))

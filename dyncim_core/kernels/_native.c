@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 13 /* raised, as in native.py, when what a call passes, or a formula, changes */
+#define INTERFACE 14 /* raised, as in native.py, when what a call passes, or a formula, changes */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -27,8 +27,8 @@
 #define GROUPS 1024 /* of classes that are told apart; a power of 2 */
 #define LARGEST_NLL 1e30f /* sums of anything smaller over heads and samples are finite */
 #define LEAST_LOG -100.0f /* log-probability in the pool of all heads */
-#define OF_ONE 0.025f /* what a contradiction counts that only one modality bears out */
-#define COMMON_ERROR 0.06f /* of what all heads are sure of, what they may be wrong about */
+#define OF_ONE 0.0125f /* what a contradiction counts that only one modality bears out */
+#define COMMON_ERROR 0.07f /* of what all heads are sure of, what they may be wrong about */
 #define LARGEST_LOG_WEIGHT 8.0 /* nats, either way */
 #define LOWEST_LOG_PRIOR (-30.0) /* nats */
 #define BLOCK 512
@@ -656,7 +656,7 @@ static int curriculum(const Problem *p, const Work *work, Statistics *found, Sta
     find_witnesses(s->skill, H, asked);
     find_trust(s->skill, H, head_weight);
     double credible = o->label_noise < 0.0 ? clamp(4.0 * head_weight[0], 0.0, 1.0) : 1.0;
-    double rho = o->surprise_strength * clamp(noise / 0.02, 0.0, 1.0) * credible;
+    double rho = o->surprise_strength * clamp(noise / 0.01, 0.0, 1.0) * credible;
     for (int64_t h = 0; h < H; h++) {
         head_weight[h] *= head_weight[h];
         usual[h] = s->seen[h] ? -s->log_quality[h] : INFINITY;

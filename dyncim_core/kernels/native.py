@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-_INTERFACE = 13  # raised, as in _native.c, when what a call passes, or a formula, changes
+_INTERFACE = 14  # raised, as in _native.c, when what a call passes, or a formula, changes
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("the C kernels were built for other sources; install the package again")
 

@@ -292,8 +292,8 @@ _LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and sam
 _SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
 _SMALLEST_SKILL = tl.constexpr(1e-4)
 _LEAST = tl.constexpr(0.02)  # trust
-_OF_ONE = tl.constexpr(0.025)  # what a contradiction counts that only one modality bears out
-_COMMON_ERROR = tl.constexpr(0.06)  # of what all heads are sure of, what they may be wrong about
+_OF_ONE = tl.constexpr(0.0125)  # what a contradiction counts that only one modality bears out
+_COMMON_ERROR = tl.constexpr(0.07)  # of what all heads are sure of, what they may be wrong about
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
 _LEAST_LOSS = tl.constexpr(0.1)
 _LEAST_QUALITY = tl.constexpr(0.1)
@@ -632,7 +632,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise, credible = known_noise, 1.0
-    rho = strengths[0] * tl.minimum(tl.maximum(noise / 0.02, 0.0), 1.0) * credible
+    rho = strengths[0] * tl.minimum(tl.maximum(noise / 0.01, 0.0), 1.0) * credible
     shared = 1.0 - tl.load(buffers.quality).to(tl.float32)
     kappa = strengths[1] * shared
     shares: tl.tuple = ()
