@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ __all__ = [
     "check_choice",
     "check_class_weight",
     "check_count",
+    "check_criterion",
     "check_device",
     "check_features",
     "check_first_pass",
@@ -30,11 +31,22 @@ __all__ = [
 ]
 
 
+def check_criterion(target: Tensor, ignore_index: int, label_smoothing: float) -> None:
+    """What cross-entropy takes; class probabilities leave no class to ignore."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(
+            "target: expected class indices, since the criterion has "
+            f"ignore_index={ignore_index}, got class probabilities"
+        )
+
+
 def check_range(
     name: str, value: float, low: float, high: float, *, high_excluded: bool = False
 ) -> None:
     """A real number in [low, high], or in [low, high) with ``high_excluded``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected an int or a float, got {type(value).__name__}")
     if not (low <= value < high if high_excluded else low <= value <= high):
         bracket = ")" if high_excluded else "]"
@@ -63,23 +75,25 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
 
 
-def modality_names(modalities: int | Sequence[str]) -> tuple[str, ...]:
+def modality_names(
+    modalities: int | Sequence[str], argument: str = "modalities"
+) -> tuple[str, ...]:
     """Names, made up from positions where only a number is given."""
     if isinstance(modalities, (int, Integral)):
-        check_count("modalities", modalities)
+        check_count(argument, modalities)
         return tuple(str(m) for m in range(int(modalities)))
     ordered = isinstance(modalities, Sequence) and not isinstance(modalities, str)
     if not ordered or not all(isinstance(name, str) for name in modalities):
-        raise TypeError(f"modalities: expected a number or a sequence of names, got {modalities!r}")
+        raise TypeError(f"{argument}: expected a number or a sequence of names, got {modalities!r}")
     names = tuple(modalities)
     if not names:
-        raise ValueError("modalities: expected at least 1, got none")
+        raise ValueError(f"{argument}: expected at least 1, got none")
     if "fused" in names:
         raise ValueError(
-            "modalities: expected names other than that of the fused head, got 'fused'"
+            f"{argument}: expected names other than that of the fused head, got 'fused'"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"modalities: expected distinct names, got {list(names)}")
+        raise ValueError(f"{argument}: expected distinct names, got {list(names)}")
     return names
 
 
@@ -91,7 +105,7 @@ def check_features(features: Sequence[Tensor], widths: Sequence[int], names: Seq
         if feature.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape [B, D] or [B, T, D], got {_shape(feature)}")
         _check_shape(name, feature, (*features[0].shape[:-1], width))
-        check_device(name, feature, features[0].device)
+        check_device(name, feature, features[0].device, of=f"features of {_spoken(names[0])}")
 
 
 def check_unimodal(
@@ -106,7 +120,7 @@ def check_unimodal(
         if head.dim() != 2 or head.shape[1] == 0:
             raise ValueError(f"{name}: expected shape [B, C] with C >= 1, got {_shape(head)}")
         _check_shape(name, head, (batch, logits[0].shape[1]))
-        check_device(name, head, device)
+        check_device(name, head, device, of="features")
 
 
 def check_heads(
@@ -304,9 +318,10 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {_shape(value)}")
 
 
-def check_device(name: str, value: Tensor, device: torch.device) -> None:
+def check_device(name: str, value: Tensor, device: torch.device, of: str = "logits") -> None:
+    """On the device of the ``of``."""
     if value.device != device:
-        raise ValueError(f"{name}: expected device {device} of the logits, got {value.device}")
+        raise ValueError(f"{name}: expected device {device} of the {of}, got {value.device}")
 
 
 def _shape(value: Tensor) -> list[int]:

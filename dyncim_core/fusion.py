@@ -31,13 +31,12 @@ class FusionOutput(NamedTuple):
         fused: ``[B, sum D]`` or ``[B, T, sum D]``, in the features' dtype.
         gates: ``[B, M]``, float32, >= 0, sums to 1; 0 for absent modalities, and for a sample
             without any.
-        logits: ``[B, C]``, float32, sum of the unimodal logits, each scaled like its
-            features and by its weight next to the fused head's (``relative_logit_weights``), which
-            samples held out teach, and less what is merely frequent (``log_prior``), to add to the
-            logits of a head over ``fused``, which has that once; ``None`` without unimodal logits.
-            It is detached: unimodal heads learn from their own losses. In training, with a state,
-            all count ``1 - quality`` of the fused head in place of that weight, so that the head
-            learns to do without them.
+        logits: ``[B, C]``, float32, to add to the logits of a head over ``fused``: the sum of the
+            unimodal logits less ``log_prior``, each times the scale of its features and its weight
+            next to the fused head's (``relative_logit_weights``). In training with a state, all
+            count ``1 - quality`` of the fused head in place of that weight, so that the head learns
+            to do without them. Detached: unimodal heads learn from their own losses. ``None``
+            without unimodal logits.
     """
 
     fused: Tensor
@@ -70,7 +69,8 @@ class GatedFusion(KeepsDtype):
             its ``redundancy`` how much is dropped; the classes that it has seen, if at most 1024,
             are what predictions say beyond (``log_prior``), and uneven ones spare dropout
             (``evenness``). What was last seen in training is kept for inference, which needs no
-            state. When ``None``, all modalities count alike, and dropout acts in full.
+            state. When ``None``, what a loaded checkpoint kept counts; a new one knows nothing, so
+            that all modalities count alike and dropout acts in full.
         disagreement_slope: How sharply a gate falls with disagreement, >= 0; with 0
             nobody is outvoted. More helps where inputs do go wrong and there is data enough; where
             it is scarce, 0 is best on clean inputs.
@@ -134,7 +134,7 @@ class GatedFusion(KeepsDtype):
         super().__init__()
         widths = _checks.as_list("features", features, None)
         self.modalities = _checks.modality_names(
-            list(features) if isinstance(features, Mapping) else len(widths)
+            list(features) if isinstance(features, Mapping) else len(widths), "features"
         )
         for name, width in zip(self.modalities, widths, strict=True):
             _checks.check_count(f"width of {name}", width)
@@ -223,7 +223,7 @@ class GatedFusion(KeepsDtype):
             _checks.check_unimodal(logits, self.modalities, batch, device)
             logits = [x.detach() for x in logits]
         _checks.check_present(present, (batch, len(streams)), device)
-        _checks.check_device("fusion", self.skill, device)
+        _checks.check_device("fusion", self.skill, device, of="features")
         self.keep_dtype()
         evidence = logits
         prior = self.log_prior
@@ -275,7 +275,7 @@ class GatedFusion(KeepsDtype):
         (state,) = self._state
         if state is None:
             return None
-        _checks.check_device("state", state.skill, self.skill.device)
+        _checks.check_device("state", state.skill, self.skill.device, of="fusion")
         state.keep_dtype()
         held = state._buffers  # where Module.__getattr__, which is slow, would find them
         learnt = [held[name] for name in Learnt._fields]

@@ -74,7 +74,8 @@ def head_statistics(
 
     Raises:
         TypeError: An argument is not a tensor of the dtype described.
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, ``label_smoothing`` is out of range, or class probabilities
+            meet an ``ignore_index`` >= 0.
         IndexError: ``target`` is out of range (on CPU; on a GPU a device assertion, or a
             loss of NaN from Triton's kernels).
         RuntimeError: The backend asked for is not available or does not take the tensors.
@@ -88,6 +89,7 @@ def head_statistics(
     _checks.check_heads(logits, target)
     _checks.check_present(present, (len(logits), logits[0].shape[0]), logits[0].device)
     _checks.check_class_weight(weight, logits[0])
+    _checks.check_criterion(target, ignore_index, label_smoothing)
     kernels = select(check_backend(backend), logits, target, (present, weight))
     criterion = Criterion(target, weight, int(ignore_index), float(label_smoothing))
     found = kernels.statistics(logits, present, criterion)

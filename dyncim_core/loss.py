@@ -210,7 +210,7 @@ class DynCIMLoss(nn.Module):
             called = unimodal if names is None and isinstance(unimodal, Mapping) else names
         _checks.check_heads(heads, target, called)
         if present is not None:
-            if unimodal is None and not (isinstance(present, Tensor) and present.numel() == 0):
+            if unimodal is None:
                 kind = type(present).__name__
                 raise ValueError(f"present: expected None without unimodal logits, got {kind}")
             _checks.check_present(present, (logits.shape[0], len(heads) - 1), logits.device)
@@ -218,17 +218,13 @@ class DynCIMLoss(nn.Module):
             _checks.check_index(index, state.num_samples, logits)
         averages = state.averages()
         _checks.check_device("state", averages.step, logits.device)
-        if target.is_floating_point():
-            self._check_soft_target()
-        read = None
+        read, smoothing = None, 0.0
         if _is_cross_entropy(criterion):
-            weight = _class_weight(criterion)
+            weight, smoothing = _class_weight(criterion), criterion.label_smoothing
             _checks.check_class_weight(weight, logits)
-            smoothing = criterion.label_smoothing
-            if not 0.0 <= smoothing <= 1.0:
-                raise ValueError(f"label_smoothing: expected a value in [0, 1], got {smoothing}")
             # Numbers of NumPy are none to a compiler of kernels.
             read = Criterion(target, weight, int(criterion.ignore_index), float(smoothing))
+        _checks.check_criterion(target, self._ignore_index(), smoothing)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
@@ -347,14 +343,6 @@ class DynCIMLoss(nn.Module):
         ignore_index: int | None = getattr(self.criterion, "ignore_index", None)
         return -100 if ignore_index is None else ignore_index
 
-    def _check_soft_target(self) -> None:
-        ignore_index = self._ignore_index()
-        if ignore_index >= 0:
-            raise ValueError(
-                "target: expected class indices, since the criterion has "
-                f"ignore_index={ignore_index}, got class probabilities"
-            )
-
     def _plain(self, logits: Tensor, target: Tensor) -> Tensor:
         """Exactly what the criterion returns, under this reduction."""
         if getattr(self.criterion, "reduction", None) == self.reduction:
@@ -375,10 +363,11 @@ class DynCIMLoss(nn.Module):
             criterion = copy.copy(getattr(criterion, "_orig_mod", criterion))
             criterion.reduction = "none"
             loss = criterion(logits, target)
-        if loss.shape != logits.shape[:1]:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if shape != list(logits.shape[:1]):
             raise ValueError(
                 f"criterion: expected one loss per sample, shape {list(logits.shape[:1])}, got "
-                f"{list(loss.shape)}; if it reduces, give one that does not, such as "
+                f"{shape}; if it reduces, give one that does not, such as "
                 'functools.partial(criterion, reduction="none"), and reduction="mean" to DynCIMLoss'
             )
         return loss

@@ -486,7 +486,7 @@ def standing(skill: Tensor) -> Tensor:
         >>> standing(torch.tensor([0.9, 0.45, 0.225, 0.0]))
         tensor([1.0000, 1.0000, 0.5000, 0.0000])
     """
-    _check_modalities(skill.shape[-1])
+    _check_modalities("skill", skill.shape[-1])
     best = skill.amax(dim=-1, keepdim=True)
     return (2.0 * skill / best).nan_to_num(nan=1.0).clamp_max(1.0)  # of best 0
 
@@ -514,7 +514,7 @@ def loss_shares(skill: Tensor) -> Tensor:
         >>> loss_shares(torch.tensor([0.2, 0.2, 0.1]))
         tensor([0.3600, 0.1000])
     """
-    _check_modalities(skill.shape[-1] - 1)
+    _check_modalities("skill", skill.shape[-1] - 1, " after the fused head")
     best = skill.amax(dim=-1, keepdim=True)
     learnt = torch.where(best > 0.0, (3.0 * best).clamp_max(1.0), 1.0)
     share = (skill[..., 1:] / skill[..., :1]).nan_to_num(nan=1.0)  # of no skill, all
@@ -565,13 +565,13 @@ def augmentation_rates(skill: Tensor, eps: float = 1e-3) -> Tensor:
         >>> augmentation_rates(torch.tensor([0.8, 0.2]), eps=0.0)
         tensor([0.2500, 1.0000])
     """
-    _check_modalities(skill.shape[-1])
+    _check_modalities("skill", skill.shape[-1])
     errors = 1.0 - skill + eps
     return errors / errors.amax(dim=-1, keepdim=True)
 
 
 def _log_ratios(log_quality: Tensor) -> Tensor:
-    _check_modalities(log_quality.shape[-1] - 1)
+    _check_modalities("log_quality", log_quality.shape[-1] - 1, " after the fused head")
     return log_quality[..., :1] - log_quality[..., 1:]
 
 
@@ -593,6 +593,6 @@ def _weights(log_ratios: Tensor, temperature: float = 1.0, cap: float = 1.0) -> 
     return (lag if temperature == 1.0 else lag / temperature).softmax(dim=-1)
 
 
-def _check_modalities(count: int) -> None:
+def _check_modalities(name: str, count: int, where: str = "") -> None:
     if count < 1:
-        raise ValueError("expected at least 1 modality after the fused head, got none")
+        raise ValueError(f"{name}: expected at least 1 modality{where}, got none")

@@ -42,7 +42,8 @@ class Suspects(NamedTuple):
 
     Attributes:
         indices: int64 ``[k]``, the most suspect first.
-        scores: ``[k]``, in nats; ``-inf`` for samples that were never seen.
+        scores: ``[k]``, in nats; ``-inf``, and last, for samples that were never seen, or of which
+            the modality asked for was not, or no other.
     """
 
     indices: Tensor
@@ -53,7 +54,7 @@ class CurriculumState(KeepsDtype):
     """Running statistics of a curriculum, as buffers.
 
     ``DynCIMLoss`` owns one and writes it; ``GatedFusion`` and loggers read it.
-    Every value is a tensor that stays in float32 (counters in int64) whatever the
+    Every value is a tensor that stays in float32 (counters in int64 or int32) whatever the
     model's dtype, is saved by ``state_dict``, and is updated in place without reading
     anything on the host.
 
@@ -92,8 +93,8 @@ class CurriculumState(KeepsDtype):
             feeds and of all modalities add up best on samples held out, each as far as its label
             is believed (``logit_weights``); 1 as long as there were none, and then the fused
             head's for a modality that none had yet.
-        held_out_averages: ``[7, M + 1]``, what they, ``label_noise`` and the ``generalisation``
-            that losses count by come from.
+        held_out_averages: ``[7, M + 1]``, averages over samples held out, from which ``skill``,
+            ``logit_weight``, ``label_noise`` and ``generalisation`` follow.
         log_class_average: ``[1024]``, logarithm of what the weights of each class's samples are
             divided by, so that a class counts as often as it occurs; that of class c at
             ``c % 1024``.
@@ -194,6 +195,7 @@ class CurriculumState(KeepsDtype):
             modalities: Names, or their number.
 
         Raises:
+            TypeError: They are neither a number nor a sequence of names.
             ValueError: They are settled already, as something else.
         """
         names = _checks.modality_names(modalities)
@@ -212,6 +214,11 @@ class CurriculumState(KeepsDtype):
                 f"{list(names)}; name them alike where the state is made"
             )
         self._numbered = False
+
+    def _unsettle(self) -> None:
+        self.modalities, self._numbered = None, False
+        for name in _PER_HEAD + (_PER_SAMPLE_AND_HEAD if self.num_samples else ()):
+            setattr(self, name, getattr(self, name)[..., :1].clone())
 
     def names_of(self, values: Mapping[str, object] | Sequence[object]) -> tuple[str, ...] | None:
         """The modalities that values by name or by position must be of; any when ``None``."""
@@ -310,7 +317,8 @@ class CurriculumState(KeepsDtype):
         """What the curriculum sees now, for any logger; reads the device once.
 
         Returns:
-            Floats by name: ``step``, ``nonfinite``, ``label_noise``, ``effective_share``,
+            Floats by name: ``step``, ``nonfinite``, ``label_noise`` (0 for less),
+            ``effective_share``,
             ``temperature``, ``quality/fused``, ``skill/fused``, ``logit_weight/fused``, and for
             each signal ``signal/NAME`` and ``signal_weight/NAME``; with modalities also ``gmr``,
             ``hmir``, ``balance_factor``, ``redundancy``, and for each ``quality/NAME``,
@@ -372,9 +380,12 @@ class CurriculumState(KeepsDtype):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         saved = state_dict.get(f"{prefix}log_quality")
-        if self.modalities is None and saved is not None and saved.numel() > 1:
-            self.settle_modalities(saved.numel() - 1)
-            self._numbered = True
+        if saved is not None and saved.numel() != len(self.log_quality):
+            if self._numbered:  # by another checkpoint, perhaps one that did not fit
+                self._unsettle()
+            if self.modalities is None and saved.numel() > 1:
+                self.settle_modalities(saved.numel() - 1)
+                self._numbered = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @override

@@ -436,7 +436,7 @@ def test_errors_name_argument_expected_and_got(
 @pytest.mark.parametrize(
     ("features", "options", "error", "message"),
     [
-        ([], {}, ValueError, r"modalities: expected at least 1, got 0"),
+        ([], {}, ValueError, r"features: expected at least 1, got 0"),
         ([3, 0], {}, ValueError, r"width of 1: expected at least 1, got 0"),
         ({"audio": 2.5}, {}, TypeError, r"width of audio: expected a whole number, got float"),
         ([1], {"state": nn.Identity()}, TypeError, r"state: expected a Curr.*, got Identity"),
@@ -991,12 +991,12 @@ def test_options_of_a_fusion_out_of_range(options: dict[str, Any], message: str)
         GatedFusion([1, 1], **options)
 
 
-@pytest.mark.parametrize("who", ["fusion", "state"])
-def test_a_fusion_on_another_device_is_told_apart(who: str) -> None:
+@pytest.mark.parametrize(("who", "of"), [("fusion", "features"), ("state", "fusion")])
+def test_a_fusion_on_another_device_is_told_apart(who: str, of: str) -> None:
     fusion = GatedFusion([2, 2], state=CurriculumState(2))
     if who == "state":
         fusion = fusion.to("meta")
-    with pytest.raises(ValueError, match=f"^{who}: expected device meta of the logits, got cpu"):
+    with pytest.raises(ValueError, match=f"^{who}: expected device meta of the {of}, got cpu"):
         fusion([torch.ones(3, 2, device="meta")] * 2)
 
 
@@ -1124,7 +1124,7 @@ def test_a_checkpoint_cannot_change_the_order_in_memory() -> None:
         (
             [torch.ones(3, 2), torch.ones(3, 2, device="meta")],
             None,
-            "features of modality 1: expected device cpu of the logits, got meta",
+            "features of modality 1: expected device cpu of the features of modality 0, got meta",
         ),
         (
             [torch.ones(3, 2)] * 2,
@@ -1134,7 +1134,7 @@ def test_a_checkpoint_cannot_change_the_order_in_memory() -> None:
         (
             [torch.ones(3, 2)] * 2,
             [torch.zeros(3, 4, device="meta")] * 2,
-            "unimodal logits of modality 0: expected device cpu of the logits, got meta",
+            "unimodal logits of modality 0: expected device cpu of the features, got meta",
         ),
         (
             [torch.ones(3, 2)] * 2,

@@ -386,6 +386,20 @@ INDEX = torch.tensor([0, 1])
         (
             [GOOD],
             INDEX,
+            {"label_smoothing": 2.0},
+            ValueError,
+            r"label_smoothing: .*\[0, 1\], got 2",
+        ),
+        (
+            [GOOD],
+            GOOD,
+            {"ignore_index": 0},
+            ValueError,
+            r"target: expected class indices, since .*ignore_index=0, got class probabilities",
+        ),
+        (
+            [GOOD],
+            INDEX,
             {"present": GOOD},
             TypeError,
             r"present: expected a bool tensor, got torch.float32",

@@ -1102,6 +1102,11 @@ CASES: dict[str, tuple[Callable[[DynCIMLoss], Any], type[Exception], str]] = {
         ValueError,
         "present: expected None without unimodal logits, got Tensor",
     ),
+    "present without modalities or samples": (
+        lambda c: c(FUSED[:0], TARGET[:0], present=torch.ones(0, 2, dtype=torch.bool)),
+        ValueError,
+        "present: expected None without unimodal logits, got Tensor",
+    ),
     "unimodal logits of another shape": (
         lambda c: c(FUSED, TARGET, unimodal={"b": OTHERS[0][:, :3], "a": OTHERS[1]}),
         ValueError,
@@ -1193,6 +1198,17 @@ def test_a_criterion_must_give_one_loss_per_sample() -> None:
     message = r"criterion: expected one loss per sample, shape \[12\], got \[\]; if it reduces"
     with pytest.raises(ValueError, match=message):
         wrapped(FUSED, TARGET, unimodal=OTHERS)
+    with pytest.raises(ValueError, match=r"shape \[12\], got float; if it reduces"):
+        DynCIMLoss(lambda logits, target: 0.5)(FUSED, TARGET)  # type: ignore[arg-type, return-value]
+
+
+def test_options_may_be_numbers_of_numpy() -> None:
+    options = {"held_out": np.float32(0.25), "pacing_strength": np.float64(0.5)}
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120, **options)
+    loss = criterion(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12))
+    plain = {name: float(value) for name, value in options.items()}
+    other = DynCIMLoss(nn.CrossEntropyLoss(), modalities=2, num_samples=120, **plain)
+    assert torch.equal(loss, other(FUSED, TARGET, unimodal=OTHERS, index=torch.arange(12)))
 
 
 def test_a_first_call_that_is_rejected_names_the_modality() -> None:

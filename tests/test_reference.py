@@ -238,7 +238,9 @@ def test_seen_noise() -> None:
 def test_noise_pressure() -> None:
     assert_allclose(ref.noise_pressure([-1, 0.0, 0.0025, 0.01]), [0.0, 0.0, 0.25, 1.0], rtol=1e-14)
     assert_allclose(ref.noise_pressure(0.06, full_at=0.3), 0.2, rtol=1e-14)
-    assert_allclose(ref.noise_pressure(0.005, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14)
+    assert_allclose(
+        ref.noise_pressure(0.005, [0.0, 0.1, 0.25, 1.0]), [0, 0.2, 0.5, 0.5], rtol=1e-14
+    )
 
 
 def test_log_weights_fall_with_surprise() -> None:

@@ -107,6 +107,25 @@ def test_a_checkpoint_of_other_modalities_is_refused() -> None:
         CurriculumState(3).load_state_dict(CurriculumState(2).state_dict())
 
 
+def test_what_a_checkpoint_said_of_modalities_is_revised_by_another() -> None:
+    state = CurriculumState(num_samples=10)
+    with pytest.raises(RuntimeError, match="size mismatch for memory_nll"):
+        state.load_state_dict(CurriculumState(3, num_samples=20).state_dict())
+    for modalities in (2, 4, None):
+        saved = CurriculumState(modalities, num_samples=10)
+        saved.log_quality.fill_(-0.5)
+        state.load_state_dict(saved.state_dict())
+        assert len(state.modalities or ()) == (modalities or 0)
+        for name, value in saved.named_buffers():
+            assert torch.equal(state.get_buffer(name), value)
+    criterion = DynCIMLoss(nn.CrossEntropyLoss(), state=state)
+    logits, target = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])
+    criterion(logits, target, unimodal={"a": logits}, index=target)
+    assert state.modalities == ("a",)
+    with pytest.raises(RuntimeError, match="size mismatch for log_quality"):  # a call has said it
+        state.load_state_dict(CurriculumState(2, num_samples=10).state_dict())
+
+
 def test_averages_follow_their_definition() -> None:
     """One sample of certain heads: log quality is minus its NLL, averaged with the decay."""
     state = CurriculumState(1, decay=0.75)

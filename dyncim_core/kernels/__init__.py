@@ -1,7 +1,7 @@
 """Which kernels compute a call: plain PyTorch, Triton on a GPU, or C on a CPU.
 
-The choice is made for each call from where its tensors are. ``DYNCIM_BACKEND`` in the
-environment, or ``backend=`` of a building block, takes it over.
+The choice is made for each call from where its tensors are, unless ``backend=`` of a building
+block, or ``DYNCIM_BACKEND`` in the environment when it is made, has made it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def backends() -> dict[str, str]:
     Returns:
         For each backend "available", or the reason why it is not. Of those that are, a
         call on a CPU takes "native" (C), one on a GPU "triton", and "eager" (plain
-        PyTorch) takes what these two do not: float64, class probabilities, tensor
-        subclasses, and everything that is traced: under ``torch.compile``, which fuses it
+        PyTorch) takes what these two do not: float64, on a CPU half precision and more than
+        nine heads, class probabilities, tensor subclasses, negated views, transforms of
+        ``torch.func``, and everything that is traced: under ``torch.compile``, which fuses it
         itself, ``torch.export`` and ``torch.jit.trace``.
 
     Example:

@@ -66,19 +66,26 @@ class Statistics(NamedTuple):
 class Buffers(NamedTuple):
     """The running averages of a ``CurriculumState``, updated in place.
 
-    ``held_out_averages`` ``[HEARD, M + 1]`` start at 0. They are over the samples of a batch, 0 but
-    for those that are held out and that a head sees, of 1, of what it predicts, of what it would by
-    chance, of its NLL and of the derivative of the pool's by the weight of its logits
-    (``logit_slopes``), in nats, both by how far the label is believed, and of how far all heads
-    together and the head by itself contradict the label. Of class probabilities, the NLL, like
-    ``log_quality`` and the memory, is what it has beyond their own entropy, over
-    ``share_to_learn``, but the slope is of all of it. ``doubted`` is how far the fused head
-    contradicts the labels of samples trained on. ``skill`` and ``logit_weight``, ``[M + 1]``,
-    follow from them, and so does ``label_noise`` from the first sample held out on. Of class c, at
-    ``c % K``: ``log_class_average`` ``[K]``, what levels the weights of the classes, ``class_seen``
-    ``[K]``, the samples trained on, and ``class_weight`` ``[K]``, the criterion's weights of the
-    classes, 1 without; 0 where predictions do not follow the frequency of the classes, as with
-    label smoothing and for class probabilities, and with more classes than K.
+    ``held_out_averages`` ``[HEARD, M + 1]`` start at 0 and are over all samples of a batch, of what
+    is 0 but for those held out that a head sees. Their rows:
+
+    0. 1, so that the others over it are means;
+    1. whether the head predicts the label;
+    2. how often it would by chance;
+    3. its NLL, in nats, as far as the label is believed; of class probabilities, as in
+       ``log_quality`` and the memory, beyond their own entropy, over ``share_to_learn``;
+    4. the derivative of the pool's NLL by the weight of its logits (``logit_slopes``), in nats, as
+       far as the label is believed;
+    5. how far all heads together contradict the label;
+    6. how far the head by itself does.
+
+    ``skill`` and ``logit_weight``, ``[M + 1]``, follow from them, and so does ``label_noise`` from
+    the first sample held out on. ``doubted`` is row 6 of the fused head for samples trained on.
+
+    Of class c, at ``c % K``: ``log_class_average`` ``[K]``, what levels the weights of the classes;
+    ``class_seen`` ``[K]``, the samples trained on; ``class_weight`` ``[K]``, the criterion's
+    weights of the classes, 1 without, and 0 where predictions do not follow how frequent classes
+    are, as with label smoothing, class probabilities or more classes than K.
     """
 
     log_quality: Tensor
@@ -173,9 +180,8 @@ class Kept(NamedTuple):
 class Gating(NamedTuple):
     """What each modality contributes to each sample, ``[M, B]``.
 
-    ``scale`` is the gate over the sample's largest; ``source``, the row
-    to take a modality from, tell what was disturbed, and are ``None`` where all is there
-    and in its place.
+    ``scale`` is the gate over the sample's largest; ``source`` the row that a modality is taken
+    from, ``None`` unless modalities are swapped.
     """
 
     gates: Tensor
