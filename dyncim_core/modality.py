@@ -41,17 +41,17 @@ __all__ = [
     "witnesses",
 ]
 
-_LEAST = 0.02  # or what is silenced could never learn to be heard
-_MOST = 2.0  # weight of logits
+LEAST = 0.02  # or what is silenced could never learn to be heard
+MOST = 2.0  # weight of logits
 # In the pool: of a class that is ruled out 0 times minus infinity would be no number, and what is
 # less than this would outweigh in an average all that is heard for a thousand calls.
-_LEAST_LOG_PROBABILITY = -100.0
+LEAST_LOG_PROBABILITY = -100.0
 # What priors are worth, in samples.
 PRIOR_OF_SKILL, PRIOR_OF_WEIGHT = 20.0, 10.0
-_LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
-_LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
-_SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
-_SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
+LEAST_QUALITY = 0.1  # or the first little that is learnt would seem not to hold
+LEAST_LOSS = 0.1  # or an encoder that fusion has not found a use for yet would never learn
+SMALLEST_ERROR = 1e-3  # of chance; over less, rounding would look like skill
+SMALLEST_SKILL = 1e-4  # what is less is rounding, and must not count as knowing something
 
 
 def improvement_ratios(log_quality: Tensor) -> Tensor:
@@ -278,8 +278,8 @@ def skill(hit_rate: Tensor, chance: Tensor | float) -> Tensor:
         tensor([0.0000, 0.3333, 1.0000])
     """
     left = torch.as_tensor(1.0 - chance, dtype=hit_rate.dtype, device=hit_rate.device)
-    found = (hit_rate - chance) / left.clamp_min(_SMALLEST_ERROR)
-    return F.threshold(found, _SMALLEST_SKILL, 0.0).clamp_max(1.0)
+    found = (hit_rate - chance) / left.clamp_min(SMALLEST_ERROR)
+    return F.threshold(found, SMALLEST_SKILL, 0.0).clamp_max(1.0)
 
 
 def pooled_skill(skill: Tensor, samples: float) -> Tensor:
@@ -334,7 +334,7 @@ def expected_log_likelihood(
         tensor([[ 0.3681],
                 [-0.6931]])
     """
-    log_probs = logits.log_softmax(dim=2).clamp_min(_LEAST_LOG_PROBABILITY)
+    log_probs = logits.log_softmax(dim=2).clamp_min(LEAST_LOG_PROBABILITY)
     if present is not None:
         log_probs = torch.where(
             present.unsqueeze(2), log_probs, 0.0
@@ -403,7 +403,7 @@ def logit_weights(weight: Tensor, skill: Tensor, slope: Tensor, samples: float) 
         tensor([0.9667, 0.3000])
     """
     goal = torch.lerp(skill, weight - slope, own_share(samples, PRIOR_OF_WEIGHT))
-    return goal.clamp(_LEAST, _MOST)
+    return goal.clamp(LEAST, MOST)
 
 
 def relative_logit_weights(weight: Tensor) -> Tensor:
@@ -422,7 +422,7 @@ def relative_logit_weights(weight: Tensor) -> Tensor:
         >>> relative_logit_weights(torch.tensor([0.8, 0.4, 2.0]))
         tensor([0.5000, 2.0000])
     """
-    return (weight[1:] / weight[0]).clamp_max(_MOST)
+    return (weight[1:] / weight[0]).clamp_max(MOST)
 
 
 def witnesses(skill: Tensor) -> Tensor:
@@ -464,7 +464,7 @@ def trust(skill: Tensor) -> Tensor:
         (tensor([0.8000, 0.0200]), tensor([1., 1.]))
     """
     known = skill.amax(dim=-1, keepdim=True) > 0.0
-    return torch.where(known, skill.clamp_min(_LEAST), 1.0)
+    return torch.where(known, skill.clamp_min(LEAST), 1.0)
 
 
 def standing(skill: Tensor) -> Tensor:
@@ -518,7 +518,7 @@ def loss_shares(skill: Tensor) -> Tensor:
     best = skill.amax(dim=-1, keepdim=True)
     learnt = torch.where(best > 0.0, (3.0 * best).clamp_max(1.0), 1.0)
     share = (skill[..., 1:] / skill[..., :1]).nan_to_num(nan=1.0)  # of no skill, all
-    return (learnt * share.clamp_max(1.0)).square().clamp_min(_LEAST_LOSS)
+    return (learnt * share.clamp_max(1.0)).square().clamp_min(LEAST_LOSS)
 
 
 def generalisation(held_out_quality: Tensor, quality: Tensor) -> Tensor:
@@ -541,7 +541,7 @@ def generalisation(held_out_quality: Tensor, quality: Tensor) -> Tensor:
         >>> generalisation(torch.tensor([0.9, 0.4, 0.0]), torch.tensor([0.9, 0.9, 0.0]))
         tensor([1.0000, 0.0625, 1.0000])
     """
-    kept = (held_out_quality + _LEAST_QUALITY) / (quality + _LEAST_QUALITY)
+    kept = (held_out_quality + LEAST_QUALITY) / (quality + LEAST_QUALITY)
     return kept.clamp_max(1.0).square().square()
 
 

@@ -41,18 +41,20 @@ SIGNALS = ("deviation", "consistency", "stability")
 _32_BITS = 2**32 - 1
 # Of four thousand tried, that of which the number held out of the first 100 to 6,000 samples is
 # never far off, for shares of 0.05 to 0.5.
-_MIX = (0x3A805F, 14, 0x5D5F7413)
+MIX = (0x3A805F, 14, 0x5D5F7413)
 # Differences in difficulty below float32 rounding are no differences.
-_SPREAD_FLOOR = 1e-4
+SPREAD_FLOOR = 1e-4
 # Of what certain targets leave to be learnt.
 _LEAST_TO_LEARN = 0.01
 # What a contradiction counts that only one modality bears out.
-_OF_ONE = 0.0125
+OF_ONE = 0.0125
 # Of what all heads are sure of together, what they may be wrong about together.
-_COMMON_ERROR = 0.07
+COMMON_ERROR = 0.07
+# Label noise from which the weighting acts in full.
+FULL_NOISE = 0.01
 # Nats of a weight, either way. A label that is e^-8 of the others is as good as left out; and a
 # class of nothing but such labels comes back as its average follows.
-_LARGEST_LOG_WEIGHT = 8.0
+LARGEST_LOG_WEIGHT = 8.0
 
 
 def prediction_deviation(nll: Tensor, present: Tensor | None = None) -> Tensor:
@@ -338,8 +340,8 @@ def contradiction(
     if present is not None:
         agree, both = agree * present[1:], torch.where(present, both, 1.0)
     least, modalities = both.amin(dim=1), agree.sum(dim=0)  # below 0 where one dissents
-    beyond = torch.sub(least[0], least[1], alpha=_COMMON_ERROR)
-    of_one = torch.where(modalities == 1, _OF_ONE * beyond, 0.0)
+    beyond = torch.sub(least[0], least[1], alpha=COMMON_ERROR)
+    of_one = torch.where(modalities == 1, OF_ONE * beyond, 0.0)
     return torch.where(modalities > 1, beyond, of_one)
 
 
@@ -360,8 +362,8 @@ def held_out(index: Tensor, share: float) -> Tensor:
         >>> held_out(torch.arange(8), share=0.25)
         tensor([ True,  True,  True, False,  True, False, False, False])
     """
-    bits = index * _MIX[0]
-    bits = (bits ^ (bits >> _MIX[1])) * _MIX[2]  # whose low 32 bits are right past 2^63 as well
+    bits = index * MIX[0]
+    bits = (bits ^ (bits >> MIX[1])) * MIX[2]  # whose low 32 bits are right past 2^63 as well
     return (bits & _32_BITS) < round(share * 2**32)
 
 
@@ -402,7 +404,7 @@ def seen_noise(contradicted: Tensor, trained: Tensor, held_out: Tensor, skill: T
 
 
 def noise_pressure(
-    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = 0.01
+    label_noise: Tensor, trust: Tensor | float = 1.0, full_at: float = FULL_NOISE
 ) -> Tensor:
     """How much of the surprise weighting to apply: none on clean data, all on noisy data.
 
@@ -459,7 +461,7 @@ def log_weights(
         valid = torch.ones_like(surprise, dtype=torch.bool)
     z = _standardised(difficulty, valid)
     found: Tensor = -surprise_strength * surprise - pacing_strength * z
-    return found.clamp(-_LARGEST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)
+    return found.clamp(-LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
 
 
 def sample_weights(
@@ -528,4 +530,4 @@ def _standardised(values: Tensor, valid: Tensor) -> Tensor:
     count = valid.sum(dtype=values.dtype).clamp_min(1.0)
     values = torch.where(valid, values, 0.0)
     centred = torch.where(valid, values - values.sum() / count, 0.0)
-    return centred / (centred.dot(centred) / count).sqrt().clamp_min(_SPREAD_FLOOR)
+    return centred / (centred.dot(centred) / count).sqrt().clamp_min(SPREAD_FLOOR)

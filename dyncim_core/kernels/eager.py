@@ -70,7 +70,6 @@ from dyncim_core.signals import (
 )
 
 __all__ = [
-    "accumulation_dtype",
     "combine",
     "curriculum",
     "disturbance_rates",
@@ -82,8 +81,10 @@ __all__ = [
     "novelty",
     "observe",
     "recall",
+    "shared_by",
     "statistics",
     "take_in",
+    "take_up",
     "unmix",
     "weigh",
 ]
@@ -101,7 +102,7 @@ _FEW_CLASSES = 16
 # Squares of anything smaller are finite, and so are their averages.
 _LARGEST_NORM = 1e18
 # Sums of anything smaller over heads and samples are finite.
-_LARGEST_NLL = 1e30
+LARGEST_NLL = 1e30
 _LOG2_E = math.log2(math.e)
 # A covariance of K features takes so many samples for each of them.
 _SAMPLES_PER_FEATURE = 8
@@ -110,7 +111,7 @@ _SMALLEST_VARIANCE = 1e-10
 _MOST_NOVEL = 1e30
 
 
-def accumulation_dtype(logits: Sequence[Tensor]) -> torch.dtype:
+def _accumulation_dtype(logits: Sequence[Tensor]) -> torch.dtype:
     """float64 when any head is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
@@ -120,7 +121,7 @@ def statistics(
     logits: Sequence[Tensor], present: Tensor | None, criterion: Criterion
 ) -> Statistics:
     """What each head says about each sample."""
-    dtype = accumulation_dtype(logits)
+    dtype = _accumulation_dtype(logits)
     blocks = list(_blocks(logits, criterion))
     heads, (batch, classes), width = len(logits), logits[0].shape, _width(logits)
     keep = _together(logits) and heads * batch * classes <= _KEPT
@@ -162,7 +163,7 @@ def gradients(
     ``normaliser`` holds the softmax, where it was kept: the gradient is made in its memory,
     and a second backward computes it again.
     """
-    dtype = accumulation_dtype(logits)
+    dtype = _accumulation_dtype(logits)
     coefs = grad if coefficient is None else grad * coefficient
     if isinstance(normaliser, list):
         try:
@@ -219,7 +220,7 @@ def expect(
     shared: Tensor,
 ) -> Tensor:
     """``expected_log_likelihood`` of all heads, ``[M + 1, B]``."""
-    dtype, found = accumulation_dtype(logits), []
+    dtype, found = _accumulation_dtype(logits), []
     with torch.autocast(logits[0].device.type, enabled=False):  # or sums were in half precision
         for at, parts, _ in _blocks(logits, criterion):
             mask = None if present is None else present[:, at]
@@ -301,7 +302,7 @@ def weigh(
     number, count = trained.sum(), weighed.sum()
     # A sample left out is 0 in all that follows, whatever it holds.
     nll, entropy, distance = torch.where(finite, found.rows[1:], 0.0)
-    nll = lost = nll.clamp_max(_LARGEST_NLL)
+    nll = lost = nll.clamp_max(LARGEST_NLL)
     heads = len(nll)
     slopes = None if expected is None else logit_slopes(nll, expected, shared, present)
     usual = -buffers.log_quality[:heads]
@@ -312,7 +313,7 @@ def weigh(
         mean = torch.where(some, own, 0.0).sum() / some.sum().clamp_min(1)
         share = share_to_learn(mean, num_classes)
         nll, entropy = (nll - own).clamp_min(0.0), entropy - own
-        lost, usual = (nll / share).clamp_max(_LARGEST_NLL), usual * share.to(usual.dtype)
+        lost, usual = (nll / share).clamp_max(LARGEST_NLL), usual * share.to(usual.dtype)
     if memory is not None:
         if torch.compiler.is_compiling():  # where a negative index counts from the end
             rows = torch.where(memory.rows < 0, len(memory.nll), memory.rows)

@@ -22,7 +22,15 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 from dyncim_core._units import own_share, per_log_classes
-from dyncim_core.kernels.eager import disturbance_rates, mix, novelty, observe, take_up, unmix
+from dyncim_core.kernels.eager import (
+    LARGEST_NLL,
+    disturbance_rates,
+    mix,
+    novelty,
+    observe,
+    take_up,
+    unmix,
+)
 from dyncim_core.kernels.interface import (
     HEARD,
     Buffers,
@@ -38,7 +46,25 @@ from dyncim_core.kernels.interface import (
     Statistics,
     with_memory,
 )
-from dyncim_core.modality import PRIOR_OF_SKILL, PRIOR_OF_WEIGHT
+from dyncim_core.modality import (
+    LEAST,
+    LEAST_LOG_PROBABILITY,
+    LEAST_LOSS,
+    LEAST_QUALITY,
+    MOST,
+    PRIOR_OF_SKILL,
+    PRIOR_OF_WEIGHT,
+    SMALLEST_ERROR,
+    SMALLEST_SKILL,
+)
+from dyncim_core.signals import (
+    COMMON_ERROR,
+    FULL_NOISE,
+    LARGEST_LOG_WEIGHT,
+    MIX,
+    OF_ONE,
+    SPREAD_FLOOR,
+)
 
 __all__ = [
     "curriculum",
@@ -287,19 +313,24 @@ def _tile(batch: int, classes: int) -> dict[str, Any]:
 
 
 _HEARD = tl.constexpr(HEARD)
-_LEAST_LOG_PROBABILITY = tl.constexpr(-100.0)
-_LARGEST_NLL = tl.constexpr(1e30)  # sums of anything smaller over heads and samples are finite
-_SMALLEST_ERROR = tl.constexpr(1e-3)  # of chance
-_SMALLEST_SKILL = tl.constexpr(1e-4)
-_LEAST = tl.constexpr(0.02)  # trust
-_OF_ONE = tl.constexpr(0.0125)  # what a contradiction counts that only one modality bears out
-_COMMON_ERROR = tl.constexpr(0.07)  # of what all heads are sure of, what they may be wrong about
+# As plain PyTorch has them, where they are explained.
+_LEAST_LOG_PROBABILITY = tl.constexpr(LEAST_LOG_PROBABILITY)
+_LARGEST_NLL = tl.constexpr(LARGEST_NLL)
+_SMALLEST_ERROR = tl.constexpr(SMALLEST_ERROR)
+_SMALLEST_SKILL = tl.constexpr(SMALLEST_SKILL)
+_LEAST = tl.constexpr(LEAST)
+_MOST = tl.constexpr(MOST)
+_LEAST_LOSS = tl.constexpr(LEAST_LOSS)
+_LEAST_QUALITY = tl.constexpr(LEAST_QUALITY)
+_OF_ONE = tl.constexpr(OF_ONE)
+_COMMON_ERROR = tl.constexpr(COMMON_ERROR)
+_FULL_NOISE = tl.constexpr(FULL_NOISE)
+_SPREAD_FLOOR = tl.constexpr(SPREAD_FLOOR)
+_LARGEST_LOG_WEIGHT = tl.constexpr(LARGEST_LOG_WEIGHT)
+_MIX_BY = tl.constexpr(MIX[0])
+_MIX_SHIFT = tl.constexpr(MIX[1])
+_MIX_AGAIN_BY = tl.constexpr(MIX[2])
 _UNITS = tl.constexpr(2.0**24)  # of a weight: e^-16, the least, is one at least
-_LEAST_LOSS = tl.constexpr(0.1)
-_LEAST_QUALITY = tl.constexpr(0.1)
-_LEAST_WEIGHT = tl.constexpr(0.02)  # of logits
-_MOST_WEIGHT = tl.constexpr(2.0)
-_LARGEST_LOG_WEIGHT = tl.constexpr(8.0)  # nats, either way
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # a first maximum from which no shift is NaN
 _NOTHING = tl.constexpr(-110.0)  # exp of it is 0, and so is 0 log 0
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -632,7 +663,7 @@ def _curriculum(
     noise = tl.load(buffers.label_noise).to(tl.float32)
     if known_noise is not None:
         noise, credible = known_noise, 1.0
-    rho = strengths[0] * tl.minimum(tl.maximum(noise / 0.01, 0.0), 1.0) * credible
+    rho = strengths[0] * tl.minimum(tl.maximum(noise / _FULL_NOISE, 0.0), 1.0) * credible
     shared = 1.0 - tl.load(buffers.quality).to(tl.float32)
     kappa = strengths[1] * shared
     shares: tl.tuple = ()
@@ -725,7 +756,7 @@ def _curriculum(
     some = tl.maximum(counted, 1.0)
     centre = tl.sum(number * mean, 0) / some
     spread += number * (mean - centre) * (mean - centre)
-    kappa /= tl.maximum(tl.sqrt(tl.sum(spread, 0) / some), 1e-4)
+    kappa /= tl.maximum(tl.sqrt(tl.sum(spread, 0) / some), _SPREAD_FLOOR)
 
     for start in range(0, batch, samples):
         i = start + tl.arange(0, samples)
@@ -1014,7 +1045,7 @@ def _listen(
     tl.store(buffers.label_noise, noise)
     # As dyncim_core.modality.logit_weights defines it.
     goal = own[1] * (weight - slope / positive) + (1.0 - own[1]) * skill
-    goal = tl.minimum(tl.maximum(goal, _LEAST_WEIGHT), _MOST_WEIGHT)
+    goal = tl.minimum(tl.maximum(goal, _LEAST), _MOST)
     weight += rate * (goal - weight)
     of_fused = tl.sum(tl.where(head == 0, weight, 0.0), 0)
     weight = tl.where((mass > 0) | (some == 0), weight, of_fused)
@@ -1026,8 +1057,8 @@ def _listen(
 @_jit
 def _is_held_out(index: tl.tensor, below: tl.tensor) -> tl.tensor:
     """As ``dyncim_core.signals.held_out`` defines it, of an index."""
-    bits = index * 0x3A805F
-    bits = (bits ^ (bits >> 14)).to(tl.uint32) * 0x5D5F7413
+    bits = index * _MIX_BY
+    bits = (bits ^ (bits >> _MIX_SHIFT)).to(tl.uint32) * _MIX_AGAIN_BY
     return bits.to(tl.int64) < below
 
 
