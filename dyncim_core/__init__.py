@@ -5,6 +5,7 @@ remembers. The quantities that they compute are pure functions, public here;
 ``dyncim_core.reference`` is their executable specification in NumPy.
 """
 
+from dyncim_core.audit import input_suspicion, label_suspicion
 from dyncim_core.fusion import FusionOutput, GatedFusion
 from dyncim_core.gates import (
     disagreement,
@@ -85,6 +86,8 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
+    "input_suspicion",
+    "label_suspicion",
     "log_prior",
     "log_weights",
     "logit_slopes",

@@ -37,6 +37,8 @@ __all__ = [
     "head_statistics",
     "held_out",
     "improvement_ratios",
+    "input_suspicion",
+    "label_suspicion",
     "log_prior",
     "log_weights",
     "logit_slopes",
@@ -938,6 +940,55 @@ def relative_logit_weights(weight: ArrayLike) -> Array:
     """
     w = np.asarray(weight, dtype=np.float64)
     return np.asarray(np.minimum(2.0, w[1:] / w[0]))
+
+
+def label_suspicion(nll: ArrayLike, visited: ArrayLike, trust: ArrayLike) -> Array:
+    """How wrong labels look, ``sum_h t_h^8 nll_h / sum_h t_h^8`` over the heads that saw a sample.
+
+    Definition chosen here.
+
+    Args:
+        nll: In nats, sample-major, ``[N, H]``.
+        visited: Bool ``[N, H]``.
+        trust: ``[H]`` in (0, 1].
+
+    Returns:
+        ``[N]``; -inf for a sample that no head saw.
+
+    Example:
+        >>> label_suspicion([[1.0, 3.0], [1.0, 3.0]], [[1, 1], [0, 0]], [1.0, 1.0]).tolist()
+        [2.0, -inf]
+    """
+    result, mask = [], np.asarray(visited, dtype=bool)
+    for losses, seen in zip(np.asarray(nll, dtype=np.float64), mask, strict=True):
+        weight = np.asarray(trust, dtype=np.float64)[seen] ** 8
+        result.append(np.average(losses[seen], weights=weight) if seen.any() else -np.inf)
+    return np.array(result)
+
+
+def input_suspicion(nll: ArrayLike, visited: ArrayLike, head: int) -> Array:
+    """How wrong a modality looks, ``nll_m exp(-mean_k nll_k)`` over the others k that saw a sample.
+
+    Definition chosen here.
+
+    Args:
+        nll: In nats, sample-major, ``[N, H]``.
+        visited: Bool ``[N, H]``.
+        head: That of the modality, in [1, H - 1].
+
+    Returns:
+        ``[N]``; -inf for a sample that the modality did not see, or no other.
+
+    Example:
+        >>> input_suspicion([[0.0, 2.0, 0.0], [0.0, 2.0, 0.0]], [[1, 1, 1], [1, 1, 0]], 1).tolist()
+        [2.0, -inf]
+    """
+    result, mask = [], np.asarray(visited, dtype=bool)
+    for losses, seen in zip(np.asarray(nll, dtype=np.float64), mask, strict=True):
+        others = [k for k in range(1, len(losses)) if k != head and seen[k]]
+        known = bool(seen[head]) and len(others) > 0
+        result.append(losses[head] * np.exp(-losses[others].mean()) if known else -np.inf)
+    return np.array(result)
 
 
 def witnesses(skill: ArrayLike) -> Mask:

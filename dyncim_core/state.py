@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from dyncim_core import _checks
 from dyncim_core._buffers import KeepsDtype
+from dyncim_core.audit import input_suspicion, label_suspicion
 from dyncim_core.kernels.interface import GROUPS, HEARD, Buffers, Memory
 from dyncim_core.modality import (
     balance_factor,
@@ -240,12 +241,9 @@ class CurriculumState(KeepsDtype):
     def suspects(self, k: int | None = None, *, modality: str | int | None = None) -> Suspects:
         """Rank training samples by how wrong they look, from the per-sample memory.
 
-        Without ``modality``, the score is the mean over heads of the average NLL, each
-        weighted by the eighth power of its ``trust``: the samples whose label the model cannot come
-        to agree with, even if a weak modality has learnt it by heart. Those held out are ranked as
-        well. With one, it is that modality's NLL times the geometric mean of the probabilities that
-        the others give the label, the exponential of minus their mean NLL: samples whose input of
-        that modality, rather than the label, looks corrupted. Definition chosen here.
+        Without ``modality``, by ``label_suspicion``: samples whose label the model cannot come to
+        agree with. Those held out are ranked as well. With one, by ``input_suspicion``: samples
+        whose input of that modality, rather than the label, looks corrupted.
 
         Args:
             k: How many; all when ``None``.
@@ -280,18 +278,10 @@ class CurriculumState(KeepsDtype):
                 "suspects: expected samples that were trained on, got none; pass index= to the loss"
             )
         if position is None:
-            weight = torch.where(visited, trust(self.skill).pow(8), 0.0)
-            ranked = visited.any(dim=1)
-            score = (weight * nll).sum(dim=1) / weight.sum(dim=1)
+            score = label_suspicion(nll, visited, trust(self.skill))
         else:
-            head = 1 + position
-            others = visited[:, 1:].clone()
-            others[:, head - 1] = False
-            count = others.sum(dim=1)
-            mean_of_others = torch.where(others, nll[:, 1:], 0.0).sum(dim=1) / count
-            score = nll[:, head] * torch.exp(-mean_of_others)
-            ranked = visited[:, head] & (count > 0)
-        top = torch.where(ranked, score, -torch.inf).topk(int(k))
+            score = input_suspicion(nll, visited, 1 + position)
+        top = score.topk(int(k))
         return Suspects(top.indices, top.values)
 
     @property

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncim_core
-from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, gates, modality, signals
+from dyncim_core import CurriculumState, DynCIMLoss, GatedFusion, audit, gates, modality, signals
 from dyncim_core import reference as ref
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ MODULES = sorted(
 NATIVE = "dyncim_core.kernels._native"  # C
 LAYERS = (
     ("_units", "_checks", "_buffers", "kernels.interface", "kernels._native", "reference"),
-    ("signals", "modality"),
+    ("signals", "modality", "audit"),
     ("gates",),
     ("kernels.eager",),
     ("kernels.native", "kernels.triton"),
@@ -67,7 +67,7 @@ def test_imports_go_one_way(module: str) -> None:
     assert imports(module) <= below
 
 
-@pytest.mark.parametrize("module", [signals, modality, gates, ref])
+@pytest.mark.parametrize("module", [signals, modality, gates, audit, ref])
 def test_every_public_function_is_listed_and_documented(module: Any) -> None:
     functions = {
         name
