@@ -352,7 +352,8 @@ def weigh(
         asked = asked.expand_as(nll) if present is None else asked & present
     own_doubt = doubt(found.prediction, nll, entropy, target)
     sure = sureness(entropy, num_classes)
-    contradicted = by_all = contradiction(found.prediction, own_doubt, sure, asked)
+    by_all = contradiction(found.prediction, own_doubt, sure, asked)
+    doubted = by_all if held is None else own_doubt[0]  # of samples trained on
     remembered = finite.expand_as(nll) if present is None else finite & present
     counted = remembered
     if held is not None:
@@ -363,7 +364,6 @@ def weigh(
         believed = log_weight.exp()  # of those held out, for their surprise alone
         assert slopes is not None  # noqa: S101
         said = right, chance, lost, slopes, by_all, own_doubt
-        contradicted = own_doubt[0]
     buffers.class_seen.index_add_(0, group, weighed.to(buffers.class_seen.dtype))
     if len(nll) < len(buffers.seen):  # a step without unimodal predictions
         absent = lost.new_zeros(len(buffers.seen) - len(lost), lost.shape[1])
@@ -373,7 +373,7 @@ def weigh(
     take_in(
         lost,
         (signals * each).sum(dim=1),
-        (contradicted * each).sum(),
+        (doubted * each).sum(),
         torch.where(counted, weights, 0.0),
         count,
         num_classes,
@@ -506,7 +506,7 @@ def listen(
 def take_in(
     nll: Tensor,
     signals: Tensor,
-    contradicted: Tensor,
+    doubted: Tensor,
     weights: Tensor,
     count: Tensor,
     num_classes: int,
@@ -516,8 +516,8 @@ def take_in(
 ) -> None:
     """Take a batch into the running averages; what does not count is 0 in all of it.
 
-    ``signals``, ``[3]``, and ``contradicted`` are sums over the samples. Labels are contradicted by
-    all heads, or, where samples are held out, of whom those are asked, by the fused one. An average
+    ``signals``, ``[3]``, and ``doubted`` are sums over the samples: how far all heads contradict
+    the labels, or, where samples are held out, of whom that is asked, the fused one. An average
     starts at its first value, and stays where a batch has nothing to say. Qualities are averaged
     with the sample weights, so that labels in doubt do not make a good modality look bad.
     """
@@ -538,7 +538,7 @@ def take_in(
     tiny = torch.finfo(mass.dtype).tiny
     share = mass[0].square() / (some * fused.dot(fused)).clamp_min(tiny)
     buffers.effective_share.lerp_(share.to(kind), start)
-    mean_doubt = (contradicted / some).to(kind)
+    mean_doubt = (doubted / some).to(kind)
     if holds_out:
         buffers.doubted.lerp_(mean_doubt, start)
     else:
