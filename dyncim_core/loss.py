@@ -218,13 +218,16 @@ class DynCIMLoss(nn.Module):
             _checks.check_index(index, state.num_samples, logits)
         averages = state.averages()
         _checks.check_device("state", averages.step, logits.device)
-        read, smoothing = None, 0.0
+        read = None
         if _is_cross_entropy(criterion):
-            weight, smoothing = _class_weight(criterion), criterion.label_smoothing
+            weight = _class_weight(criterion)
             _checks.check_class_weight(weight, logits)
             # Numbers of NumPy are none to a compiler of kernels.
-            read = Criterion(target, weight, int(criterion.ignore_index), float(smoothing))
-        _checks.check_criterion(target, self._ignore_index(), smoothing)
+            ignored, smoothing = int(criterion.ignore_index), float(criterion.label_smoothing)
+            _checks.check_criterion(target, ignored, smoothing)
+            read = Criterion(target, weight, ignored, smoothing)
+        else:
+            _checks.check_criterion(target, self._ignore_index(), 0.0)
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(logits, target)
         _checks.check_first_pass("DynCIMLoss")
